@@ -1,0 +1,1 @@
+# makes `data` importable: each data/NAME/prepare.py shares data/common.py
