@@ -1,0 +1,510 @@
+"""
+Trains a CWIC model: first dense, then ever sparser, then sparse for good.
+
+    python train.py                                     # the default: a small model of Python code, on any laptop
+    python train.py --target_reduction 1                # the same run without sparsity, to compare with
+    python train.py config/NAME.toml --lr 5e-4          # a preset, with one option changed
+    python train.py --resume                            # goes on from out/last.pt as if it had never stopped
+    torchrun --nproc_per_node 2 train.py                # several processes share each step's batch
+
+Leaves in --out: best.pt (the best validation loss among evaluations that met the compute target), last.pt (all it takes
+to resume), log.csv and training.png.
+
+A batch depends on the seed and the step alone, so there is no data position and no random state to carry: a resumed run
+draws what the uninterrupted one would have drawn, on any number of processes.
+
+But: no experiment tracker, no dropout, and no DDP wrapper: gradients are summed over processes in one visible place.
+"""
+
+import csv
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, fields
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+import cwic
+from cwic import GPT, CWICConfig
+from options import fail, option, parse_options
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+LOGITS_AT_ONCE = 2 ** 22        # no more logits than this, or one sequence's, exist at a time
+COLUMNS = ['step', 'seconds', 'loss', 'val_loss', 'reduction', 'target', 'lr']      # of log.csv
+
+
+@dataclass
+class TrainConfig:
+    """Trains a CWIC model from scratch: dense first, then sparse."""
+    data: str = option('python', 'folder in data/ that holds train.bin, val.bin and meta.json')
+    out: str = option('out', 'where checkpoints, the log and the picture go')
+    resume: bool = option(False, 'go on from last.pt in --out, with the options it was started with')
+    seed: int = option(1, 'of the initial weights and of the order of the data')
+    device: str = option('auto', 'auto, cpu, cuda or mps')
+    dtype: str = option('auto', 'of matrix products: auto, float32 or bfloat16')
+    # the model
+    n_layer: int = option(2, 'blocks')
+    n_head: int = option(5, 'attention heads')
+    n_embd: int = option(320, 'width')
+    block_size: int = option(256, 'context, in tokens')
+    bias: bool = option(True, 'biases in linear layers and norms')
+    stripe_qkv: int = option(320, 'columns in a stripe of the query-key-value matrix')
+    stripe_out: int = option(320, '... of the attention output matrix')
+    stripe_up: int = option(320, '... of the first MLP matrix')
+    stripe_down: int = option(320, '... of the second MLP matrix')
+    stripe_head: int = option(1024, '... of the LM head')
+    # compute
+    target_reduction: float = option(3.0, 'dense weights / active weights per token to train for; 1 trains a dense model')
+    teacher: float = option(0.0, 'share of the sparse loss that is KL to the frozen dense model; the rest is next-token loss')
+    # the schedule, in optimiser steps
+    dense_steps: int = option(900, 'steps before sparsity begins')
+    ramp_steps: int = option(200, 'steps in which the target rises from 1 to --target_reduction')
+    hold_steps: int = option(500, 'steps at the full target')
+    warmup_steps: int = option(400, 'steps in which the learning rate rises from 0')
+    lr: float = option(2e-3, 'peak learning rate, held while dense, then falling along a line')
+    final_lr: float = option(0.1, 'the last learning rate, as a share of --lr')
+    threshold_lr: float = option(0.1, 'learning rate of the thresholds, as a share of that of the others')
+    weight_decay: float = option(0.1, 'of matrices')
+    beta2: float = option(0.99, 'AdamW\'s second beta')
+    clip: float = option(1.0, 'largest norm of the gradient of everything but the thresholds')
+    batch_size: int = option(8, 'sequences in an optimiser step, over all processes')
+    micro_batch: int = option(8, 'sequences in one forward pass')
+    recompute: bool = option(False, 'compute activations again in backward rather than keep them: slower, smaller')
+    # what is reported
+    eval_every: int = option(100, 'steps between evaluations, each of which also saves last.pt')
+    eval_windows: int = option(64, 'windows of validation text in an evaluation; the last one takes up to 256')
+    log_every: float = option(5.0, 'seconds between lines of output')
+
+    def check(self):
+        """Ends the program with one line where a value cannot work."""
+        for name in ('n_layer', 'n_head', 'n_embd', 'block_size', 'batch_size', 'micro_batch', 'warmup_steps', 'eval_every', 'eval_windows'):
+            if getattr(self, name) < 1:
+                fail(f'--{name} must be at least 1')
+        if self.target_reduction < 1 or not 0 <= self.teacher <= 1:
+            fail('--target_reduction must be at least 1, and --teacher from 0 to 1')
+        if self.steps() < 1 or min(self.dense_steps, self.ramp_steps, self.hold_steps) < 0:
+            fail('--dense_steps, --ramp_steps and --hold_steps must not be negative, nor all 0')
+
+    def steps(self):
+        return self.dense_steps + self.ramp_steps + self.hold_steps
+
+
+# options that a resumed run may change: they change what it costs, not what it computes
+FREE_TO_CHANGE = ('out', 'resume', 'device', 'dtype', 'micro_batch', 'recompute', 'log_every')
+
+
+def options_to_resume(config, saved):
+    """The options that the run was started with; those given now that contradict them are refused."""
+    merged = dict(saved, resume=True)
+    for f in fields(TrainConfig):
+        given = getattr(config, f.name)
+        if f.name == 'out' or f.name in FREE_TO_CHANGE and given != f.default:
+            merged[f.name] = given
+        elif f.name not in FREE_TO_CHANGE and given not in (f.default, saved[f.name]):
+            fail(f'--{f.name} {given}: the run was started with {saved[f.name]}; leave the option out, or start afresh in another --out')
+    return TrainConfig(**merged)
+
+
+# -----------------------------------------------------------------------------
+# where to compute, and in what
+
+
+def choose_device(name):
+    there = {'cuda': torch.cuda.is_available(), 'mps': torch.backends.mps.is_available(), 'cpu': True}
+    if name == 'auto':
+        return next(device for device in there if there[device])
+    if not there.get(name):
+        fail(f'--device {name}: not available here; choose from ' + ', '.join(device for device in there if there[device]))
+    return name
+
+
+def product_seconds(dtype):
+    a, b = torch.ones(1024, 320, dtype=dtype), torch.ones(320, 1280, dtype=dtype)
+    seconds = []
+    for _ in range(8):
+        start = time.perf_counter()
+        a @ b
+        seconds.append(time.perf_counter() - start)
+    return min(seconds)
+
+
+def choose_dtype(name, device):
+    """The dtype of matrix products, and why."""
+    if name in ('float32', 'bfloat16'):
+        return getattr(torch, name), 'as asked'
+    if name != 'auto':
+        fail(f'--dtype {name}: choose auto, float32 or bfloat16')
+    if device == 'cuda':
+        return torch.bfloat16, 'the usual choice on a GPU'
+    if device == 'mps':
+        return torch.float32, 'the safe choice on an Apple GPU'
+    ratio = product_seconds(torch.float32) / product_seconds(torch.bfloat16)
+    return (torch.bfloat16 if ratio > 1.3 else torch.float32), f'measured: a product in bfloat16 is {ratio:.1f}x as fast here'
+
+
+# -----------------------------------------------------------------------------
+# data
+
+
+def load_data(name, block_size):
+    """(train tokens, validation tokens, meta) of data/NAME; prepares the python corpus if it is not there."""
+    folder = os.path.join(HERE, 'data', name)
+    prepare = os.path.join(folder, 'prepare.py')
+    if not os.path.exists(os.path.join(folder, 'meta.json')):
+        if name != 'python':
+            command = f'python data/{name}/prepare.py' if os.path.exists(prepare) else 'python data/text/prepare.py FILE... and then train with --data text'
+            fail(f'data/{name} is not there, or not prepared; run: {command}')
+        if subprocess.run([sys.executable, prepare]).returncode:
+            fail('data/python could not be prepared: see the line above', 1)
+    try:
+        with open(os.path.join(folder, 'meta.json'), encoding='utf-8') as f:
+            meta = json.load(f)
+        train, val = (np.memmap(os.path.join(folder, f'{split}.bin'), dtype=np.uint16, mode='r') for split in ('train', 'val'))
+    except (OSError, ValueError) as error:
+        fail(f'data/{name} is damaged ({error}); prepare it again with data/{name}/prepare.py')
+    if min(len(train), len(val)) < block_size + 2:
+        fail(f'data/{name}: {len(train):,} and {len(val):,} tokens are too few for --block_size {block_size}')
+    return train, val, meta
+
+
+def windows(data, starts, block_size, device):
+    """Inputs and targets (len(starts), block_size); targets are the inputs one token later."""
+    rows = np.stack([data[start:start + block_size + 1] for start in starts]).astype(np.int64)
+    rows = torch.from_numpy(rows).to(device)
+    return rows[:, :-1], rows[:, 1:]
+
+
+def step_starts(data, config, step):
+    """Where the sequences of one optimiser step begin, those of all processes: a function of the seed and the step alone."""
+    return np.random.default_rng([config.seed, step]).integers(0, len(data) - config.block_size, size=config.batch_size)
+
+
+# -----------------------------------------------------------------------------
+# schedules
+
+
+def target_at(step, config):
+    """The reduction to train for: 1 while dense, then along a line to its end value, then held."""
+    progress = (step + 1 - config.dense_steps) / max(config.ramp_steps, 1)
+    return 1 + (config.target_reduction - 1) * min(max(progress, 0.0), 1.0)
+
+
+def lr_at(step, config):
+    """Warm-up, then level while dense, then down along a line: the model learns to be sparse while it can still learn."""
+    warm = min((step + 1) / config.warmup_steps, 1.0)
+    left = 1 - max(step - config.dense_steps, 0) / max(config.steps() - config.dense_steps, 1)
+    return config.lr * warm * (config.final_lr + (1 - config.final_lr) * left)
+
+
+# -----------------------------------------------------------------------------
+# one optimiser step
+
+
+def backward(model, teacher, tokens, targets, *, dense, teacher_share, price, share, recompute):
+    """
+    Adds to the gradients those of one micro-batch, which holds `share` of the step's tokens. Only a few sequences' logits
+    exist at a time: backward reaches their hidden states before the next come, and the trunk when all are there.
+
+    Returns the loss (nats) and each matrix's active weights (matrices,), both as their part of the step's mean, and the
+    sums of observe() for each matrix.
+    """
+    hidden, active, sums = model.trunk(tokens, dense=dense, recompute=recompute)
+    leaf = hidden.detach().requires_grad_()                             # (B, T, d)
+    if teacher is not None:
+        with torch.no_grad():
+            teacher_hidden, _, _ = teacher.trunk(tokens, dense=True)
+    loss, active_head, sums_head = 0.0, 0.0, None
+    rows = max(1, LOGITS_AT_ONCE // (tokens.shape[1] * model.config.vocab_size))
+    for first in range(0, len(tokens), rows):
+        some = slice(first, first + rows)
+        some_share = share * len(tokens[some]) / len(tokens)
+        logits, active_some, sums_some = model.head(leaf[some], dense)
+        logits = logits.flatten(0, 1)                                   # (rows * T, vocab)
+        part = 0.0
+        if teacher_share < 1:
+            part = (1 - teacher_share) * cwic.next_token_loss(logits, targets[some].flatten())
+        if teacher_share > 0:
+            with torch.no_grad():
+                teacher_logits = teacher.head(teacher_hidden[some], dense=True)[0].flatten(0, 1)
+            part = part + teacher_share * cwic.two_way_kl(logits, teacher_logits)
+        (some_share * (part + price * active_some.mean())).backward()
+        loss = loss + some_share * part.detach()
+        active_head = active_head + some_share * active_some.detach().mean()
+        sums_head = sums_some if sums_head is None else sums_head + sums_some
+    active = share * torch.stack([a.mean() for a in active])            # (matrices - 1,)
+    if dense:
+        hidden.backward(leaf.grad)
+    else:
+        torch.autograd.backward([hidden, price * active.sum()], [leaf.grad, None])
+    return loss, torch.cat([active.detach(), active_head[None]]), sums + [sums_head]
+
+
+def sum_over_processes(tensors):
+    """Sums tensors over all processes, in place, as one message."""
+    if dist.is_initialized():
+        flat = torch.cat([t.reshape(-1) for t in tensors])
+        dist.all_reduce(flat)
+        for t, total in zip(tensors, flat.split([t.numel() for t in tensors])):
+            t.copy_(total.view_as(t))
+
+
+@torch.no_grad()
+def warm_statistics(model, batches, autocast):
+    """Before sparsity begins the statistics must stand: thresholds are measured in sigmas. Changes no weight."""
+    for tokens, _ in batches:
+        with autocast():
+            hidden, _, sums = model.trunk(tokens)
+            sums.append(model.head(hidden)[2])
+        sum_over_processes(sums)
+        model.update_statistics(sums)
+    if any(float(linear.sigma.max()) == 0 for _, linear in model.linears()):
+        fail('the statistics of some layer stayed at 0, so its thresholds could not learn', 1)
+
+
+@torch.no_grad()
+def evaluate(model, data, config, device, dense, count):
+    """
+    Validation on `count` fixed windows, in eval mode and f32. Returns a dict: loss (nats per token), reduction, active (the
+    share of each matrix's weights, in the order of linears()), spread (the standard deviation of the compute of a token,
+    over its mean), entropy_correlation (of a token's compute with the entropy of what the model predicts from it), and
+    compute_percentiles, of a token's share of dense compute.
+    """
+    model.eval()
+    starts = np.linspace(0, len(data) - config.block_size - 1, count).astype(np.int64)
+    loss, active, shares, entropies = 0.0, 0.0, [], []
+    for some in np.array_split(starts, math.ceil(count / 4)):
+        tokens, targets = windows(data, some, config.block_size, device)
+        logits, active_some = model(tokens, dense=dense)
+        loss += float(cwic.next_token_loss(logits.flatten(0, 1), targets.flatten())) * len(some) / count
+        active = active + active_some.double().mean((1, 2)) * len(some) / count         # (matrices,)
+        shares.append(active_some.double().sum(0).flatten() / model.dense())
+        logp = logits.log_softmax(-1)
+        entropies.append(-(logp.exp() * logp).sum(-1).flatten())
+    model.train()
+    shares, entropies = torch.cat(shares).cpu(), torch.cat(entropies).double().cpu()
+    spread = float(shares.std() / shares.mean())
+    return dict(loss=loss, reduction=float(1 / shares.mean()), spread=spread,
+                active=[float(a) / linear.dense for a, (_, linear) in zip(active, model.linears())],
+                entropy_correlation=float(torch.corrcoef(torch.stack([shares, entropies]))[0, 1]) if spread else 0.0,
+                compute_percentiles={str(p): float(np.percentile(shares, p)) for p in (1, 5, 25, 50, 75, 95, 99)})
+
+
+# -----------------------------------------------------------------------------
+# what a reader sees
+
+
+def plot(rows, measured, path):
+    """training.png: the loss; the reduction against its target; and how much each layer's matrices are used."""
+    import matplotlib
+    matplotlib.use('Agg')
+    import matplotlib.pyplot as plt
+    column = {name: [row[i] for row in rows] for i, name in enumerate(COLUMNS)}
+    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(16, 4.8), width_ratios=(1.2, 1, 1))
+    left.plot(column['step'], column['loss'], color='0.75', lw=1, label='training')
+    evaluated = [(step, loss) for step, loss in zip(column['step'], column['val_loss']) if loss is not None]
+    left.plot([step for step, _ in evaluated], [loss for _, loss in evaluated], 'o-', color='#1f4e9c', ms=3, label='validation')
+    left.set(title='Loss', xlabel='optimiser step', ylabel='nats per token')
+    middle.plot(column['step'], column['target'], '--', color='0.4', label='target')
+    middle.plot(column['step'], column['reduction'], color='#b8431f', label='reduction')
+    middle.set(title='Compute reduction', xlabel='optimiser step', ylabel='dense / active weights per token')
+    for axes in (left, middle):
+        axes.legend(frameon=False)
+        axes.grid(alpha=0.3)
+    percent = 100 * np.array(measured['active'][:-1]).reshape(-1, 4)    # (layers, matrices)
+    image = right.imshow(percent, cmap='cividis', vmin=0, vmax=max(percent.max(), 1), aspect='auto')
+    for (layer, matrix), value in np.ndenumerate(percent):
+        right.text(matrix, layer, f'{value:.0f}', ha='center', va='center', color='white' if value < 0.6 * percent.max() else 'black')
+    right.set(title=f'Weights used on validation text, % (head: {100 * measured["active"][-1]:.0f})', xlabel='matrix', ylabel='layer',
+              xticks=range(4), xticklabels=['qkv', 'out', 'up', 'down'], yticks=range(len(percent)))
+    figure.colorbar(image, ax=right, label='% of dense')
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def clock(seconds):
+    return f'{int(seconds) // 60}:{int(seconds) % 60:02d}'
+
+
+def summary(measured, meta, config, seconds):
+    bits = measured['loss'] / math.log(2) * meta['val_tokens'] / meta['val_bytes'] if meta.get('val_bytes') else None
+    percentiles = measured['compute_percentiles']
+    lines = [f'done in {clock(seconds)}: validation loss {measured["loss"]:.4f} nats per token' + (f' ({bits:.3f} bits per byte)' if bits else '')
+             + f', reduction {measured["reduction"]:.2f}x (target {config.target_reduction:g}x)']
+    if config.target_reduction > 1:
+        lines.append(f'compute per token: {100 / measured["reduction"]:.1f}% of dense on average, 5th to 95th percentile {100 * percentiles["5"]:.1f}% to '
+                     f'{100 * percentiles["95"]:.1f}%; spread {100 * measured["spread"]:.1f}%; correlation with the entropy of the prediction {measured["entropy_correlation"]:+.2f}')
+    return lines
+
+
+# -----------------------------------------------------------------------------
+
+
+def main():
+    config = parse_options(TrainConfig, 'python train.py', presets=True)
+    config.check()
+    last, best, log_path = (os.path.join(config.out, name) for name in ('last.pt', 'best.pt', 'log.csv'))
+    rank, world = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
+    say = print if rank == 0 else lambda *args, **more: None
+    kind = choose_device(config.device)
+    device = f'cuda:{os.environ["LOCAL_RANK"]}' if kind == 'cuda' and world > 1 else kind
+    if config.resume:
+        try:
+            model, saved = cwic.load_checkpoint(last, device)
+        except cwic.CheckpointError as error:
+            fail(f'cannot resume: {error}', 1)
+        config = options_to_resume(config, saved['options'])
+    if config.batch_size % (config.micro_batch * world):
+        fail(f'--batch_size {config.batch_size} must be a multiple of --micro_batch times processes ({config.micro_batch} x {world})')
+    train_data, val_data, meta = load_data(config.data, config.block_size)
+    dtype, why = choose_dtype(config.dtype, kind)
+    autocast = nullcontext if dtype == torch.float32 else lambda: torch.autocast(kind, dtype=dtype)
+    if world > 1:
+        dist.init_process_group('nccl' if kind == 'cuda' else 'gloo')
+    os.makedirs(config.out, exist_ok=True)
+
+    torch.manual_seed(config.seed)
+    if not config.resume:
+        try:
+            sizes = {f.name: getattr(config, f.name) for f in fields(CWICConfig) if f.name != 'vocab_size'}
+            model = GPT(CWICConfig(vocab_size=meta['vocab_size'], **sizes)).to(device)
+        except ValueError as error:
+            fail(f'--{error}')
+    model.train()
+    linears = [linear for _, linear in model.linears()]
+    optimizer = torch.optim.AdamW(model.parameter_groups(config.lr, config.weight_decay), betas=(0.9, config.beta2), fused=kind != 'mps')
+    *weight_groups, threshold_group = optimizer.param_groups
+    # everything a run carries from one step to the next; active: mean weights each matrix used in the last step
+    step, seconds, rows, best_loss, teacher = 0, 0.0, [], math.inf, None
+    active = torch.tensor([float(linear.dense) for linear in linears], device=device)       # (matrices,)
+    measured = None
+    if config.resume:
+        optimizer.load_state_dict(saved['optimizer'])
+        step, seconds, rows, best_loss, active = (saved[name] for name in ('step', 'seconds', 'log', 'best_loss', 'active'))
+        if saved['teacher'] is not None:
+            teacher = cwic.dense_copy(model)
+            teacher.load_state_dict(saved['teacher'])
+        if step >= config.steps():
+            fail(f'{last} has already done all its {step} steps; there is nothing to resume', 0)
+
+    def save(path, **more):
+        if rank == 0:
+            results = {} if measured is None else dict(measured, val_loss=measured['loss'])
+            cwic.save_checkpoint(path, model, **dict(results, active_share=results.pop('active', None)), tokenizer=meta['tokenizer'], data=config.data,
+                                 step=step, options=asdict(config), **more)
+
+    def save_last():
+        save(last, optimizer=optimizer.state_dict(), teacher=None if teacher is None else teacher.state_dict(), seconds=seconds, log=rows,
+             best_loss=best_loss, active=active)
+
+    parameters, tokens_per_step = sum(p.numel() for p in model.parameters()), config.batch_size * config.block_size
+    say(f'data    data/{config.data}: {len(train_data):,} tokens to train on, {len(val_data):,} to validate; vocabulary of {meta["vocab_size"]:,}')
+    say(f'model   {parameters:,} parameters; {model.dense():,} dense weights per token')
+    say(f'plan    {config.dense_steps} steps dense, {config.ramp_steps} towards {config.target_reduction:g}x less compute, {config.hold_steps} there; '
+        f'{tokens_per_step:,} tokens each, {tokens_per_step * config.steps():,} in all')
+    threads = f', {torch.get_num_threads()} threads' if kind == 'cpu' else ''
+    say(f'device  {kind}{threads}{f", {world} processes" if world > 1 else ""}; {str(dtype).removeprefix("torch.")} ({why})', flush=True)
+    if config.resume:
+        say(f'resumed at step {step} of {config.steps()}')
+
+    # Ctrl-C is a wish to stop after this step, said once; all processes stop at the same one
+    interrupts = []
+    previous_handler = signal.signal(signal.SIGINT, lambda *_: (interrupts.append(1), signal.signal(signal.SIGINT, previous_handler)))
+    log_file = open(log_path if rank == 0 else os.devnull, 'w', newline='', encoding='utf-8')
+    log = csv.writer(log_file)
+    log.writerows([COLUMNS] + rows)
+    printed_time, printed_step, step_seconds = time.perf_counter(), step, {}
+
+    while step < config.steps():
+        started = time.perf_counter()
+        dense = step < config.dense_steps or config.target_reduction == 1
+        if not dense and step == config.dense_steps:
+            if config.teacher:
+                teacher = cwic.dense_copy(model)
+            warm = (windows(train_data, step_starts(train_data, config, 2 ** 31 + i)[rank::world], config.block_size, device) for i in range(20))
+            warm_statistics(model, warm, autocast)
+        target = target_at(step, config)
+        price = 0.0 if dense else cwic.price(float(active.sum()), model.dense(), target)
+        for group in weight_groups:
+            group['lr'] = lr_at(step, config)
+        threshold_group['lr'] = config.threshold_lr * lr_at(step, config)
+
+        # gradients, the loss, the compute and the statistics of the whole step, however it is cut
+        optimizer.zero_grad()
+        loss, active, sums = torch.zeros((), device=device), torch.zeros_like(active), None
+        starts = step_starts(train_data, config, step)[rank::world]
+        for i in range(0, len(starts), config.micro_batch):
+            tokens, targets = windows(train_data, starts[i:i + config.micro_batch], config.block_size, device)
+            with autocast():
+                loss_part, active_part, sums_part = backward(
+                    model, teacher, tokens, targets, dense=dense, teacher_share=0.0 if dense else config.teacher, price=price,
+                    share=len(tokens) / config.batch_size, recompute=config.recompute)
+            loss, active = loss + loss_part, active + active_part
+            sums = sums_part if sums is None or dense else [a + b for a, b in zip(sums, sums_part)]
+        stop = torch.tensor(float(len(interrupts)), device=device)
+        gradients = [p.grad for p in model.parameters() if p.grad is not None]
+        sum_over_processes(gradients + [loss, active, stop] + ([] if dense else sums))
+        norm = torch.nn.utils.clip_grad_norm_([p for group in weight_groups for p in group['params']], config.clip)
+        if not math.isfinite(float(loss)) or not math.isfinite(float(norm)):
+            at = f'{last} holds the model of the last evaluation' if os.path.exists(last) else 'nothing was saved yet'
+            fail(f'step {step + 1}: the loss is {float(loss)}, the norm of its gradient {float(norm)}; stopped. {at}. Try a lower --lr', 1)
+
+        thetas = [linear.theta.detach().clone() for linear in linears]
+        optimizer.step()
+        if not dense:
+            model.limit_thresholds(thetas)
+            model.update_statistics(sums)
+        step += 1
+        step_seconds[dense] = 0.9 * step_seconds.get(dense, time.perf_counter() - started) + 0.1 * (time.perf_counter() - started)
+
+        # evaluation, checkpoints, the log
+        evaluated = step % config.eval_every == 0 or step == config.steps()
+        if evaluated:
+            count = config.eval_windows if step < config.steps() else max(config.eval_windows, min(256, len(val_data) // config.block_size))
+            measured = evaluate(model, val_data, config, device, dense, count)
+        seconds += time.perf_counter() - started
+        if evaluated or step % 10 == 0:
+            row = [step, round(seconds, 2), float(loss), measured['loss'] if evaluated else None, model.dense() / float(active.sum()), target, lr_at(step - 1, config)]
+            rows.append(row)
+            log.writerow(row)
+            log_file.flush()
+        if evaluated:
+            met = step >= config.dense_steps + config.ramp_steps and measured['reduction'] >= 0.97 * config.target_reduction
+            if met and measured['loss'] < best_loss or step == config.steps() and best_loss == math.inf:
+                best_loss = measured['loss']
+                save(best)
+            save_last()
+        now = time.perf_counter()
+        if evaluated or now - printed_time >= config.log_every:
+            left = {True: max(config.dense_steps - step, 0), False: config.steps() - max(step, config.dense_steps)}
+            if config.target_reduction == 1:
+                left = {True: config.steps() - step, False: 0}
+            dense_seconds = step_seconds.get(True, step_seconds.get(False))
+            eta = left[True] * dense_seconds + left[False] * step_seconds.get(False, 1.35 * dense_seconds)
+            say(f'step {step:5d}/{config.steps()}  loss {float(loss):.4f}  ' + (f'val {measured["loss"]:.4f}  ' if evaluated else ' ' * 12)
+                + f'reduction {model.dense() / float(active.sum()):.2f}x (target {target:.2f}x)  {(step - printed_step) * tokens_per_step / (now - printed_time):7,.0f} tok/s  {clock(eta)} left', flush=True)
+            printed_time, printed_step = now, step
+        if float(stop):
+            save_last()
+            say(f'\ninterrupted at step {step}, which is saved; go on with: python train.py --resume' + ('' if config.out == 'out' else f' --out {config.out}'))
+            sys.exit(130)
+
+    log_file.close()
+    if rank == 0:
+        plot(rows, measured, os.path.join(config.out, 'training.png'))
+        print('\n' + '\n'.join(summary(measured, meta, config, seconds)))
+        print(f'files: {best}, {last}, {log_path}, {os.path.join(config.out, "training.png")}')
+        print('talk to it: python chat.py' + ('' if config.out == 'out' else f' --ckpt {best}'))
+    if world > 1:
+        dist.destroy_process_group()
+
+
+if __name__ == '__main__':
+    main()
