@@ -380,19 +380,20 @@ def main():
     model.train()
     linears = [linear for _, linear in model.linears()]
     optimizer = torch.optim.AdamW(model.parameter_groups(config.lr, config.weight_decay), betas=(0.9, config.beta2), fused=kind != 'mps')
-    *weight_groups, threshold_group = optimizer.param_groups
     # everything a run carries from one step to the next; active: mean weights each matrix used in the last step
     step, seconds, rows, best_loss, teacher = 0, 0.0, [], math.inf, None
     active = torch.tensor([float(linear.dense) for linear in linears], device=device)       # (matrices,)
     measured = None
     if config.resume:
-        optimizer.load_state_dict(saved['optimizer'])
+        optimizer.load_state_dict(saved['optimizer'])       # puts new groups in the place of the old
         step, seconds, rows, best_loss, active = (saved[name] for name in ('step', 'seconds', 'log', 'best_loss', 'active'))
         if saved['teacher'] is not None:
             teacher = cwic.dense_copy(model)
             teacher.load_state_dict(saved['teacher'])
         if step >= config.steps():
             fail(f'{last} has already done all its {step} steps; there is nothing to resume', 0)
+
+    *weight_groups, threshold_group = optimizer.param_groups
 
     def save(path, **more):
         if rank == 0:
