@@ -7,7 +7,7 @@ Options for our programs: one dataclass each, from which the command line and --
 
     config = parse_options(TrainConfig, 'python train.py', presets=True)
 
-takes --lr 1e-3 and --lr=1e-3; on/off options also take a bare --name. A preset, a TOML file of the same names, may stand
+takes --lr 1e-3 and --lr=1e-3, and - for _ in names; on/off options also take a bare --name. A preset, a TOML file of the same names, may stand
 before the flags, which override it. Whatever a user gets wrong ends in one line and exit code 2.
 
 But: no sub-commands, no short flags, no environment variables, no code in presets.
@@ -16,6 +16,7 @@ But: no sub-commands, no short flags, no environment variables, no code in prese
 import argparse
 import difflib
 import os
+import re
 import sys
 import tomllib
 from dataclasses import field, fields
@@ -66,7 +67,7 @@ def unknown(name, names):
 
 def parse_options(cls, program, presets=False, argv=None):
     """An instance of the dataclass cls from the command line (argv: a list of strings, else the program's own)."""
-    argv = list(sys.argv[1:] if argv is None else argv)
+    argv = [re.sub(r'^--[\w-]+', lambda name: '--' + name[0][2:].replace('-', '_'), word) for word in (sys.argv[1:] if argv is None else argv)]
     parser = OneLineParser(prog=program, allow_abbrev=False, description=cls.__doc__,
                            formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=36, width=120))
     if presets:
@@ -75,7 +76,7 @@ def parse_options(cls, program, presets=False, argv=None):
         kind = boolean if f.type is bool else f.type
         bare = dict(nargs='?', const=True) if f.type is bool else {}
         parser.add_argument(f'--{f.name}', type=kind, default=f.default, metavar=f.type.__name__.upper(),
-                            help=f'{f.metadata["help"]} (default: {f.default if f.default != "" else "none"})'.replace('%', '%%'), **bare)
+                            help=f'{f.metadata["help"]} (default: {"none" if f.default in ("", None) else f.default})'.replace('%', '%%'), **bare)
     names = [f.name for f in fields(cls)]
     if presets and argv and not argv[0].startswith('-'):
         argv = read_preset(argv[0], names) + argv[1:]

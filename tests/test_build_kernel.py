@@ -1,0 +1,91 @@
+"""build_kernel.py: building once, building again when something changed, and saying in one line why it cannot."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+import build_kernel
+
+try:
+    build_kernel.compiler()
+except build_kernel.KernelUnavailable as error:
+    pytest.skip(str(error), allow_module_level=True)
+
+
+@pytest.fixture
+def copy(tmp_path, monkeypatch):
+    """build_kernel, made to work on a copy of the source in a directory of its own."""
+    monkeypatch.setattr(build_kernel, 'SOURCE', tmp_path / 'sparse_kernel.c')
+    monkeypatch.setattr(build_kernel, 'CACHE', tmp_path / '.kernel')
+    build_kernel.SOURCE.write_text((ROOT / 'sparse_kernel.c').read_text(encoding='utf-8'), encoding='utf-8')
+    return build_kernel
+
+
+def test_builds_once_and_again_when_something_changed(copy, monkeypatch):
+    """A module that was built from older source, or with other flags, must not be taken for the present one."""
+    first = copy.build()
+    written = first.stat().st_mtime_ns
+    assert copy.build() == first and first.stat().st_mtime_ns == written
+    copy.SOURCE.write_text(copy.SOURCE.read_text(encoding='utf-8') + '\n// changed\n', encoding='utf-8')
+    second = copy.build()
+    third = copy.build(('-DPLAIN',))
+    monkeypatch.setattr(copy, 'cpu', lambda: 'another one')
+    assert len({first, second, third, copy.build()}) == 4
+    assert [p.name for p in copy.CACHE.iterdir() if p.is_dir()] == []       # nothing half built stays behind
+
+
+def test_two_processes_at_once(tmp_path):
+    """Two processes that build at the same time: both load a whole module."""
+    for name in ('sparse_kernel.c', 'build_kernel.py'):
+        (tmp_path / name).write_text((ROOT / name).read_text(encoding='utf-8'), encoding='utf-8')
+    code = 'import build_kernel; k = build_kernel.load(); print(k.lib.team_size(k.lib.team_new(1, 8, 8)))'
+    both = [subprocess.Popen([sys.executable, '-c', code], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+            for _ in range(2)]
+    assert [p.communicate() for p in both] == [('1\n', '')] * 2
+    assert len(list((tmp_path / '.kernel').iterdir())) == 1
+
+
+def test_functions_are_our_own():
+    """
+    A function called step crashed on its first call: the C library has one of the same name, from a time before POSIX, and
+    the module's call went there. Our functions are hidden from the linker, so that no name can be taken over.
+    """
+    path = build_kernel.build()
+    done = subprocess.run(['nm', '-D', '--defined-only', str(path)], capture_output=True, text=True)
+    if done.returncode:
+        pytest.skip('no nm to look with')
+    assert {line.split()[-1] for line in done.stdout.splitlines()} <= {'PyInit__sparse_kernel', '_cffi_pypyinit__sparse_kernel'}
+
+
+def test_no_compiler(copy, monkeypatch):
+    monkeypatch.setenv('PATH', '')
+    monkeypatch.delenv('CC', raising=False)
+    with pytest.raises(copy.KernelUnavailable, match='^no C compiler found: install gcc or clang, or name yours in CC$'):
+        copy.load()
+
+
+def test_broken_compiler_and_broken_source(copy, monkeypatch):
+    """Of all a compiler prints, the first line that says what is wrong."""
+    copy.SOURCE.write_text(copy.SOURCE.read_text(encoding='utf-8') + '\nint broken( {\n', encoding='utf-8')
+    with pytest.raises(copy.KernelUnavailable) as caught:
+        copy.build()
+    assert '\n' not in str(caught.value) and 'error' in str(caught.value)
+
+
+def test_cache_that_cannot_be_written(copy):
+    copy.CACHE.write_text('a file where the directory should be', encoding='utf-8')
+    with pytest.raises(copy.KernelUnavailable, match='cannot build in'):
+        copy.build()
+
+
+def test_command_line():
+    """python build_kernel.py says where the module is, and without a compiler what to do, in one line and with exit code 1."""
+    done = subprocess.run([sys.executable, str(ROOT / 'build_kernel.py')], capture_output=True, text=True)
+    assert done.returncode == 0 and Path(done.stdout.strip()).exists() and done.stderr == ''
+    done = subprocess.run([sys.executable, str(ROOT / 'build_kernel.py')], capture_output=True, text=True, env={'PATH': ''})
+    assert done.returncode == 1 and done.stderr.startswith('build_kernel.py: no C compiler') and done.stderr.count('\n') == 1
