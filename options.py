@@ -7,8 +7,8 @@ Options for our programs: one dataclass each, from which the command line and --
 
     config = parse_options(TrainConfig, 'python train.py', presets=True)
 
-takes --lr 1e-3 and --lr=1e-3, and - for _ in names; on/off options also take a bare --name. A preset, a TOML file of the same names, may stand
-before the flags, which override it. Whatever a user gets wrong ends in one line and exit code 2.
+takes --lr 1e-3 and --lr=1e-3, and - for _ in names; on/off options also take a bare --name. A preset, a TOML file of the
+same names, may stand before the flags, which override it. Whatever a user gets wrong ends in one line and exit code 2.
 
 But: no sub-commands, no short flags, no environment variables, no code in presets.
 """
