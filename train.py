@@ -1,11 +1,15 @@
 """
-Trains a CWIC model: first dense, then ever sparser, then sparse for good.
+Trains a CWIC model: first dense, then ever sparser, then sparse for good; or makes one of a dense model there is.
 
     python train.py                                     # the default: a small model of Python code, on any laptop
     python train.py --target_reduction 1                # the same run without sparsity, to compare with
     python train.py config/NAME.toml --lr 5e-4          # a preset, with one option changed
     python train.py --resume                            # goes on from out/last.pt as if it had never stopped
+    python train.py --init_from gpt2 --max_steps 0      # no training: out/best.pt is GPT-2 as released, for chat.py
     torchrun --nproc_per_node 2 train.py                # several processes share each step's batch
+
+From --init_from, sparsity begins at once, at the exact dense model, and the loss is the two-way KL to it, unless
+--dense_steps and --teacher say otherwise.
 
 Leaves in --out: best.pt (the best validation loss among evaluations that met the compute target), last.pt (all it takes
 to resume), log.csv and training.png.
@@ -13,7 +17,10 @@ to resume), log.csv and training.png.
 A batch depends on the seed and the step alone, so there is no data position and no random state to carry: a resumed run
 draws what the uninterrupted one would have drawn, on any number of processes.
 
-But: no experiment tracker, no dropout, and no DDP wrapper: gradients are summed over processes in one visible place.
+Several processes: each takes its share of the sequences of every step, and what they add up, in one visible place, is
+that of the whole step; all evaluate, the first one logs and saves. Several hosts need --out on a shared file system.
+
+But: no experiment tracker, no dropout, no DDP wrapper, no sharding of weights or optimiser.
 """
 
 import csv
@@ -25,26 +32,30 @@ import subprocess
 import sys
 import time
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
+from datetime import timedelta
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
 import cwic
+import gpt2
 from cwic import GPT, CWICConfig
 from options import fail, option, parse_options
+from report import COLUMNS, clock, plot, summary
 
 HERE = os.path.dirname(os.path.abspath(__file__))
-LOGITS_AT_ONCE = 2 ** 22        # no more logits than this, or one sequence's, exist at a time
-COLUMNS = ['step', 'seconds', 'loss', 'val_loss', 'reduction', 'target', 'lr']      # of log.csv
+# no more logits than this, or one sequence's, exist at a time: what a CPU's cache likes, what keeps a GPU busy
+LOGITS_AT_ONCE = {'cpu': 2 ** 22, 'cuda': 2 ** 28, 'mps': 2 ** 26}
 
 
 @dataclass
 class TrainConfig:
-    """Trains a CWIC model from scratch: dense first, then sparse."""
+    """Trains a CWIC model: from scratch, dense first and then sparse; or from a dense model, by distillation."""
     data: str = option('python', 'folder in data/ that holds train.bin, val.bin and meta.json')
     out: str = option('out', 'where checkpoints, the log and the picture go')
+    init_from: str = option('', 'dense model to start from: gpt2, gpt2-medium, gpt2-large, gpt2-xl, a folder with such weights, or a .pt of ours')
     resume: bool = option(False, 'go on from last.pt in --out, with the options it was started with')
     seed: int = option(1, 'of the initial weights and of the order of the data')
     device: str = option('auto', 'auto, cpu, cuda or mps')
@@ -62,11 +73,12 @@ class TrainConfig:
     stripe_head: int = option(1024, '... of the LM head')
     # compute
     target_reduction: float = option(3.0, 'dense weights / active weights per token to train for; 1 trains a dense model')
-    teacher: float = option(0.0, 'share of the sparse loss that is KL to the frozen dense model; the rest is next-token loss')
+    teacher: float = option(-1.0, 'share of the sparse loss that is KL to the frozen dense model, not next-token loss; -1: 1 with --init_from, else 0')
     # the schedule, in optimiser steps
-    dense_steps: int = option(900, 'steps before sparsity begins')
+    dense_steps: int = option(900, 'steps before sparsity begins; none with --init_from, unless changed')
     ramp_steps: int = option(200, 'steps in which the target rises from 1 to --target_reduction')
     hold_steps: int = option(500, 'steps at the full target')
+    max_steps: int = option(-1, 'stop after this step; -1: when the schedule ends, 0: save what --init_from read')
     warmup_steps: int = option(400, 'steps in which the learning rate rises from 0')
     lr: float = option(2e-3, 'peak learning rate, held while dense, then falling along a line')
     final_lr: float = option(0.1, 'the last learning rate, as a share of --lr')
@@ -77,6 +89,7 @@ class TrainConfig:
     batch_size: int = option(8, 'sequences in an optimiser step, over all processes')
     micro_batch: int = option(8, 'sequences in one forward pass')
     recompute: bool = option(False, 'compute activations again in backward rather than keep them: slower, smaller')
+    compile: bool = option(False, 'fuse what torch.compile can: faster on a GPU after minutes of compiling; needs a C++ compiler or Triton')
     # what is reported
     eval_every: int = option(100, 'steps between evaluations, each of which also saves last.pt')
     eval_windows: int = option(64, 'windows of validation text in an evaluation; the last one takes up to 256')
@@ -87,7 +100,7 @@ class TrainConfig:
         for name in ('n_layer', 'n_head', 'n_embd', 'block_size', 'batch_size', 'micro_batch', 'warmup_steps', 'eval_every', 'eval_windows'):
             if getattr(self, name) < 1:
                 fail(f'--{name} must be at least 1')
-        if self.target_reduction < 1 or not 0 <= self.teacher <= 1:
+        if self.target_reduction < 1 or self.teacher != -1 and not 0 <= self.teacher <= 1:
             fail('--target_reduction must be at least 1, and --teacher from 0 to 1')
         if self.steps() < 1 or min(self.dense_steps, self.ramp_steps, self.hold_steps) < 0:
             fail('--dense_steps, --ramp_steps and --hold_steps must not be negative, nor all 0')
@@ -97,7 +110,7 @@ class TrainConfig:
 
 
 # options that a resumed run may change: they change what it costs, not what it computes
-FREE_TO_CHANGE = ('out', 'resume', 'device', 'dtype', 'micro_batch', 'recompute', 'log_every')
+FREE_TO_CHANGE = ('out', 'resume', 'max_steps', 'device', 'dtype', 'micro_batch', 'recompute', 'compile', 'log_every')
 
 
 def options_to_resume(config, saved):
@@ -105,11 +118,45 @@ def options_to_resume(config, saved):
     merged = dict(saved, resume=True)
     for f in fields(TrainConfig):
         given = getattr(config, f.name)
-        if f.name == 'out' or f.name in FREE_TO_CHANGE and given != f.default:
+        if f.name in ('out', 'max_steps') or f.name in FREE_TO_CHANGE and given != f.default:
             merged[f.name] = given
-        elif f.name not in FREE_TO_CHANGE and given not in (f.default, saved[f.name]):
+        elif f.name not in FREE_TO_CHANGE and given not in (f.default, saved.get(f.name, f.default)):
             fail(f'--{f.name} {given}: the run was started with {saved[f.name]}; leave the option out, or start afresh in another --out')
     return TrainConfig(**merged)
+
+
+# -----------------------------------------------------------------------------
+# the dense model to start from
+
+
+def starting_model(config):
+    """--init_from -> (model, its tokenizer's spec, the options for it: its sizes, and what distillation implies)."""
+    source = config.init_from
+    try:
+        if os.path.isfile(source) or source.endswith('.pt'):
+            model, saved = cwic.load_checkpoint(source)
+            tokenizer = saved['tokenizer']
+        else:
+            model, tokenizer = gpt2.load(source)
+    except (cwic.CheckpointError, gpt2.GPT2Error) as error:
+        fail(f'--init_from {source}: {error}', 1)
+    except KeyboardInterrupt:
+        fail('interrupted; the same command goes on with what has arrived', 130)
+    if any(float(linear.theta.detach().max()) > 0 for _, linear in model.linears()):
+        fail(f'--init_from {source}: is sparse already; start from a dense model, such as one trained with --target_reduction 1')
+    sizes = asdict(model.config)
+    for f in fields(TrainConfig):
+        given = getattr(config, f.name)
+        if f.name in sizes and given not in (f.default, sizes[f.name]):
+            if not f.name.startswith('stripe_'):
+                fail(f'--{f.name} {given}: {source} has {sizes[f.name]}; leave the option out')
+            sizes[f.name] = given
+    if sizes != asdict(model.config):       # other stripes: all but the thresholds, which are 0, stays as it is
+        dense, model = model, GPT(CWICConfig(**sizes))
+        model.load_state_dict({name: x for name, x in dense.state_dict().items() if not name.endswith('theta')}, strict=False)
+    del sizes['vocab_size']
+    dense_steps = 0 if config.dense_steps == TrainConfig.dense_steps else config.dense_steps
+    return model, tokenizer, replace(config, **sizes, dense_steps=dense_steps, teacher=1.0 if config.teacher == -1 else config.teacher)
 
 
 # -----------------------------------------------------------------------------
@@ -142,7 +189,9 @@ def choose_dtype(name, device):
     if name != 'auto':
         fail(f'--dtype {name}: choose auto, float32 or bfloat16')
     if device == 'cuda':
-        return torch.bfloat16, 'the usual choice on a GPU'
+        if torch.cuda.is_bf16_supported(including_emulation=False):
+            return torch.bfloat16, 'the usual choice on a GPU'
+        return torch.float32, 'this GPU has no bfloat16'
     if device == 'mps':
         return torch.float32, 'the safe choice on an Apple GPU'
     ratio = product_seconds(torch.float32) / product_seconds(torch.bfloat16)
@@ -172,6 +221,14 @@ def load_data(name, block_size):
     if min(len(train), len(val)) < block_size + 2:
         fail(f'data/{name}: {len(train):,} and {len(val):,} tokens are too few for --block_size {block_size}')
     return train, val, meta
+
+
+def check_tokenizer(name, meta, tokenizer):
+    """Ends the program where the data set speaks another vocabulary than the model."""
+    if meta['tokenizer'] != tokenizer:
+        of_data, of_model = (spec.get('name', spec['kind']) for spec in (meta['tokenizer'], tokenizer))
+        fail(f'data/{name} was made with the tokenizer {of_data}, but the model has {of_model} (or another of that name); choose other --data, '
+             f'or prepare some: python data/text/prepare.py --tokenizer {of_model} FILE... and then --data text')
 
 
 def windows(data, starts, block_size, device):
@@ -221,7 +278,7 @@ def backward(model, teacher, tokens, targets, *, dense, teacher_share, price, sh
         with torch.no_grad():
             teacher_hidden, _, _ = teacher.trunk(tokens, dense=True)
     loss, active_head, sums_head = 0.0, 0.0, None
-    rows = max(1, LOGITS_AT_ONCE // (tokens.shape[1] * model.config.vocab_size))
+    rows = max(1, LOGITS_AT_ONCE[tokens.device.type] // (tokens.shape[1] * model.config.vocab_size))
     for first in range(0, len(tokens), rows):
         some = slice(first, first + rows)
         some_share = share * len(tokens[some]) / len(tokens)
@@ -256,12 +313,15 @@ def sum_over_processes(tensors):
 
 
 @torch.no_grad()
-def warm_statistics(model, batches, autocast):
+def warm_statistics(model, batches, micro_batch, autocast):
     """Before sparsity begins the statistics must stand: thresholds are measured in sigmas. Changes no weight."""
     for tokens, _ in batches:
-        with autocast():
-            hidden, _, sums = model.trunk(tokens)
-            sums.append(model.head(hidden)[2])
+        sums = None
+        for some in tokens.split(micro_batch):
+            with autocast():
+                hidden, _, sums_some = model.trunk(some)
+            sums_some.append(cwic.observe(hidden, model.head.mu, model.head.sigma))
+            sums = sums_some if sums is None else [a + b for a, b in zip(sums, sums_some)]
         sum_over_processes(sums)
         model.update_statistics(sums)
     if any(float(linear.sigma.max()) == 0 for _, linear in model.linears()):
@@ -279,69 +339,23 @@ def evaluate(model, data, config, device, dense, count):
     model.eval()
     starts = np.linspace(0, len(data) - config.block_size - 1, count).astype(np.int64)
     loss, active, shares, entropies = 0.0, 0.0, [], []
-    for some in np.array_split(starts, math.ceil(count / 4)):
+    rows = max(1, min(config.micro_batch, LOGITS_AT_ONCE[torch.device(device).type] // (config.block_size * model.config.vocab_size)))
+    for some in np.array_split(starts, math.ceil(count / rows)):
         tokens, targets = windows(data, some, config.block_size, device)
         logits, active_some = model(tokens, dense=dense)
+        active_some = active_some.cpu().double()        # not every GPU has doubles
         loss += float(cwic.next_token_loss(logits.flatten(0, 1), targets.flatten())) * len(some) / count
-        active = active + active_some.double().mean((1, 2)) * len(some) / count         # (matrices,)
-        shares.append(active_some.double().sum(0).flatten() / model.dense())
+        active = active + active_some.mean((1, 2)) * len(some) / count         # (matrices,)
+        shares.append(active_some.sum(0).flatten() / model.dense())
         logp = logits.log_softmax(-1)
-        entropies.append(-(logp.exp() * logp).sum(-1).flatten())
+        entropies.append(-(logp.exp() * logp).sum(-1).flatten().cpu().double())
     model.train()
-    shares, entropies = torch.cat(shares).cpu(), torch.cat(entropies).double().cpu()
+    shares, entropies = torch.cat(shares), torch.cat(entropies)
     spread = float(shares.std() / shares.mean())
     return dict(loss=loss, reduction=float(1 / shares.mean()), spread=spread,
                 active=[float(a) / linear.dense for a, (_, linear) in zip(active, model.linears())],
                 entropy_correlation=float(torch.corrcoef(torch.stack([shares, entropies]))[0, 1]) if spread else 0.0,
                 compute_percentiles={str(p): float(np.percentile(shares, p)) for p in (1, 5, 25, 50, 75, 95, 99)})
-
-
-# -----------------------------------------------------------------------------
-# what a reader sees
-
-
-def plot(rows, measured, path):
-    """training.png: the loss; the reduction against its target; and how much each layer's matrices are used."""
-    import matplotlib
-    matplotlib.use('Agg')
-    import matplotlib.pyplot as plt
-    column = {name: [row[i] for row in rows] for i, name in enumerate(COLUMNS)}
-    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(16, 4.8), width_ratios=(1.2, 1, 1))
-    left.plot(column['step'], column['loss'], color='0.75', lw=1, label='training')
-    evaluated = [(step, loss) for step, loss in zip(column['step'], column['val_loss']) if loss is not None]
-    left.plot([step for step, _ in evaluated], [loss for _, loss in evaluated], 'o-', color='#1f4e9c', ms=3, label='validation')
-    left.set(title='Loss', xlabel='optimiser step', ylabel='nats per token')
-    middle.plot(column['step'], column['target'], '--', color='0.4', label='target')
-    middle.plot(column['step'], column['reduction'], color='#b8431f', label='reduction')
-    middle.set(title='Compute reduction', xlabel='optimiser step', ylabel='dense / active weights per token')
-    for axes in (left, middle):
-        axes.legend(frameon=False)
-        axes.grid(alpha=0.3)
-    percent = 100 * np.array(measured['active'][:-1]).reshape(-1, 4)    # (layers, matrices)
-    image = right.imshow(percent, cmap='cividis', vmin=0, vmax=max(percent.max(), 1), aspect='auto')
-    for (layer, matrix), value in np.ndenumerate(percent):
-        right.text(matrix, layer, f'{value:.0f}', ha='center', va='center', color='white' if value < 0.6 * percent.max() else 'black')
-    right.set(title=f'Weights used on validation text, % (head: {100 * measured["active"][-1]:.0f})', xlabel='matrix', ylabel='layer',
-              xticks=range(4), xticklabels=['qkv', 'out', 'up', 'down'], yticks=range(len(percent)))
-    figure.colorbar(image, ax=right, label='% of dense')
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
-
-
-def clock(seconds):
-    return f'{int(seconds) // 60}:{int(seconds) % 60:02d}'
-
-
-def summary(measured, meta, config, seconds):
-    bits = measured['loss'] / math.log(2) * meta['val_tokens'] / meta['val_bytes'] if meta.get('val_bytes') else None
-    percentiles = measured['compute_percentiles']
-    lines = [f'done in {clock(seconds)}: validation loss {measured["loss"]:.4f} nats per token' + (f' ({bits:.3f} bits per byte)' if bits else '')
-             + f', reduction {measured["reduction"]:.2f}x (target {config.target_reduction:g}x)']
-    if config.target_reduction > 1:
-        lines.append(f'compute per token: {100 / measured["reduction"]:.1f}% of dense on average, 5th to 95th percentile {100 * percentiles["5"]:.1f}% to '
-                     f'{100 * percentiles["95"]:.1f}%; spread {100 * measured["spread"]:.1f}%; correlation with the entropy of the prediction {measured["entropy_correlation"]:+.2f}')
-    return lines
 
 
 # -----------------------------------------------------------------------------
@@ -355,29 +369,44 @@ def main():
     say = print if rank == 0 else lambda *args, **more: None
     kind = choose_device(config.device)
     device = f'cuda:{os.environ["LOCAL_RANK"]}' if kind == 'cuda' and world > 1 else kind
+    model = tokenizer = None
+    if world > 1:
+        if kind == 'cuda':
+            torch.cuda.set_device(device)
+        dist.init_process_group('nccl' if kind == 'cuda' else 'gloo', timeout=timedelta(hours=1))
+        if os.environ['LOCAL_RANK'] != '0':
+            dist.barrier()      # until the first process of this host has downloaded and prepared what is missing
     if config.resume:
         try:
-            model, saved = cwic.load_checkpoint(last, device)
+            model, saved = cwic.load_checkpoint(last)
         except cwic.CheckpointError as error:
             fail(f'cannot resume: {error}', 1)
-        config = options_to_resume(config, saved['options'])
+        config, tokenizer = options_to_resume(config, saved['options']), saved['tokenizer']
+    elif config.init_from:
+        model, tokenizer, config = starting_model(config)
+    else:
+        config = replace(config, teacher=max(config.teacher, 0.0))
     if config.batch_size % (config.micro_batch * world):
         fail(f'--batch_size {config.batch_size} must be a multiple of --micro_batch times processes ({config.micro_batch} x {world})')
-    train_data, val_data, meta = load_data(config.data, config.block_size)
+    last_step = config.steps() if config.max_steps < 0 else min(config.max_steps, config.steps())
+    if last_step or not config.init_from:       # without a step to do, a model that has a tokenizer needs no data
+        train_data, val_data, meta = load_data(config.data, config.block_size)
+        tokenizer = tokenizer or meta['tokenizer']
+        check_tokenizer(config.data, meta, tokenizer)
+    if world > 1 and os.environ['LOCAL_RANK'] == '0':
+        dist.barrier()
     dtype, why = choose_dtype(config.dtype, kind)
     autocast = nullcontext if dtype == torch.float32 else lambda: torch.autocast(kind, dtype=dtype)
-    if world > 1:
-        dist.init_process_group('nccl' if kind == 'cuda' else 'gloo')
     os.makedirs(config.out, exist_ok=True)
 
     torch.manual_seed(config.seed)
-    if not config.resume:
+    if model is None:
         try:
             sizes = {f.name: getattr(config, f.name) for f in fields(CWICConfig) if f.name != 'vocab_size'}
-            model = GPT(CWICConfig(vocab_size=meta['vocab_size'], **sizes)).to(device)
+            model = GPT(CWICConfig(vocab_size=meta['vocab_size'], **sizes))
         except ValueError as error:
             fail(f'--{error}')
-    model.train()
+    model.to(device).train()
     linears = [linear for _, linear in model.linears()]
     optimizer = torch.optim.AdamW(model.parameter_groups(config.lr, config.weight_decay), betas=(0.9, config.beta2), fused=kind != 'mps')
     # everything a run carries from one step to the next; active: mean weights each matrix used in the last step
@@ -387,27 +416,37 @@ def main():
     if config.resume:
         optimizer.load_state_dict(saved['optimizer'])       # puts new groups in the place of the old
         step, seconds, rows, best_loss, active = (saved[name] for name in ('step', 'seconds', 'log', 'best_loss', 'active'))
+        active = active.to(device)
         if saved['teacher'] is not None:
             teacher = cwic.dense_copy(model)
             teacher.load_state_dict(saved['teacher'])
-        if step >= config.steps():
+        if step >= last_step:
             fail(f'{last} has already done all its {step} steps; there is nothing to resume', 0)
-
     *weight_groups, threshold_group = optimizer.param_groups
+    if config.compile:
+        for part in (*model.blocks, model.head):
+            part.compile()
 
     def save(path, **more):
         if rank == 0:
             results = {} if measured is None else dict(measured, val_loss=measured['loss'])
-            cwic.save_checkpoint(path, model, **dict(results, active_share=results.pop('active', None)), tokenizer=meta['tokenizer'], data=config.data,
-                                 step=step, options=asdict(config), **more)
+            try:
+                cwic.save_checkpoint(path, model, **dict(results, active_share=results.pop('active', None)), tokenizer=tokenizer, data=config.data,
+                                     step=step, options=asdict(config), **more)
+            except OSError as error:
+                fail(f'{path} cannot be written ({error.strerror}); what stood there before is whole', 1)
 
     def save_last():
         save(last, optimizer=optimizer.state_dict(), teacher=None if teacher is None else teacher.state_dict(), seconds=seconds, log=rows,
              best_loss=best_loss, active=active)
 
     parameters, tokens_per_step = sum(p.numel() for p in model.parameters()), config.batch_size * config.block_size
+    say(f'model   {parameters:,} parameters; {model.dense():,} dense weights per token' + (f'; from {config.init_from}' if config.init_from else ''))
+    if last_step == 0:
+        save(best)
+        say(f'no step to do: saved as it is; talk to it: python chat.py --ckpt {best}')
+        return
     say(f'data    data/{config.data}: {len(train_data):,} tokens to train on, {len(val_data):,} to validate; vocabulary of {meta["vocab_size"]:,}')
-    say(f'model   {parameters:,} parameters; {model.dense():,} dense weights per token')
     say(f'plan    {config.dense_steps} steps dense, {config.ramp_steps} towards {config.target_reduction:g}x less compute, {config.hold_steps} there; '
         f'{tokens_per_step:,} tokens each, {tokens_per_step * config.steps():,} in all')
     threads = f', {torch.get_num_threads()} threads' if kind == 'cpu' else ''
@@ -423,14 +462,14 @@ def main():
     log.writerows([COLUMNS] + rows)
     printed_time, printed_step, step_seconds = time.perf_counter(), step, {}
 
-    while step < config.steps():
+    while step < last_step:
         started = time.perf_counter()
         dense = step < config.dense_steps or config.target_reduction == 1
         if not dense and step == config.dense_steps:
             if config.teacher:
                 teacher = cwic.dense_copy(model)
             warm = (windows(train_data, step_starts(train_data, config, 2 ** 31 + i)[rank::world], config.block_size, device) for i in range(20))
-            warm_statistics(model, warm, autocast)
+            warm_statistics(model, warm, config.micro_batch, autocast)
         target = target_at(step, config)
         price = 0.0 if dense else cwic.price(float(active.sum()), model.dense(), target)
         for group in weight_groups:
@@ -484,18 +523,18 @@ def main():
             save_last()
         now = time.perf_counter()
         if evaluated or now - printed_time >= config.log_every:
-            left = {True: max(config.dense_steps - step, 0), False: config.steps() - max(step, config.dense_steps)}
+            left = {True: max(min(config.dense_steps, last_step) - step, 0), False: max(last_step - max(step, config.dense_steps), 0)}
             if config.target_reduction == 1:
-                left = {True: config.steps() - step, False: 0}
+                left = {True: last_step - step, False: 0}
             dense_seconds = step_seconds.get(True, step_seconds.get(False))
             eta = left[True] * dense_seconds + left[False] * step_seconds.get(False, 1.35 * dense_seconds)
             say(f'step {step:5d}/{config.steps()}  loss {float(loss):.4f}  ' + (f'val {measured["loss"]:.4f}  ' if evaluated else ' ' * 12)
                 + f'reduction {model.dense() / float(active.sum()):.2f}x (target {target:.2f}x)  {(step - printed_step) * tokens_per_step / (now - printed_time):7,.0f} tok/s  {clock(eta)} left', flush=True)
             printed_time, printed_step = now, step
-        if float(stop):
+        if float(stop) or step == last_step < config.steps():
             save_last()
-            say(f'\ninterrupted at step {step}, which is saved; go on with: python train.py --resume' + ('' if config.out == 'out' else f' --out {config.out}'))
-            sys.exit(130)
+            say(f'\n{"interrupted" if float(stop) else "stopped"} at step {step}, which is saved; go on with: python train.py --resume' + ('' if config.out == 'out' else f' --out {config.out}'))
+            sys.exit(130 if float(stop) else 0)
 
     log_file.close()
     if rank == 0:
