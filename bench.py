@@ -284,6 +284,7 @@ def measure_train(config):
     """Seconds of a step of train.py's default model: dense, and in CWIC mode with thresholds that skip two thirds."""
     import train
     options = train.TrainConfig()
+    train.keep_memory()
     dtype, _ = train.choose_dtype('auto', 'cpu')
     sizes = {name: getattr(options, name) for name in CWICConfig.__dataclass_fields__ if name != 'vocab_size'}
     model = GPT(CWICConfig(**sizes)).train()

@@ -111,7 +111,7 @@ class GatedProduct(torch.autograd.Function):
             magnitude, mask, pull = c.abs(), torch.empty_like(c), torch.empty_like(c)     # (N, in) each
             masked = mask if dtype == c.dtype else torch.empty_like(c, dtype=dtype)
             half, inverse = bw / 2, torch.where(bw > 0, 1 / bw, 0)         # an input that never moves has no window
-            dc, dt, dW = torch.zeros_like(c), torch.empty_like(t), torch.empty_like(W)
+            dc, dt, dW, felt = torch.zeros_like(c), torch.empty_like(t), torch.empty_like(W), torch.zeros_like(c)
             for s, (g_s, W_s) in enumerate(zip(g.split(stripe, dim=1), W.to(dtype).split(stripe, dim=1))):
                 width, columns = W_s.shape[1], slice(s * stripe, s * stripe + W_s.shape[1])
                 torch.gt(magnitude, t[s], out=mask)
@@ -124,8 +124,8 @@ class GatedProduct(torch.autograd.Function):
                 # the window, times bw: 1 where |c| is within bw / 2 of the threshold
                 torch.lt(torch.sub(magnitude, t[s], out=mask).abs_(), half, out=mask)
                 dt[s] = -(pull.mul_(mask).mul_(c).sum(0) + width * (g_active @ mask)) * inverse
-                if ctx.needs_input_grad[0]:
-                    dc.addcmul_(mask.mul_((width * g_active)[:, None]), torch.sign(c) * inverse)
+                felt.add_(mask, alpha=width)
+            dc += felt.mul_(g_active[:, None]).mul_(torch.sign(c).mul_(inverse))
             return dc, dt, None, dW, None
 
 
