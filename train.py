@@ -92,8 +92,8 @@ class TrainConfig:
     recompute: bool = option(False, 'compute activations again in backward rather than keep them: slower, smaller')
     compile: bool = option(False, 'fuse what torch.compile can: faster on a GPU after minutes of compiling; needs a C++ compiler or Triton')
     # what is reported
-    eval_every: int = option(100, 'steps between evaluations, each of which also saves last.pt')
-    eval_windows: int = option(64, 'windows of validation text in an evaluation; the last one takes up to 256')
+    eval_every: int = option(150, 'steps between evaluations, each of which also saves last.pt')
+    eval_windows: int = option(128, 'windows of validation text in an evaluation, always the same')
     log_every: float = option(5.0, 'seconds between lines of output')
 
     def check(self):
@@ -342,14 +342,15 @@ def warm_statistics(model, batches, micro_batch, autocast):
 
 
 @torch.no_grad()
-def evaluate(model, data, config, device, dense, count):
+def evaluate(model, data, config, device, dense):
     """
-    Validation on `count` fixed windows, in eval mode and f32. Returns a dict: loss (nats per token), reduction, active (the
+    Validation on --eval_windows fixed windows, in eval mode and f32. Returns a dict: loss (nats per token), reduction, active (the
     share of each matrix's weights, in the order of linears()), spread (the standard deviation of the compute of a token,
     over its mean), entropy_correlation (of a token's compute with the entropy of what the model predicts from it), and
     compute_percentiles, of a token's share of dense compute.
     """
     model.eval()
+    count = config.eval_windows
     starts = np.linspace(0, len(data) - config.block_size - 1, count).astype(np.int64)
     loss, active, shares, entropies = 0.0, 0.0, [], []
     rows = max(1, min(config.micro_batch, LOGITS_AT_ONCE[torch.device(device).type] // (config.block_size * model.config.vocab_size)))
@@ -521,8 +522,7 @@ def main():
         # evaluation, checkpoints, the log
         evaluated = step % config.eval_every == 0 or step == config.steps()
         if evaluated:
-            count = config.eval_windows if step < config.steps() else max(config.eval_windows, min(256, len(val_data) // config.block_size))
-            measured = evaluate(model, val_data, config, device, dense, count)
+            measured = evaluate(model, val_data, config, device, dense)
         seconds += time.perf_counter() - started
         if evaluated or step % 10 == 0:
             row = [step, round(seconds, 2), float(loss), measured['loss'] if evaluated else None, model.dense() / float(active.sum()), target, lr_at(step - 1, config)]

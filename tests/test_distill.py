@@ -82,7 +82,7 @@ def test_warm_statistics_do_not_depend_on_the_micro_batch():
 
 def test_the_first_step_of_the_program(dense_checkpoint, data, tmp_path):
     """No dense step, KL alone, thresholds off the floor only by what the first step moves them; and --eval_every shows it in the log."""
-    result = run('train.py', *TINY, '--data', data, '--init_from', dense_checkpoint, '--dense_steps', '900', '--eval_every', '1',
+    result = run('train.py', *TINY, '--data', data, '--init_from', dense_checkpoint, '--dense_steps', str(train.TrainConfig.dense_steps), '--eval_every', '1',
                  '--out', str(tmp_path), '--max_steps', '1')
     assert result.returncode == 0, result.stderr
     with open(tmp_path / 'log.csv', encoding='utf-8') as f:

@@ -111,7 +111,7 @@ def test_evaluation_leaves_the_model_as_it_was(data):
     model = cwic.GPT(cwic.CWICConfig(vocab_size=257, block_size=16, n_layer=1, n_head=2, n_embd=16)).train()
     before = {name: x.clone() for name, x in model.state_dict().items()}
     _, val, _ = train.load_data(data, 16)
-    measured = train.evaluate(model, val, train.TrainConfig(block_size=16), 'cpu', False, 6)
+    measured = train.evaluate(model, val, train.TrainConfig(block_size=16, eval_windows=6), 'cpu', False)
     assert model.training and all(torch.equal(before[name], x) for name, x in model.state_dict().items())
     # thresholds are 0: (nearly) everything is used, and the loss is that of a plain pass over the same windows
     starts = np.linspace(0, len(val) - 17, 6).astype(int)
