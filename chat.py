@@ -54,7 +54,7 @@ class ChatConfig:
     threads: int = option(None, 'of the kernel; without it, one for each core, up to 8')
     color: str = option('auto', 'truecolor, 256, none, or auto: what the terminal says it can')
     no_color: bool = option(False, 'the same as --color none')
-    temperature: float = option(0.8, 'of sampling; 0 always takes the likeliest token')
+    temperature: float = option(0.7, 'of sampling; 0 always takes the likeliest token')
     top_k: int = option(0, 'sample among this many of the likeliest tokens; 0: all')
     top_p: float = option(0.95, 'sample among the likeliest tokens that make up this much probability')
     seed: int = option(1, 'of sampling: same seed, same text')
