@@ -167,7 +167,7 @@ def starting_model(config):
 def keep_memory():
     """
     Asks glibc to keep the memory it is given back. By default it returns large blocks to the system at once, and every step
-    pays for each page again: a third of the time of a CWIC step on a CPU. Elsewhere than on Linux this does nothing.
+    pays for each page again: up to a quarter of the time of a CWIC step on a CPU. Elsewhere than on Linux this does nothing.
     """
     mallopt = getattr(ctypes.CDLL(None), 'mallopt', None) if sys.platform == 'linux' else None
     if mallopt:
