@@ -96,6 +96,12 @@ def interruptible():
         signal.signal(signal.SIGINT, before)
 
 
+def too_long(turn, conversation):
+    """What to say of a prompt that does not fit the context; None where it fits."""
+    size = conversation.model.config.block_size
+    return f'the prompt has {len(turn.prompt)} tokens, of which the model saw the last {size}' if len(turn.prompt) > size else None
+
+
 class Chat:
     """A conversation typed at a terminal. A line that begins with / is a command: the methods named command_... ."""
 
@@ -122,9 +128,8 @@ class Chat:
                 turn = speak(self.show, interrupted)
             finally:
                 self.painter.end_line()
-        size = self.conversation.model.config.block_size
-        if len(turn.prompt) > size:
-            self.quiet(f'the prompt has {len(turn.prompt)} tokens, of which the model saw the last {size}')
+        if too_long(turn, self.conversation):
+            self.quiet(too_long(turn, self.conversation))
         self.warned = turn.ended == 'interrupt'
         if legend:
             self.legend()
@@ -301,7 +306,7 @@ def answer(conversation, prompts, chat, as_json):
                 print(turn.to_json(conversation.decoder.names), flush=True)
             elif not turn.text.endswith('\n'):
                 print(flush=True)
-            print(turn.summary(), file=sys.stderr)
+            print(*filter(None, (too_long(turn, conversation), turn.summary())), sep='\n', file=sys.stderr)
             code = 130 if turn.ended == 'interrupt' else 0
         if code:
             return code

@@ -469,6 +469,13 @@ def test_pipes(checkpoint):
         assert reply['ended'] == 'length' and reply['first_token_seconds'] > 0 and reply['tokens_per_second'] > 0
 
 
+def test_a_prompt_longer_than_the_context_is_said_to_be_cut(checkpoint):
+    """In a pipe it was cut to the context without a word. Bytes are tokens here, so the prompt's length is known."""
+    size = cwic.load_checkpoint(checkpoint)[0].config.block_size
+    run = program('--ckpt', checkpoint, '--prompt', 'a' * (size + 5), '--max_tokens', '3')
+    assert run.returncode == 0 and f'the prompt has {size + 5} tokens, of which the model saw the last {size}' in run.stderr.decode()
+
+
 def test_a_closed_pipe_ends_quietly(checkpoint):
     """`chat.py ... | head -c 1` used to end in a traceback, some times only while Python shut down."""
     run = endless(checkpoint)
