@@ -66,6 +66,18 @@ def observe(x, mu, sigma, mask=None):
 # the gate: which weights a token uses, and what its thresholds learn from it
 
 
+def by_stripe(columns, stripe):
+    """(rows, out) -> (n, rows, stripe): the columns stripe by stripe, the last filled up with zeros."""
+    if columns.shape[1] % stripe:
+        columns = F.pad(columns, (0, -columns.shape[1] % stripe))
+    return columns.view(len(columns), -1, stripe).transpose(0, 1)
+
+
+def side_by_side(stripes, n_out):
+    """(n, rows, stripe) -> (rows, out): the way back, without what filled up the last."""
+    return stripes.transpose(0, 1).reshape(stripes.shape[1], -1)[:, :n_out]
+
+
 class GatedProduct(torch.autograd.Function):
     """
     y[:, stripe] = (m * c) @ W[:, stripe],  with the mask m = |c| > t[stripe] of that stripe, strict; and the number of
@@ -75,8 +87,9 @@ class GatedProduct(torch.autograd.Function):
         from y         dc = g @ W^T as if nothing had been masked,     dt = -sum over tokens of (g @ W^T) * c * k
         from active    dc = +width * k * sign(c) * g,                  dt = -sum over tokens of width * k * g
 
-    Only c is kept for backward: masks are cheaper to make again than to store. The scratch buffers are made once and
-    reused by every stripe, which on a CPU matters more than the arithmetic: fresh memory costs a page fault every 4 KiB.
+    Only c is kept for backward: masks are cheaper to make again than to store. Masks are numbers, 0 or 1, and one buffer
+    holds first the mask and then the window: on a CPU fresh memory costs more than the arithmetic, on a GPU torch.compile
+    sees through it.
 
     c (N, in) f32, t (n, in), bw (in), W (in, out), stripe: columns in each stripe but the last, which may be narrower.
     Returns y (N, out) in the dtype of autocast (or of W), active (N,) f32, exact up to 2^24.
@@ -86,47 +99,29 @@ class GatedProduct(torch.autograd.Function):
     def forward(ctx, c, t, bw, W, stripe):
         device = c.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else W.dtype
-        ctx.save_for_backward(c, t, bw, W)
+        widths = (W.shape[1] - stripe * torch.arange(len(t), device=c.device)).clamp_max(stripe)[:, None]      # (n, 1)
+        ctx.save_for_backward(c, t, bw, W, widths)
         ctx.stripe, ctx.dtype = stripe, dtype
         with torch.autocast(device, enabled=False):
-            magnitude, mask = c.abs(), torch.empty_like(c)                  # (N, in), (N, in)
-            masked = mask if dtype == c.dtype else torch.empty_like(c, dtype=dtype)
-            ones = c.new_ones(c.shape[1])
-            active = c.new_zeros(c.shape[0])                                # (N,)
-            y = []
-            for t_s, W_s in zip(t, W.to(dtype).split(stripe, dim=1)):       # (in,), (in, width)
-                torch.gt(magnitude, t_s, out=mask)
-                active.addmv_(mask, ones, alpha=W_s.shape[1])
-                mask.mul_(c)
-                if masked is not mask:
-                    masked.copy_(mask)
-                y.append(masked @ W_s)                                      # (N, width)
-            return torch.cat(y, dim=1), active
+            mask = torch.gt(c.abs(), t[:, None], out=c.new_empty(len(t), *c.shape))         # (n, N, in)
+            active = (widths * mask.sum(2)).sum(0)                                          # (N,)
+            y = torch.bmm(mask.mul_(c).to(dtype), by_stripe(W.to(dtype), stripe))           # (n, N, stripe)
+            return side_by_side(y, W.shape[1]), active
 
     @staticmethod
     def backward(ctx, g, g_active):
-        c, t, bw, W = ctx.saved_tensors
-        stripe, dtype = ctx.stripe, ctx.dtype
+        c, t, bw, W, widths = ctx.saved_tensors
         with torch.autocast(c.device.type, enabled=False):
-            magnitude, mask, pull = c.abs(), torch.empty_like(c), torch.empty_like(c)     # (N, in) each
-            masked = mask if dtype == c.dtype else torch.empty_like(c, dtype=dtype)
-            half, inverse = bw / 2, torch.where(bw > 0, 1 / bw, 0)         # an input that never moves has no window
-            dc, dt, dW, felt = torch.zeros_like(c), torch.empty_like(t), torch.empty_like(W), torch.zeros_like(c)
-            for s, (g_s, W_s) in enumerate(zip(g.split(stripe, dim=1), W.to(dtype).split(stripe, dim=1))):
-                width, columns = W_s.shape[1], slice(s * stripe, s * stripe + W_s.shape[1])
-                torch.gt(magnitude, t[s], out=mask)
-                mask.mul_(c)
-                if masked is not mask:
-                    masked.copy_(mask)
-                dW[:, columns] = masked.t() @ g_s                           # (in, width)
-                pull.copy_(g_s @ W_s.t())                                   # (N, in)
-                dc += pull
-                # the window, times bw: 1 where |c| is within bw / 2 of the threshold
-                torch.lt(torch.sub(magnitude, t[s], out=mask).abs_(), half, out=mask)
-                dt[s] = -(pull.mul_(mask).mul_(c).sum(0) + width * (g_active @ mask)) * inverse
-                felt.add_(mask, alpha=width)
-            dc += felt.mul_(g_active[:, None]).mul_(torch.sign(c).mul_(inverse))
-            return dc, dt, None, dW, None
+            magnitude, g = c.abs(), by_stripe(g, ctx.stripe)                                # (N, in), (n, N, stripe)
+            mask = torch.gt(magnitude, t[:, None], out=c.new_empty(len(t), *c.shape))       # (n, N, in)
+            dW = torch.bmm(mask.mul_(c).to(ctx.dtype).transpose(1, 2), g)                   # (n, in, stripe)
+            pull = torch.bmm(g, by_stripe(W.to(ctx.dtype), ctx.stripe).transpose(1, 2))     # (n, N, in)
+            inverse = torch.where(bw > 0, 1 / bw, 0)                # an input that never moves has no window
+            window = torch.lt(torch.sub(magnitude, t[:, None], out=mask).abs_(), bw / 2, out=mask)     # k * bw
+            price = (widths * g_active)[..., None]                                          # (n, N, 1)
+            dt = -torch.addcmul(price, pull, c).mul_(window).sum(1) * inverse               # (n, in)
+            dc = pull.sum(0, dtype=c.dtype) + window.mul_(price).sum(0) * torch.sign(c) * inverse
+            return dc, dt, None, side_by_side(dW, W.shape[1]).to(W.dtype), None
 
 
 class StripedLinear(nn.Module):
