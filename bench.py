@@ -5,8 +5,9 @@ How fast the kernel is, against the memory it reads from and against others.
     python bench.py decode              # tokens/s, beside PyTorch with dense weights
     python bench.py decode --llama_bench PATH --gguf gpt2-f32.gguf,gpt2-q8_0.gguf
     python bench.py train               # a CWIC training step against the same step dense
+    python bench.py train --model gpt2 --compile        # ... of a 124M model, on a GPU
     python bench.py decode --model out/best.pt
-    python bench.py loss --model out/best.pt    # what narrower weights cost: validation loss of each format
+    python bench.py loss                # what narrower weights cost: validation loss of each format
 
 Reading weights is what decoding waits for, and memory's speed swings as neighbours come and go. So every measurement has
 a bandwidth probe just before and just after it, all cases take turns in rounds, and medians are reported with their
@@ -34,10 +35,11 @@ import numpy as np
 import torch
 
 import build_kernel
-from cwic import GPT, CheckpointError, CWICConfig, KVCache, load_checkpoint
+from cwic import GPT, CheckpointError, CWICConfig, KVCache, dense_copy, load_checkpoint
 from decoder import Decoder
 from options import fail, option, parse_options
 
+HERE = Path(__file__).parent
 GPT2 = dict(vocab_size=50257, block_size=1024, n_layer=12, n_head=12, n_embd=768)
 BYTES = {'f32': 4, 'bf16': 2, 'int8': 1}
 PROMPT = 16             # tokens in the cache when decoding begins
@@ -46,7 +48,7 @@ PROMPT = 16             # tokens in the cache when decoding begins
 @dataclass
 class BenchConfig:
     """Measures speed. The first argument says of what: kernel, decode or train; or loss, what narrower weights cost."""
-    model: str = option('gpt2', 'gpt2, in shape only, or a checkpoint of ours')
+    model: str = option('', 'gpt2, in shape only, or a checkpoint of ours; left out: gpt2, but for train its default model, for loss out/best.pt')
     stripe: int = option(768, 'columns in a stripe of the gpt2 shape')
     reductions: str = option('1,2,3,4,6', 'dense / active weights, for the gpt2 shape')
     dtypes: str = option('f32,bf16,int8', 'formats of the weights')
@@ -57,6 +59,9 @@ class BenchConfig:
     gguf: str = option('', 'its models, separated by commas')
     data: str = option('python', 'folder in data/ whose val.bin the loss is measured on')
     windows: int = option(16, 'windows of it, each as long as the context')
+    device: str = option('auto', 'for train: auto, cpu, cuda or mps; all else runs on the CPU')
+    compile: bool = option(False, 'for train: as torch.compile makes it')
+    batch: int = option(0, 'for train: sequences in a step; 0: as many as train.py would take')
     json: str = option('', 'file for every row, as JSON')
     out: str = option('out', 'where the pictures go')
 
@@ -200,7 +205,7 @@ def llama_decode(config, gguf, threads):
 
 def make_settings(config):
     """The model, and {reduction asked for: Setting}."""
-    if config.model != 'gpt2':
+    if config.model not in ('', 'gpt2'):
         model, _ = load_checkpoint(config.model)
         prompt = torch.randint(model.config.vocab_size, (1, PROMPT))
         own = Setting(model, prompt)
@@ -280,45 +285,84 @@ def measure(what, config):
     return rows
 
 
-def measure_train(config):
-    """Seconds of a step of train.py's default model: dense, and in CWIC mode with thresholds that skip two thirds."""
+def disagreement(model, tokens):
+    """||gradients here - gradients on the CPU|| / ||gradients on the CPU||, of one CWIC step in f32, thresholds included."""
     import train
-    options = train.TrainConfig()
+    gradients = []
+    for twin in (model, dense_copy(model).cpu()):
+        twin.train().requires_grad_().zero_grad()
+        some = tokens[:1, :65].to(twin.wpe.weight.device)
+        train.backward(twin, None, some[:, :-1], some[:, 1:], dense=False, teacher_share=0.0, price=1e-9, share=1.0, recompute=False)
+        gradients.append([p.grad.cpu() for p in twin.parameters()])
+    here, on_cpu = (torch.cat([g.flatten() for g in one]) for one in gradients)
+    return float((here - on_cpu).norm() / on_cpu.norm())
+
+
+def measure_train(config):
+    """
+    Seconds of an optimiser step of one micro-batch: dense, CWIC with thresholds that skip two thirds, and that with a dense
+    teacher. The model is train.py's default, or as config/gpt2_124m_scratch.toml has it; tokens are random.
+    """
+    import train
+    preset = [str(HERE / 'config/gpt2_124m_scratch.toml')] if config.model == 'gpt2' else []
+    options = parse_options(train.TrainConfig, 'python bench.py train', presets=True, argv=preset)
     train.keep_memory()
-    dtype, _ = train.choose_dtype('auto', 'cpu')
+    device = train.choose_device(config.device)
+    dtype, _ = train.choose_dtype('auto', device)
     sizes = {name: getattr(options, name) for name in CWICConfig.__dataclass_fields__ if name != 'vocab_size'}
-    model = GPT(CWICConfig(**sizes)).train()
-    tokens = torch.randint(model.config.vocab_size, (options.micro_batch, options.block_size + 1))
-    calibrate(model, 3.0, tokens[:1, :-1], tokens[1:2, :-1])
-    optimizer = torch.optim.AdamW(model.parameter_groups(options.lr, options.weight_decay), fused=True)
-    seconds = {'dense': [], 'cwic': []}
-    for done in range(config.rounds + 1):
-        for mode in seconds:
+    vocab_size = GPT2['vocab_size'] if preset else CWICConfig.vocab_size
+    torch.manual_seed(0)
+    model = GPT(CWICConfig(vocab_size=vocab_size, **sizes)).to(device)
+    tokens = torch.randint(vocab_size, (config.batch or options.micro_batch, options.block_size + 1)).to(device)
+    calibrate(model, 3.0, tokens[:1, :-1], tokens[:1, :-1].flip(1))
+    teacher, head_loss = dense_copy(model), train.head_loss
+    away = disagreement(model, tokens) if device != 'cpu' else 0.0
+    model.train()
+    if config.compile:
+        train.check_compile(device)
+        head_loss = torch.compile(head_loss)
+        for block in [*model.blocks, *teacher.blocks]:
+            block.compile()
+    optimizer = torch.optim.AdamW(model.parameter_groups(0.0, 0.0), fused=device != 'mps')     # all the work, but nothing moves
+    nothing_seen = [torch.zeros(4, linear.n_in, device=device) for _, linear in model.linears()]
+    synchronize = torch.cuda.synchronize if device == 'cuda' else lambda: None
+    cases = [dict(what='train', engine=mode, dtype=str(dtype).split('.')[-1], device=device, disagreement=away, seconds=[], memory_gib=0.0)
+             for mode in ('dense', 'cwic', 'cwic + teacher')]
+    for done in range(config.rounds + 2):
+        for case in cases:
+            dense = case['engine'] == 'dense'
+            if device == 'cuda':
+                torch.cuda.reset_peak_memory_stats()
+            synchronize()
             start = time.perf_counter()
-            optimizer.zero_grad(set_to_none=True)
-            with torch.autocast('cpu', dtype=dtype, enabled=dtype != torch.float32):
-                _, _, sums = train.backward(model, None, tokens[:, :-1], tokens[:, 1:], dense=mode == 'dense',
-                                            teacher_share=0.0, price=1e-12, share=1.0, recompute=False)
+            optimizer.zero_grad()
+            with torch.autocast(device, dtype=dtype, enabled=dtype != torch.float32):
+                _, active, _ = train.backward(
+                    model, teacher if 'teacher' in case['engine'] else None, tokens[:, :-1], tokens[:, 1:], dense=dense,
+                    teacher_share=float('teacher' in case['engine']), price=1e-12, share=1.0, recompute=False, head_loss=head_loss)
             before = [linear.theta.detach().clone() for _, linear in model.linears()]
             optimizer.step()
-            if mode == 'cwic':
+            if not dense:
                 model.limit_thresholds(before)
-                model.update_statistics(sums)
-            if done:                                                        # the first round only warms up
-                seconds[mode].append(time.perf_counter() - start)
+                model.update_statistics(nothing_seen)
+            synchronize()
+            if done > 1:                                                    # the first rounds compile and warm up
+                case['seconds'].append(time.perf_counter() - start)
+            case['reduction'] = float(model.dense() / active.sum())
+            if device == 'cuda':
+                case['memory_gib'] = torch.cuda.max_memory_allocated() / 2 ** 30
     count = tokens.numel() - len(tokens)
-    medians = {mode: float(np.median(s)) for mode, s in seconds.items()}
-    return [dict(what='train', engine=mode, dtype=str(dtype).split('.')[-1], threads=torch.get_num_threads(), seconds=median,
-                 tok_s=count / median, tok_s_min=count / max(seconds[mode]), tok_s_max=count / min(seconds[mode]))
-            for mode, median in medians.items()]
+    return [dict(case, compiled=config.compile, threads=torch.get_num_threads(), batch=list(tokens[:, 1:].shape), seconds=float(np.median(seconds)),
+                 tok_s=count / float(np.median(seconds)), tok_s_min=count / max(seconds), tok_s_max=count / min(seconds))
+            for case in cases for seconds in [case['seconds']]]
 
 
 def measure_loss(config):
     """Validation loss (nats per token) and reduction of a checkpoint in each format, token by token through the kernel."""
-    model, _ = load_checkpoint(config.model)
+    model, _ = load_checkpoint(config.model or 'out/best.pt')
     length = model.config.block_size
     try:
-        data = np.memmap(Path(__file__).parent / 'data' / config.data / 'val.bin', np.uint16, 'r')
+        data = np.memmap(HERE / 'data' / config.data / 'val.bin', np.uint16, 'r')
     except OSError as error:
         fail(f'data/{config.data}/val.bin: {error.strerror}; run: python data/{config.data}/prepare.py', 1)
     starts = np.linspace(0, len(data) - length - 1, config.windows).astype(np.int64)
@@ -346,10 +390,15 @@ def table(rows):
                   f'reduction {r["reduction"]:.3f}')
         return
     if rows[0]['what'] == 'train':
+        r = rows[0]
+        where = f'{r["device"]}, {r["threads"]} threads' if r['device'] == 'cpu' else torch.cuda.get_device_name() if r['device'] == 'cuda' else r['device']
+        print(f'{where}; {r["batch"][0]} x {r["batch"][1]} tokens, {r["dtype"]}, ' + ('compiled' if r['compiled'] else 'not compiled'))
         for r in rows:
-            print(f'{r["engine"]:5} {r["dtype"]}, {r["threads"]} threads: {r["seconds"]:.3f} s a step, '
-                  f'{r["tok_s"]:.0f} tok/s ({r["tok_s_min"]:.0f} to {r["tok_s_max"]:.0f})')
-        print(f'a CWIC step takes {rows[1]["seconds"] / rows[0]["seconds"]:.2f}x the time of the same step dense')
+            memory = f', {r["memory_gib"]:.1f} GiB' if r['memory_gib'] else ''
+            print(f'{r["engine"]:14} {r["seconds"]:.4f} s a step, {r["tok_s"]:7.0f} tok/s ({r["tok_s_min"]:.0f} to {r["tok_s_max"]:.0f}), '
+                  f'{r["seconds"] / rows[0]["seconds"]:.2f}x the dense step, reduction {r["reduction"]:.2f}{memory}')
+        if r['device'] != 'cpu':
+            print(f'gradients of a step in float32 are within {r["disagreement"]:.1e} of the CPU\'s')
         return
     print('engine    matrix dtype threads reduction    tok/s      min      max x dense GB/token  GB/s roofline')
     key = lambda r: (r.get('matrix'), r['engine'], r['dtype'], r['threads'])

@@ -90,7 +90,7 @@ class TrainConfig:
     batch_size: int = option(8, 'sequences in an optimiser step, over all processes')
     micro_batch: int = option(8, 'sequences in one forward pass')
     recompute: bool = option(False, 'compute activations again in backward rather than keep them: slower, smaller')
-    compile: bool = option(False, 'fuse what torch.compile can: faster on a GPU after minutes of compiling; needs a C++ compiler or Triton')
+    compile: bool = option(False, 'fuse what torch.compile can: twice as fast on a GPU, after a minute of compiling')
     # what is reported
     eval_every: int = option(150, 'steps between evaluations, each of which also saves last.pt')
     eval_windows: int = option(128, 'windows of validation text in an evaluation, always the same')
@@ -211,6 +211,15 @@ def choose_dtype(name, device):
     return (torch.bfloat16 if ratio > 1.3 else torch.float32), f'measured: a product in bfloat16 is {ratio:.1f}x as fast here'
 
 
+def check_compile(device):
+    """Ends the program where torch.compile cannot work, before anything is trained."""
+    try:
+        torch.compile(lambda x: x.sin() + 1)(torch.ones(8, device=device))
+    except Exception as error:      # what is missing shows in a dozen ways: no compiler, one too old, no Triton, no Python headers
+        line = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        fail(f'--compile: does not work here ({line.strip()[:200]}); it needs a C++ compiler, or on a GPU Triton; leave it out, or turn it off: --compile no', 1)
+
+
 # -----------------------------------------------------------------------------
 # data
 
@@ -277,33 +286,43 @@ def lr_at(step, config):
 # one optimiser step
 
 
-def backward(model, teacher, tokens, targets, *, dense, teacher_share, price, share, recompute):
+def head_loss(model, teacher, hidden, teacher_hidden, targets, dense, teacher_share):
+    """
+    The head and the loss of what it predicts. hidden (B, T, d), targets (B, T) -> the loss, a mean over tokens, in nats;
+    the head's active weights (B, T); observe()'s sums.
+    """
+    logits, active, sums = model.head(hidden, dense)
+    logits, loss = logits.flatten(0, 1), 0.0                            # (B * T, vocab)
+    if teacher_share < 1:
+        loss = (1 - teacher_share) * cwic.next_token_loss(logits, targets.flatten())
+    if teacher_share > 0:
+        with torch.no_grad():
+            teacher_logits = teacher.head(teacher_hidden, dense=True)[0].flatten(0, 1)
+        loss = loss + teacher_share * cwic.two_way_kl(logits, teacher_logits)
+    return loss, active, sums
+
+
+def backward(model, teacher, tokens, targets, *, dense, teacher_share, price, share, recompute, head_loss=head_loss):
     """
     Adds to the gradients those of one micro-batch, which holds `share` of the step's tokens. Only a few sequences' logits
     exist at a time: backward reaches their hidden states before the next come, and the trunk when all are there.
+    head_loss: the function above, or what torch.compile made of it.
 
     Returns the loss (nats) and each matrix's active weights (matrices,), both as their part of the step's mean, and the
     sums of observe() for each matrix.
     """
     hidden, active, sums = model.trunk(tokens, dense=dense, recompute=recompute)
     leaf = hidden.detach().requires_grad_()                             # (B, T, d)
+    rows = max(1, LOGITS_AT_ONCE[tokens.device.type] // (tokens.shape[1] * model.config.vocab_size))
+    parts = math.ceil(len(tokens) / rows)       # of one size where they can be: for another, torch.compile compiles again
+    teacher_parts = [None] * parts
     if teacher is not None:
         with torch.no_grad():
-            teacher_hidden, _, _ = teacher.trunk(tokens, dense=True)
+            teacher_parts = teacher.trunk(tokens, dense=True)[0].tensor_split(parts)
     loss, active_head, sums_head = 0.0, 0.0, None
-    rows = max(1, LOGITS_AT_ONCE[tokens.device.type] // (tokens.shape[1] * model.config.vocab_size))
-    for first in range(0, len(tokens), rows):
-        some = slice(first, first + rows)
-        some_share = share * len(tokens[some]) / len(tokens)
-        logits, active_some, sums_some = model.head(leaf[some], dense)
-        logits = logits.flatten(0, 1)                                   # (rows * T, vocab)
-        part = 0.0
-        if teacher_share < 1:
-            part = (1 - teacher_share) * cwic.next_token_loss(logits, targets[some].flatten())
-        if teacher_share > 0:
-            with torch.no_grad():
-                teacher_logits = teacher.head(teacher_hidden[some], dense=True)[0].flatten(0, 1)
-            part = part + teacher_share * cwic.two_way_kl(logits, teacher_logits)
+    for some, teacher_some, targets_some in zip(leaf.tensor_split(parts), teacher_parts, targets.tensor_split(parts)):
+        some_share = share * len(some) / len(tokens)
+        part, active_some, sums_some = head_loss(model, teacher, some, teacher_some, targets_some, dense, teacher_share)
         (some_share * (part + price * active_some.mean())).backward()
         loss = loss + some_share * part.detach()
         active_head = active_head + some_share * active_some.detach().mean()
@@ -428,19 +447,23 @@ def main():
     step, seconds, rows, best_loss, teacher = 0, 0.0, [], math.inf, None
     active = torch.tensor([float(linear.dense) for linear in linears], device=device)       # (matrices,)
     measured = None
+
+    def frozen_copy():
+        copy = cwic.dense_copy(model)
+        for block in copy.blocks if config.compile else ():
+            block.compile()
+        return copy
+
     if config.resume:
         optimizer.load_state_dict(saved['optimizer'])       # puts new groups in the place of the old
         step, seconds, rows, best_loss, active = (saved[name] for name in ('step', 'seconds', 'log', 'best_loss', 'active'))
         active = active.to(device)
         if saved['teacher'] is not None:
-            teacher = cwic.dense_copy(model)
+            teacher = frozen_copy()
             teacher.load_state_dict(saved['teacher'])
         if step >= last_step:
             fail(f'{last} has already done all its {step} steps; there is nothing to resume', 0)
     *weight_groups, threshold_group = optimizer.param_groups
-    if config.compile:
-        for part in (*model.blocks, model.head):
-            part.compile()
 
     def save(path, **more):
         if rank == 0:
@@ -468,6 +491,13 @@ def main():
     say(f'device  {kind}{threads}{f", {world} processes" if world > 1 else ""}; {str(dtype).removeprefix("torch.")} ({why})', flush=True)
     if config.resume:
         say(f'resumed at step {step} of {config.steps()}')
+    head, uncompiled = head_loss, nullcontext
+    if config.compile:
+        say('compile the first step of each phase will take a minute or so', flush=True)
+        check_compile(device)
+        head, uncompiled = torch.compile(head_loss), lambda: torch.compiler.set_stance('force_eager')
+        for block in model.blocks:
+            block.compile()
 
     # Ctrl-C is a wish to stop after this step, said once; all processes stop at the same one
     interrupts = []
@@ -482,9 +512,10 @@ def main():
         dense = step < config.dense_steps or config.target_reduction == 1
         if not dense and step == config.dense_steps:
             if config.teacher:
-                teacher = cwic.dense_copy(model)
+                teacher = frozen_copy()
             warm = (windows(train_data, step_starts(train_data, config, 2 ** 31 + i)[rank::world], config.block_size, device) for i in range(20))
-            warm_statistics(model, warm, config.micro_batch, autocast)
+            with uncompiled():
+                warm_statistics(model, warm, config.micro_batch, autocast)
         target = target_at(step, config)
         price = 0.0 if dense else cwic.price(float(active.sum()), model.dense(), target)
         for group in weight_groups:
@@ -500,7 +531,7 @@ def main():
             with autocast():
                 loss_part, active_part, sums_part = backward(
                     model, teacher, tokens, targets, dense=dense, teacher_share=0.0 if dense else config.teacher, price=price,
-                    share=len(tokens) / config.batch_size, recompute=config.recompute)
+                    share=len(tokens) / config.batch_size, recompute=config.recompute, head_loss=head)
             loss, active = loss + loss_part, active + active_part
             sums = sums_part if sums is None or dense else [a + b for a, b in zip(sums, sums_part)]
         stop = torch.tensor(float(len(interrupts)), device=device)
@@ -517,12 +548,14 @@ def main():
             model.limit_thresholds(thetas)
             model.update_statistics(sums)
         step += 1
-        step_seconds[dense] = 0.9 * step_seconds.get(dense, time.perf_counter() - started) + 0.1 * (time.perf_counter() - started)
+        took = time.perf_counter() - started
+        step_seconds[dense] = 0.9 * min(step_seconds.get(dense, took), 2 * took) + 0.1 * took       # forgets the minute of compiling at once
 
         # evaluation, checkpoints, the log
         evaluated = step % config.eval_every == 0 or step == config.steps()
         if evaluated:
-            measured = evaluate(model, val_data, config, device, dense)
+            with uncompiled():
+                measured = evaluate(model, val_data, config, device, dense)
         seconds += time.perf_counter() - started
         if evaluated or step % 10 == 0:
             row = [step, round(seconds, 2), float(loss), measured['loss'] if evaluated else None, model.dense() / float(active.sum()), target, lr_at(step - 1, config)]

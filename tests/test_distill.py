@@ -12,7 +12,7 @@ import cwic
 import train
 from options import parse_options
 from test_cwic import small_model
-from test_train import ROOT, TINY, data, run       # data: a fixture
+from test_train import ROOT, TINY, data, one_line, run       # data: a fixture
 
 SIZES = dict(n_layer=1, n_head=2, n_embd=16, block_size=16, stripe_qkv=16, stripe_out=16, stripe_up=32, stripe_down=16, stripe_head=100)
 
@@ -148,6 +148,39 @@ def test_recomputing_changes_nothing(dense):
         gradients = [p.grad for p in model.parameters() if p.grad is not None]
         results.append([loss, active, *([] if dense else sums), *gradients, *model.state_dict().values()])
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize('dense', [False, True])
+def test_compiling_changes_nothing(dense):
+    """
+    torch.compile must find one graph in a block and one in the head with its loss, custom backward included, and get the
+    same numbers from them. A chunk of another size than the rest was once compiled again, for any size, and ran slowly.
+    """
+    tokens, targets = batches(1, vocab=50)[0]
+    results = []
+    for compiled in (False, True):
+        torch._dynamo.reset()
+        model, teacher = small_model(thresholds=1.0).train(), cwic.dense_copy(small_model(seed=3))
+        options = dict(backend='aot_eager', fullgraph=True)         # all of the compiler but its last part, which writes C++
+        for block in [*model.blocks, *teacher.blocks] if compiled else ():
+            block.compile(**options)
+        head_loss = torch.compile(train.head_loss, **options) if compiled else train.head_loss
+        got = [train.backward(model, teacher, tokens, targets, dense=dense, teacher_share=0.0 if dense else 0.5, price=0.0 if dense else 1e-4,
+                              share=0.5, recompute=False, head_loss=head_loss) for _ in range(2)]
+        (first, *_), (loss, active, sums) = got
+        assert float(first) == float(loss)
+        results.append([loss, active, *([] if dense else sums), *(p.grad for p in model.parameters() if p.grad is not None)])
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
+
+
+def test_compile_as_an_option(dense_checkpoint, data, tmp_path):
+    """It reaches the model, the teacher and the head; where torch.compile cannot work the program ends before it has trained."""
+    command = ['train.py', *TINY, '--data', data, '--init_from', dense_checkpoint, '--max_steps', '2', '--compile', '--out']
+    result = run(*command, str(tmp_path), env=dict(TORCHDYNAMO_DISABLE='1'))
+    assert result.returncode == 0 and 'compile' in result.stdout, result.stderr
+    error = one_line(run(*command, str(tmp_path / 'none'), env=dict(CXX='no-such-compiler', TORCHINDUCTOR_CACHE_DIR=str(tmp_path / 'cache'))), 1)
+    assert error.startswith('train.py: --compile: does not work here') and 'C++ compiler' in error and not (tmp_path / 'none' / 'last.pt').exists()
 
 
 # -----------------------------------------------------------------------------

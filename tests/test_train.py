@@ -34,8 +34,8 @@ def data(tmp_path_factory):
     return str(folder)
 
 
-def run(program, *args, cwd=None, **more):
-    env = dict(os.environ, OMP_NUM_THREADS='1')
+def run(program, *args, cwd=None, env=None, **more):
+    env = {**os.environ, 'OMP_NUM_THREADS': '1', **(env or {})}
     return subprocess.run([sys.executable, os.path.join(ROOT, program), *args], capture_output=True, text=True, encoding='utf-8', env=env, cwd=cwd, timeout=120, **more)
 
 
@@ -194,8 +194,10 @@ def test_resumed_equals_uninterrupted(finished, data, tmp_path, stop_after):
     result = run('train.py', '--resume', '--out', str(tmp_path))
     assert result.returncode == 0, result.stderr
     assert equal(state(tmp_path / 'last.pt'), state(finished[0] / 'last.pt'))
-    again = run('train.py', '--resume', '--out', str(tmp_path))
-    assert 'nothing to resume' in one_line(again, 0)
+
+
+def test_nothing_to_resume(finished):
+    assert 'nothing to resume' in one_line(run('train.py', '--resume', '--out', str(finished[0])), 0)
 
 
 def test_teacher_survives_a_resume(data, tmp_path):
