@@ -505,7 +505,7 @@ def main():
     log_file = open(log_path if rank == 0 else os.devnull, 'w', newline='', encoding='utf-8')
     log = csv.writer(log_file)
     log.writerows([COLUMNS] + rows)
-    printed_time, printed_step, step_seconds = time.perf_counter(), step, {}
+    printed_time, printed_step, step_seconds, phases_begun = time.perf_counter(), step, {}, set()
 
     while step < last_step:
         started = time.perf_counter()
@@ -548,8 +548,10 @@ def main():
             model.limit_thresholds(thetas)
             model.update_statistics(sums)
         step += 1
-        took = time.perf_counter() - started
-        step_seconds[dense] = 0.9 * min(step_seconds.get(dense, took), 2 * took) + 0.1 * took       # forgets the minute of compiling at once
+        if dense in phases_begun:       # the first step of a phase may be compiling for a minute, and says nothing of the others
+            took = time.perf_counter() - started
+            step_seconds[dense] = 0.9 * step_seconds.get(dense, took) + 0.1 * took
+        phases_begun.add(dense)
 
         # evaluation, checkpoints, the log
         evaluated = step % config.eval_every == 0 or step == config.steps()
@@ -573,10 +575,10 @@ def main():
             left = {True: max(min(config.dense_steps, last_step) - step, 0), False: max(last_step - max(step, config.dense_steps), 0)}
             if config.target_reduction == 1:
                 left = {True: last_step - step, False: 0}
-            dense_seconds = step_seconds.get(True, step_seconds.get(False))
-            eta = left[True] * dense_seconds + left[False] * step_seconds.get(False, 1.35 * dense_seconds)
+            dense_seconds = step_seconds.get(True, step_seconds.get(False, math.nan))
+            eta = left[True] * dense_seconds + left[False] * step_seconds.get(False, 1.4 * dense_seconds)
             say(f'step {step:5d}/{config.steps()}  loss {float(loss):.4f}  ' + (f'val {measured["loss"]:.4f}  ' if evaluated else ' ' * 12)
-                + f'reduction {model.dense() / float(active.sum()):.2f}x (target {target:.2f}x)  {(step - printed_step) * tokens_per_step / (now - printed_time):7,.0f} tok/s  {clock(eta)} left', flush=True)
+                + f'reduction {model.dense() / float(active.sum()):.2f}x (target {target:.2f}x)  {(step - printed_step) * tokens_per_step / (now - printed_time):7,.0f} tok/s' + (f'  {clock(eta)} left' if math.isfinite(eta) else ''), flush=True)
             printed_time, printed_step = now, step
         if float(stop) or step == last_step < config.steps():
             save_last()

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+import bench
 import cwic
 from test_cwic import small_model
 from test_train import one_line, run
@@ -55,11 +56,24 @@ def test_loss_is_that_of_the_model(checkpoint, tmp_path):
     assert abs(f32['loss'] - np.mean(losses)) < 1e-3 and abs(bf16['loss'] - f32['loss']) < 0.1 and abs(int8['loss'] - f32['loss']) < 0.1
 
 
-def test_train_reports_both_steps(tmp_path):
-    result = run('bench.py', 'train', '--rounds', '1', '--json', str(tmp_path / 'rows.json'))
+def test_train_reports_every_kind_of_step(tmp_path):
+    """Dense, CWIC at the third of the compute that it says it measures, and CWIC with a teacher, beside one another."""
+    result = run('bench.py', 'train', '--rounds', '1', '--batch', '2', '--json', str(tmp_path / 'rows.json'))
     assert result.returncode == 0, result.stderr
-    dense, sparse = json.load(open(tmp_path / 'rows.json', encoding='utf-8'))['rows']
-    assert (dense['engine'], sparse['engine']) == ('dense', 'cwic') and f'{sparse["seconds"] / dense["seconds"]:.2f}x' in result.stdout
+    dense, sparse, taught = json.load(open(tmp_path / 'rows.json', encoding='utf-8'))['rows']
+    assert (dense['engine'], sparse['engine'], taught['engine']) == ('dense', 'cwic', 'cwic + teacher') and dense['batch'] == [2, 256]
+    assert f'{sparse["seconds"] / dense["seconds"]:.2f}x the dense step' in result.stdout
+    assert abs(dense['reduction'] - 1) < 1e-6 and 2 < sparse['reduction'] < 4.5 and taught['reduction'] == sparse['reduction']
+
+
+def test_disagreement_sees_a_gradient_that_is_wrong(monkeypatch):
+    """0 where both sides are this CPU; not where one weight is another on the other side."""
+    model, tokens = small_model(block_size=64, thresholds=1.0), torch.randint(0, 50, (1, 65))
+    assert bench.disagreement(model, tokens) == 0
+    other = cwic.dense_copy(model)
+    other.head.weight[0, 0] += 0.1
+    monkeypatch.setattr(bench, 'dense_copy', lambda model: other)
+    assert bench.disagreement(model, tokens) > 1e-4
 
 
 @pytest.mark.parametrize('args, code, words', [
