@@ -80,7 +80,7 @@ def side_by_side(stripes, n_out):
 
 class GatedProduct(torch.autograd.Function):
     """
-    y[:, stripe] = (m * c) @ W[:, stripe],  with the mask m = |c| > t[stripe] of that stripe, strict; and the number of
+    y[:, stripe] = (mu + m * c) @ W[:, stripe],  with the mask m = |c| > t[stripe] of that stripe, strict; and the number of
     weights each token used. The step has no useful derivative, so backward defines one. With a window
     k = 1[ | |c| - t | < bw / 2 ] / bw around each threshold:
 
@@ -91,47 +91,48 @@ class GatedProduct(torch.autograd.Function):
     holds first the mask and then the window: on a CPU fresh memory costs more than the arithmetic, on a GPU torch.compile
     sees through it.
 
-    c (N, in) f32, t (n, in), bw (in), W (in, out), stripe: columns in each stripe but the last, which may be narrower.
+    c (N, in) f32, mu (in), t (n, in), bw (in), W (in, out), widths (n): columns in each stripe; stripe: in each but the last.
     Returns y (N, out) in the dtype of autocast (or of W), active (N,) f32, exact up to 2^24.
     """
 
     @staticmethod
-    def forward(ctx, c, t, bw, W, stripe):
+    def forward(ctx, c, mu, t, bw, W, widths, stripe):
         device = c.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else W.dtype
-        widths = (W.shape[1] - stripe * torch.arange(len(t), device=c.device)).clamp_max(stripe)[:, None]      # (n, 1)
-        ctx.save_for_backward(c, t, bw, W, widths)
+        ctx.save_for_backward(c, mu, t, bw, W, widths)
         ctx.stripe, ctx.dtype = stripe, dtype
         with torch.autocast(device, enabled=False):
-            mask = torch.gt(c.abs(), t[:, None], out=c.new_empty(len(t), *c.shape))         # (n, N, in)
-            active = (widths * mask.sum(2)).sum(0)                                          # (N,)
-            y = torch.bmm(mask.mul_(c).to(dtype), by_stripe(W.to(dtype), stripe))           # (n, N, stripe)
-            return side_by_side(y, W.shape[1]), active
+            mask = torch.gt(c.abs(), t[:, None], out=c.new_empty(len(t), *c.shape))             # (n, N, in)
+            active = (widths[:, None] * mask.sum(2)).sum(0)                                     # (N,)
+            masked = torch.addcmul(mu, mask, c, out=mask).to(dtype)                             # (n, N, in)
+            return side_by_side(torch.bmm(masked, by_stripe(W.to(dtype), stripe)), W.shape[1]), active
 
     @staticmethod
     def backward(ctx, g, g_active):
-        c, t, bw, W, widths = ctx.saved_tensors
+        c, mu, t, bw, W, widths = ctx.saved_tensors
         with torch.autocast(c.device.type, enabled=False):
-            magnitude, g = c.abs(), by_stripe(g, ctx.stripe)                                # (N, in), (n, N, stripe)
-            mask = torch.gt(magnitude, t[:, None], out=c.new_empty(len(t), *c.shape))       # (n, N, in)
-            dW = torch.bmm(mask.mul_(c).to(ctx.dtype).transpose(1, 2), g)                   # (n, in, stripe)
-            pull = torch.bmm(g, by_stripe(W.to(ctx.dtype), ctx.stripe).transpose(1, 2))     # (n, N, in)
-            inverse = torch.where(bw > 0, 1 / bw, 0)                # an input that never moves has no window
-            window = torch.lt(torch.sub(magnitude, t[:, None], out=mask).abs_(), bw / 2, out=mask)     # k * bw
-            price = (widths * g_active)[..., None]                                          # (n, N, 1)
-            dt = -torch.addcmul(price, pull, c).mul_(window).sum(1) * inverse               # (n, in)
+            magnitude, g = c.abs(), by_stripe(g, ctx.stripe)                                    # (N, in), (n, N, stripe)
+            mask = torch.gt(magnitude, t[:, None], out=c.new_empty(len(t), *c.shape))           # (n, N, in)
+            masked = torch.addcmul(mu, mask, c, out=mask).to(ctx.dtype)                         # (n, N, in)
+            dW = side_by_side(torch.bmm(masked.transpose(1, 2), g), W.shape[1]).to(W.dtype)     # (in, out)
+            pull = torch.bmm(g, by_stripe(W.to(ctx.dtype), ctx.stripe).transpose(1, 2))         # (n, N, in)
+            window = torch.lt(torch.sub(magnitude, t[:, None], out=mask).abs_(), bw / 2, out=mask)      # k * bw
+            inverse = 1 / bw.clamp_min(1e-12)               # an input that never moves has no window, so nothing to divide
+            price = widths[:, None, None] * g_active[:, None]                                   # (n, N, 1)
+            dt = -torch.addcmul(price, pull, c).mul_(window).sum(1) * inverse                   # (n, in)
             dc = pull.sum(0, dtype=c.dtype) + window.mul_(price).sum(0) * torch.sign(c) * inverse
-            return dc, dt, None, side_by_side(dW, W.shape[1]).to(W.dtype), None
+            return dc, None, dt, None, dW, None, None
 
 
 class StripedLinear(nn.Module):
     """
     A linear layer, weights input-major, whose every (stripe, input) pair has a learned threshold:
 
-        y[stripe] = (m * c) @ W[:, stripe] + (mu @ W + b)[stripe],     c = x - mu,  m = |c| > t[stripe]
+        y[stripe] = (mu + m * c) @ W[:, stripe] + b[stripe],       c = x - mu,  m = |c| > t[stripe]
 
-    A skipped input is thus replaced by its usual value mu, not by zero. theta is what is trained; t = theta * scale *
-    sigma, where scale makes Adam move thresholds about as fast, in sigmas, as it moves outputs.
+    A skipped input is thus replaced by its usual value mu, not by zero. (So mu @ W + b is the same for all tokens: the
+    kernel computes it once, and then reads only the rows of W where m is 1.) theta is what is trained; t = theta *
+    scale * sigma, where scale makes Adam move thresholds about as fast, in sigmas, as it moves outputs.
     """
 
     def __init__(self, n_in, n_out, stripe, bias):
@@ -142,6 +143,8 @@ class StripedLinear(nn.Module):
         self.weight = nn.Parameter(torch.randn(n_in, n_out) * 0.02)         # (in, out)
         self.bias = nn.Parameter(torch.zeros(n_out)) if bias else None      # (out,)
         self.theta = nn.Parameter(torch.zeros(math.ceil(n_out / self.stripe), n_in))    # (n, in)
+        widths = [min(self.stripe, n_out - first) for first in range(0, n_out, self.stripe)]
+        self.register_buffer('widths', torch.tensor(widths, dtype=torch.float32), persistent=False)
         self.register_buffer('mu', torch.zeros(n_in))                       # centre of each input
         self.register_buffer('sigma', torch.zeros(n_in))                    # spread, as a standard deviation
         self.register_buffer('seen', torch.zeros(2, n_in))                  # the weight that mu and sigma rest on
@@ -161,11 +164,9 @@ class StripedLinear(nn.Module):
             return (y if self.bias is None else y + self.bias), x.new_full((B, T), self.dense, dtype=torch.float32), None
         sums = observe(x, self.mu, self.sigma, mask) if self.training else None
         c = x.float() - self.mu                                             # (B, T, in)
-        y, active = GatedProduct.apply(c.view(B * T, -1), self.thresholds(), BANDWIDTH * self.sigma, self.weight, self.stripe)
-        with torch.autocast(x.device.type, enabled=False):
-            base = self.mu @ self.weight                                    # (out,)
-            base = base if self.bias is None else base + self.bias
-        return (y + base.to(y.dtype)).view(B, T, -1), active.view(B, T), sums
+        y, active = GatedProduct.apply(c.view(B * T, -1), self.mu, self.thresholds(), BANDWIDTH * self.sigma, self.weight, self.widths, self.stripe)
+        y = y if self.bias is None else y + self.bias.to(y.dtype)
+        return y.view(B, T, -1), active.view(B, T), sums
 
     @torch.no_grad()
     def update_statistics(self, sums):
