@@ -65,6 +65,11 @@ def unknown(name, names):
     return f'unknown option {name}' + (f'; did you mean {near[0]}?' if near else '; see --help')
 
 
+def given_options():
+    """The names of the options on the command line: those that were asked for, even where the value is the default."""
+    return {word[2:].split('=')[0].replace('-', '_') for word in sys.argv[1:] if word.startswith('--')}
+
+
 def parse_options(cls, program, presets=False, argv=None):
     """An instance of the dataclass cls from the command line (argv: a list of strings, else the program's own)."""
     argv = [re.sub(r'^--[\w-]+', lambda name: '--' + name[0][2:].replace('-', '_'), word) for word in (sys.argv[1:] if argv is None else argv)]

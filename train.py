@@ -43,7 +43,7 @@ import torch.distributed as dist
 import cwic
 import gpt2
 from cwic import GPT, CWICConfig
-from options import fail, option, parse_options
+from options import fail, given_options, option, parse_options
 from report import COLUMNS, clock, plot, summary
 
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -115,14 +115,15 @@ FREE_TO_CHANGE = ('out', 'resume', 'max_steps', 'device', 'dtype', 'micro_batch'
 
 
 def options_to_resume(config, saved):
-    """The options that the run was started with; those given now that contradict them are refused."""
-    merged = dict(saved, resume=True)
+    """The options that the run was started with, but for those given now that it may change; those it may not are refused."""
+    merged, names = dict(saved, resume=True), given_options()
     for f in fields(TrainConfig):
-        given = getattr(config, f.name)
-        if f.name in ('out', 'max_steps') or f.name in FREE_TO_CHANGE and given != f.default:
-            merged[f.name] = given
-        elif f.name not in FREE_TO_CHANGE and given not in (f.default, saved.get(f.name, f.default)):
-            fail(f'--{f.name} {given}: the run was started with {saved[f.name]}; leave the option out, or start afresh in another --out')
+        value = getattr(config, f.name)
+        given = f.name in names or value != f.default       # on the command line, or by a preset
+        if f.name in ('out', 'max_steps') or given and f.name in FREE_TO_CHANGE:
+            merged[f.name] = value
+        elif given and value != saved.get(f.name, f.default):
+            fail(f'--{f.name} {value}: the run was started with {saved[f.name]}; leave the option out, or start afresh in another --out')
     return TrainConfig(**merged)
 
 

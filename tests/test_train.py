@@ -1,6 +1,7 @@
 """train.py: what a step computes, however it is cut; resuming, stopping, failing; and the whole program, then the chat."""
 
 import csv
+import dataclasses
 import json
 import os
 import signal
@@ -266,7 +267,17 @@ def test_resuming_what_is_not_there_or_damaged_is_one_line(tmp_path):
 
 
 def test_resuming_with_other_options_is_refused(finished):
-    assert '--lr 0.5: the run was started with' in one_line(run('train.py', '--resume', '--out', str(finished[0]), '--lr', '0.5'), 2)
+    """Where the option asked for is the default too: that was once taken for no option at all, and passed over in silence."""
+    for name, value, shown in (('--lr', '0.5', '--lr 0.5'), ('--n-layer=2', '--log_every=1', '--n_layer 2')):
+        assert f'{shown}: the run was started with' in one_line(run('train.py', '--resume', '--out', str(finished[0]), name, value), 2)
+
+
+def test_a_resumed_run_may_turn_off_what_its_preset_turned_on(monkeypatch):
+    """A preset that compiles, resumed where there is no compiler: --compile no is the default, but it is also an order."""
+    saved = dataclasses.asdict(train.TrainConfig(compile=True, recompute=True, lr=0.5))
+    monkeypatch.setattr(sys, 'argv', ['train.py', '--resume', '--compile', 'no'])
+    merged = train.options_to_resume(train.TrainConfig(resume=True, compile=False), saved)
+    assert (merged.compile, merged.recompute, merged.lr, merged.resume) == (False, True, 0.5, True)
 
 
 def test_options_come_from_preset_then_flags(tmp_path):
