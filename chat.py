@@ -19,9 +19,13 @@ What is said is conversation.py's, how it looks render.py's, and this file is th
 But: no mouse, no full screen, no choosing among models while it runs.
 """
 
+import signal
+
+if __name__ == '__main__':
+    signal.signal(signal.SIGINT, signal.SIG_DFL)        # Ctrl-C in the seconds that torch takes to import just ends
+
 import difflib
 import os
-import signal
 import sys
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
@@ -369,6 +373,7 @@ def main():
 
 
 if __name__ == '__main__':
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         code = main()
         sys.stdout.flush()

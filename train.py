@@ -23,12 +23,16 @@ that of the whole step; all evaluate, the first one logs and saves. Several host
 But: no experiment tracker, no dropout, no DDP wrapper, no sharding of weights or optimiser.
 """
 
+import signal
+
+if __name__ == '__main__':
+    signal.signal(signal.SIGINT, signal.SIG_DFL)        # Ctrl-C in the seconds that torch takes to import just ends
+
 import csv
 import ctypes
 import json
 import math
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -597,4 +601,8 @@ def main():
 
 
 if __name__ == '__main__':
-    main()
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        main()
+    except KeyboardInterrupt:
+        fail('interrupted; what was saved before is whole', 130)

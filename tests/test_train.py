@@ -197,6 +197,17 @@ def test_resumed_equals_uninterrupted(finished, data, tmp_path, stop_after):
     assert equal(state(tmp_path / 'last.pt'), state(finished[0] / 'last.pt'))
 
 
+@pytest.mark.parametrize('program', ['train.py', 'chat.py'])
+def test_ctrl_c_while_it_starts(tmp_path, program):
+    """Torch takes seconds to import, and Ctrl-C in them once printed forty lines of its insides."""
+    process = subprocess.Popen([sys.executable, os.path.join(ROOT, program)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, stdin=subprocess.PIPE, text=True, cwd=tmp_path)
+    with pytest.raises(subprocess.TimeoutExpired):
+        process.wait(0.4)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode in (-signal.SIGINT, 130) and 'Traceback' not in errors and errors.count('\n') <= 1
+
+
 def test_nothing_to_resume(finished):
     assert 'nothing to resume' in one_line(run('train.py', '--resume', '--out', str(finished[0])), 0)
 
