@@ -310,6 +310,8 @@ def measure_train(config):
     Tokens are random.
     """
     import train
+    if config.model not in ('', 'gpt2'):
+        fail(f'--model {config.model}: training is measured without it, or with --model gpt2')
     preset = [str(HERE / 'config/gpt2_124m_scratch.toml')] if config.model == 'gpt2' else []
     options = parse_options(train.TrainConfig, 'python bench.py train', presets=True, argv=preset)
     train.keep_memory()
@@ -321,9 +323,9 @@ def measure_train(config):
     model = GPT(CWICConfig(vocab_size=vocab_size, **sizes)).to(device)
     batch = config.batch or options.batch_size // (8 if preset else 1)
     tokens = torch.randint(vocab_size, (batch, options.block_size + 1)).to(device)
-    away = [] if device == 'cpu' else [disagreement(model, tokens)[0]]         # no statistics yet: every input is in use
+    in_use = disagreement(model, tokens)[:1] if device != 'cpu' else []        # no statistics yet: every input is in use
     calibrate(model, 3.0, tokens[:1, :-1], tokens[:1, :-1].flip(1))
-    away += [] if device == 'cpu' else disagreement(model, tokens)
+    sparse = disagreement(model, tokens) if device != 'cpu' else []
     teacher, head_loss = dense_copy(model), train.head_loss
     model.train()
     if config.compile:
@@ -333,8 +335,11 @@ def measure_train(config):
             block.compile()
     optimizer = torch.optim.AdamW(model.parameter_groups(0.0, 0.0), fused=device != 'mps')     # all the work, but nothing moves
     nothing_seen = [torch.zeros(4, linear.n_in, device=device) for _, linear in model.linears()]
+    name = torch.cuda.get_device_name() if device == 'cuda' else f'{device}, {torch.get_num_threads()} threads'
     synchronize = torch.cuda.synchronize if device == 'cuda' else lambda: None
-    cases = [dict(what='train', engine=mode, dtype=str(dtype).split('.')[-1], device=device, disagreement=away, seconds=[], memory_gib=0.0)
+    cases = [dict(what='train', engine=mode, dtype=str(dtype).split('.')[-1], device=device, device_name=name, compiled=config.compile,
+                  batch=batch, block_size=options.block_size, micro_batch=options.micro_batch, disagreement=in_use + sparse,
+                  memory_gib=0.0, all_seconds=[])
              for mode in ('dense', 'cwic', 'cwic + teacher')]
     for done in range(config.rounds + 2):
         for case in cases:
@@ -356,14 +361,16 @@ def measure_train(config):
                 model.update_statistics(nothing_seen)
             synchronize()
             if done > 1:                                                    # the first rounds compile and warm up
-                case['seconds'].append(time.perf_counter() - start)
+                case['all_seconds'].append(time.perf_counter() - start)
             case['reduction'] = float(model.dense() / active.sum())         # of the last micro-batch
             if device == 'cuda':
                 case['memory_gib'] = torch.cuda.max_memory_allocated() / 2 ** 30
-    count = tokens.numel() - len(tokens)
-    return [dict(case, compiled=config.compile, threads=torch.get_num_threads(), batch=list(tokens[:, 1:].shape), micro_batch=options.micro_batch, seconds=float(np.median(seconds)),
-                 tok_s=count / float(np.median(seconds)), tok_s_min=count / max(seconds), tok_s_max=count / min(seconds))
-            for case in cases for seconds in [case['seconds']]]
+    count = batch * options.block_size
+    for case in cases:
+        seconds = case.pop('all_seconds')
+        median = float(np.median(seconds))
+        case.update(seconds=median, tok_s=count / median, tok_s_min=count / max(seconds), tok_s_max=count / min(seconds))
+    return cases
 
 
 def measure_loss(config):
@@ -400,15 +407,15 @@ def table(rows):
         return
     if rows[0]['what'] == 'train':
         r = rows[0]
-        where = f'{r["device"]}, {r["threads"]} threads' if r['device'] == 'cpu' else torch.cuda.get_device_name() if r['device'] == 'cuda' else r['device']
-        print(f'{where}; {r["batch"][0]} x {r["batch"][1]} tokens, at most {r["micro_batch"]} sequences at once; {r["dtype"]}, ' + ('compiled' if r['compiled'] else 'not compiled'))
+        print(f'{r["device_name"]}; {r["batch"]} x {r["block_size"]} tokens, at most {r["micro_batch"]} sequences at once; {r["dtype"]}, '
+              + ('compiled' if r['compiled'] else 'not compiled'))
         for r in rows:
             memory = f', {r["memory_gib"]:.1f} GiB' if r['memory_gib'] else ''
             print(f'{r["engine"]:14} {r["seconds"]:.4f} s a step, {r["tok_s"]:7.0f} tok/s ({r["tok_s_min"]:.0f} to {r["tok_s_max"]:.0f}), '
                   f'{r["seconds"] / rows[0]["seconds"]:.2f}x the dense step, reduction {r["reduction"]:.2f}{memory}')
         if r['disagreement']:
-            print('gradients of a step in float32 are within {:.0e} of the CPU\'s with every input in use; sparse, within {:.0e} (weights) and {:.0e} (thresholds)'
-                  .format(*r['disagreement']))
+            print('gradients of a step in float32 are within {:.0e} of the CPU\'s with every input in use; sparse, where a comparison may turn, '
+                  'within {:.0e} (weights) and {:.0e} (thresholds)'.format(*r['disagreement']))
         return
     print('engine    matrix dtype threads reduction    tok/s      min      max x dense GB/token  GB/s roofline')
     key = lambda r: (r.get('matrix'), r['engine'], r['dtype'], r['threads'])

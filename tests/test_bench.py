@@ -61,7 +61,7 @@ def test_train_reports_every_kind_of_step(tmp_path):
     result = run('bench.py', 'train', '--rounds', '1', '--batch', '2', '--json', str(tmp_path / 'rows.json'))
     assert result.returncode == 0, result.stderr
     dense, sparse, taught = json.load(open(tmp_path / 'rows.json', encoding='utf-8'))['rows']
-    assert (dense['engine'], sparse['engine'], taught['engine']) == ('dense', 'cwic', 'cwic + teacher') and dense['batch'] == [2, 256]
+    assert (dense['engine'], sparse['engine'], taught['engine']) == ('dense', 'cwic', 'cwic + teacher') and (dense['batch'], dense['block_size']) == (2, 256)
     assert f'{sparse["seconds"] / dense["seconds"]:.2f}x the dense step' in result.stdout
     assert abs(dense['reduction'] - 1) < 1e-6 and 2 < sparse['reduction'] < 4.5 and taught['reduction'] == sparse['reduction']
 
@@ -81,6 +81,7 @@ def test_disagreement_sees_a_gradient_that_is_wrong(monkeypatch):
     (['speed'], 2, 'say what to measure'),
     (['decode', '--round', '3'], 2, 'did you mean rounds?'),
     (['decode', '--model', 'nowhere.pt'], 1, 'nowhere.pt'),
+    (['train', '--model', 'nowhere.pt'], 2, '--model gpt2'),
     (['decode', '--model', os.devnull, '--dtypes', 'f64'], 1, os.devnull),
 ])
 def test_what_a_user_gets_wrong_is_one_line(args, code, words, tmp_path):
