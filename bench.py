@@ -37,6 +37,7 @@ import torch
 import build_kernel
 from cwic import GPT, CheckpointError, CWICConfig, KVCache, dense_copy, load_checkpoint
 from decoder import Decoder
+from device import check_compile, choose_device, choose_dtype, keep_memory
 from options import fail, option, parse_options
 
 HERE = Path(__file__).parent
@@ -314,9 +315,9 @@ def measure_train(config):
         fail(f'--model {config.model}: training is measured without it, or with --model gpt2')
     preset = [str(HERE / 'config/gpt2_124m_scratch.toml')] if config.model == 'gpt2' else []
     options = parse_options(train.TrainConfig, 'python bench.py train', presets=True, argv=preset)
-    train.keep_memory()
-    device = train.choose_device(config.device)
-    dtype, _ = train.choose_dtype('auto', device)
+    keep_memory()
+    device = choose_device(config.device)
+    dtype, _ = choose_dtype('auto', device)
     sizes = {name: getattr(options, name) for name in CWICConfig.__dataclass_fields__ if name != 'vocab_size'}
     vocab_size = GPT2['vocab_size'] if preset else CWICConfig.vocab_size
     torch.manual_seed(0)
@@ -329,7 +330,7 @@ def measure_train(config):
     teacher, head_loss = dense_copy(model), train.head_loss
     model.train()
     if config.compile:
-        train.check_compile(device)
+        check_compile(device)
         head_loss = torch.compile(head_loss)
         for block in [*model.blocks, *teacher.blocks]:
             block.compile()

@@ -406,13 +406,16 @@ def load_checkpoint(path, device='cpu'):
     file is missing, truncated, or not one of ours.
     """
     try:
-        saved = torch.load(path, map_location=device, weights_only=True)
-        model = GPT(CWICConfig(**saved['config']))
-        model.load_state_dict(saved['model'])
+        file = open(path, 'rb')
     except FileNotFoundError:
         raise CheckpointError(f'{path}: no such checkpoint; train one with: python train.py') from None
     except OSError as error:
         raise CheckpointError(f'{path}: cannot be read ({error.strerror})') from None
+    try:
+        with file:
+            saved = torch.load(file, map_location=device, weights_only=True)
+        model = GPT(CWICConfig(**saved['config']))
+        model.load_state_dict(saved['model'])
     except Exception as error:      # torch.load raises a dozen kinds for a file that is truncated, foreign or malicious
         raise CheckpointError(f'{path}: not a CWIC checkpoint, or a damaged one ({type(error).__name__})') from None
     return model.to(device).eval(), saved

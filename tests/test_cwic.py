@@ -377,14 +377,20 @@ class RunsCode:
         return os.system, ('touch ran',)
 
 
-@pytest.mark.parametrize('kind', ['missing', 'truncated', 'empty', 'foreign', 'wrong sizes', 'code'])
+@pytest.mark.parametrize('kind', ['missing', 'truncated', 'beginning', 'empty', 'foreign', 'wrong sizes', 'code'])
 def test_bad_checkpoints_are_one_line(tmp_path, kind, monkeypatch):
-    """Metadata was once pickled, so loading a stranger's checkpoint ran the stranger's code."""
+    """
+    Metadata was once pickled, so loading a stranger's checkpoint ran the stranger's code. And of a file with only its
+    beginning, the message once was "cannot be read (Invalid argument)": torch seeks before the start of it.
+    """
     monkeypatch.chdir(tmp_path)
     path = tmp_path / 'm.pt'
     if kind == 'truncated':
         cwic.save_checkpoint(path, small_model())
         path.write_bytes(path.read_bytes()[:-1000])
+    elif kind == 'beginning':
+        cwic.save_checkpoint(path, small_model())
+        path.write_bytes(path.read_bytes()[:5000])
     elif kind == 'empty':
         path.write_bytes(b'')
     elif kind == 'foreign':
@@ -396,6 +402,7 @@ def test_bad_checkpoints_are_one_line(tmp_path, kind, monkeypatch):
     with pytest.raises(cwic.CheckpointError) as error:
         cwic.load_checkpoint(path)
     assert '\n' not in str(error.value) and str(path) in str(error.value)
+    assert ('no such checkpoint' if kind == 'missing' else 'damaged') in str(error.value)
     assert not os.path.exists('ran')
 
 
