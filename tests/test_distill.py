@@ -150,11 +150,21 @@ def test_recomputing_changes_nothing(dense):
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
+@pytest.mark.parametrize('sequences, at_once, pieces', [(4, 3, [2, 2]), (5, 2, [2, 2, 1]), (4, 9, [4])])
+def test_pieces_are_of_one_size_where_they_can_be(monkeypatch, sequences, at_once, pieces):
+    """16 sequences once went through the head as 5, 5, 5 and 1, and torch.compile compiled again for the last, for any size and slower."""
+    monkeypatch.setitem(train.LOGITS_AT_ONCE, 'cpu', 16 * 50 * at_once)
+    model, seen = small_model(thresholds=1.0).train(), []
+    model.head.register_forward_hook(lambda module, args, out: seen.append(len(args[0])))
+    step(model, None, *batches(1, size=sequences, vocab=50)[0], teacher_share=0.0)
+    assert seen == pieces
+
+
 @pytest.mark.parametrize('dense', [False, True])
 def test_compiling_changes_nothing(dense):
     """
     torch.compile must find one graph in a block and one in the head with its loss, custom backward included, and get the
-    same numbers from them. A chunk of another size than the rest was once compiled again, for any size, and ran slowly.
+    same numbers from them.
     """
     tokens, targets = batches(1, vocab=50)[0]
     results = []
