@@ -1,9 +1,9 @@
 """
 CWIC, "Compute Where It Counts": a GPT that learns which of its weights each token can do without.
 
-This file is the whole model, to be read top to bottom: the statistics of a layer's input, the gate, the striped
-linear layer, GPT-2's block built from it, the losses, checkpoints, and a plain generate(). It is the reference that
-the C kernel, the chat and the baselines are compared with. To train a model run train.py; to talk to one, chat.py.
+This file is the whole model, to be read top to bottom: the statistics of a layer's input, the gate, the striped linear
+layer, GPT-2's block, what Llama's block has besides, the losses, adapters, checkpoints, and a plain generate(). It is the
+reference that the C kernel and everything else is compared with. To train a model run train.py; to talk to one, chat.py.
 
     from cwic import GPT, CWICConfig
     model = GPT(CWICConfig())
@@ -17,15 +17,16 @@ A worked example, which is also a test. One token enters a layer of 4 inputs and
 
 8 of the 16 weights are used: active = 2 * 2 + 2 * 2 = 8, a reduction of 2. No row was dropped altogether.
 
-But: no dropout, no mixed batches of lengths, no rotary positions, no beam search; nothing here is faster than a dense
-model. Skipping for real is sparse_kernel.c's work.
+Not here: dropout, padding, beam search; and nothing is faster than a dense model. Skipping for real is sparse_kernel.c's work.
 
-The method: "Compute Where It Counts: Self Optimizing Language Models" (CWIC). The block: GPT-2 (Radford et al., 2019).
+The method is that of "Compute Where It Counts: High Quality Sparsely Activated LLMs" (Crystal AI, 2025,
+github.com/crystal-ai-org/cwic). The blocks are those of GPT-2 (Radford et al., 2019) and Llama (Touvron et al., 2023).
 """
 
 import copy
 import math
 import os
+import zipfile
 from dataclasses import asdict, dataclass
 
 import torch
@@ -36,30 +37,75 @@ from torch.utils.checkpoint import checkpoint
 BANDWIDTH = 0.1         # width of the window in which a threshold feels its inputs, in sigmas
 FLOOR = 1e-3            # thresholds never fall below this, in sigmas
 MEMORY = 0.98           # how much of the statistics' weight survives one optimiser step
-OBSERVE_EVERY = 4       # every fourth position is enough for the statistics, and four times cheaper
+OBSERVE_EVERY = 4       # one position in four is enough for the statistics, and four times cheaper
 
 # -----------------------------------------------------------------------------
 # the usual value and the spread of each input, robustly
 
 
-def observe(x, mu, sigma, mask=None):
+def observe(x, mu, sigma):
     """
     What one batch says about the centre and spread of each input, as sums, so that batches can be added up.
 
     The centre is a weighted mean in which a value weighs 1 / max(|x - mu|, 0.1 sigma): repeated, this settles near the
-    median (it is Weiszfeld's iteration, kept from dividing by zero: Huber's centre at 0.1 sigma). Before there is
-    a sigma every value weighs 1.
+    median (Weiszfeld's iteration, kept from dividing by zero: Huber's centre at 0.1 sigma). Before there is a sigma
+    every value weighs 1.
 
-    x (B, T, in); mu, sigma (in); mask (B, T), true for tokens that count, or None for all.
-    Returns sums over tokens (4, in): weight, weight * (x - mu), |x - mu|, number of tokens.
+    x (B, T, in); mu, sigma (in). Returns sums over tokens (4, in): weight, weight * (x - mu), |x - mu|, number of tokens.
     """
+    B, T, _ = x.shape
     with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
-        c = x[:, ::OBSERVE_EVERY].float() - mu                  # (B, T / 4, in)
+        x = x.flatten(0, 1)                                             # (B * T, in)
+        if B >= OBSERVE_EVERY:
+            # each sequence starts at another offset: position 0, where attention parks what it does not need, is unlike
+            # all others, and must not count four times
+            position = torch.arange(0, B * T, OBSERVE_EVERY, device=x.device)
+            x = x[(position + position // T % OBSERVE_EVERY).clamp_max(B * T - 1)]
+        c = x.float() - mu                                              # (tokens, in)
         distance = c.abs()
         weight = torch.where(sigma > 0, sigma / distance.clamp_min(0.1 * sigma).clamp_min(1e-12), 1.0)
-        counted = torch.ones_like(c) if mask is None else mask[:, ::OBSERVE_EVERY, None].expand_as(c).float()
-        weight = weight * counted
-        return torch.stack([weight.sum((0, 1)), (weight * c).sum((0, 1)), (distance * counted).sum((0, 1)), counted.sum((0, 1))])
+        return torch.stack([weight.sum(0), (weight * c).sum(0), distance.sum(0), torch.full_like(mu, len(c))])
+
+
+class Thresholds(nn.Module):
+    """
+    What everything that skips has in common: one threshold for each (stripe, input) pair, in units of the input's spread.
+    theta is what is trained; t = theta * scale * sigma, where scale makes Adam move thresholds about as fast, in sigmas,
+    as it moves outputs.
+    """
+
+    def __init__(self, n_in, stripes):
+        super().__init__()
+        self.n_in = n_in
+        self.scale = 10 * math.sqrt(n_in)
+        self.theta = nn.Parameter(torch.zeros(stripes, n_in))   # (n, in)
+        self.register_buffer('mu', torch.zeros(n_in))           # centre of each input
+        self.register_buffer('sigma', torch.zeros(n_in))        # spread, as a standard deviation
+        self.register_buffer('seen', torch.zeros(2, n_in))      # the weight that mu and sigma rest on
+
+    def thresholds(self):
+        """Absolute thresholds t (n, in): an input is used by a stripe where |x - mu| > t."""
+        return self.theta * self.scale * self.sigma
+
+    @torch.no_grad()
+    def update_statistics(self, sums):
+        """
+        Folds the sums of a whole optimiser step (4, in) into mu and sigma. Both are means over all tokens so far, older
+        ones weighing less; dividing by the weight actually seen leaves no bias towards the zeros they started from.
+        """
+        weight, pull, distance, count = sums
+        self.seen.mul_(MEMORY).add_(torch.stack([weight, count]))
+        self.mu += pull / self.seen[0].clamp_min(1e-12)
+        self.sigma += (math.sqrt(math.pi / 2) * distance - count * self.sigma) / self.seen[1].clamp_min(1e-12)
+
+    @torch.no_grad()
+    def limit_thresholds(self, before):
+        """
+        After an optimiser step: no threshold moves by more than half its window, beyond which it would no longer feel the
+        inputs it just passed, nor below the floor. before: theta (n, in) as it was.
+        """
+        most = BANDWIDTH / 2 / self.scale
+        self.theta.copy_((before + (self.theta - before).clamp_(-most, most)).clamp_min_(FLOOR / self.scale))
 
 
 # -----------------------------------------------------------------------------
@@ -78,106 +124,106 @@ def side_by_side(stripes, n_out):
     return stripes.transpose(0, 1).reshape(stripes.shape[1], -1)[:, :n_out]
 
 
+def stripe_widths(n_out, stripe, device):
+    """Columns in each stripe (n): only the last may be narrower."""
+    widths = torch.full((math.ceil(n_out / stripe),), stripe, device=device)
+    widths[-1] -= -n_out % stripe
+    return widths
+
+
+def above(a, b):
+    """1.0 where a > b, else 0.0. (Compared into numbers at once: bool masks are several times slower on a CPU.)"""
+    return torch.gt(a, b, out=a.new_empty(torch.broadcast_shapes(a.shape, b.shape)))
+
+
+def product_dtype(weight):
+    """What matrix products compute in: autocast's dtype where it is on, else that of the weights."""
+    device = weight.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+
+
+def as_count(active):
+    """Counts as numbers that gradients can flow to, and still exact: f64, or f32 on Apple's GPUs, which have nothing better."""
+    return active.to(torch.float32 if active.device.type == 'mps' else torch.float64)
+
+
 class GatedProduct(torch.autograd.Function):
     """
-    y[:, stripe] = (mu + m * c) @ W[:, stripe],  with the mask m = |c| > t[stripe] of that stripe, strict; and the number of
-    weights each token used. The step has no useful derivative, so backward defines one. With a window
-    k = 1[ | |c| - t | < bw / 2 ] / bw around each threshold:
+    y[:, stripe] = (mu + m * c) @ W[:, stripe],  c = x - mu,  with the mask m = |c| > t[stripe]; and the number of weights that
+    each token used. The step has no useful derivative, so backward defines one. With a window k = 1[ ||c| - t| < bw / 2 ] / bw
+    around each threshold:
 
-        from y         dc = g @ W^T as if nothing had been masked,     dt = -sum over tokens of (g @ W^T) * c * k
-        from active    dc = +width * k * sign(c) * g,                  dt = -sum over tokens of width * k * g
+        from y         dx = g @ W^T as if nothing had been skipped,    dt = -sum over tokens of (g @ W^T) * c * k
+        from active    dx = width * k * sign(c) * g,                   dt = -sum over tokens of width * k * g
 
-    Only c is kept for backward: masks are cheaper to make again than to store. Masks are numbers, 0 or 1, and one buffer
-    holds first the mask and then the window: on a CPU fresh memory costs more than the arithmetic, on a GPU torch.compile
-    sees through it.
+    Only x is kept for backward: masks are cheaper to make again than to store.
 
-    c (N, in) f32, mu (in), t (n, in), bw (in), W (in, out), widths (n): columns in each stripe; stripe: in each but the last.
-    Returns y (N, out) in the dtype of autocast (or of W), active (N,) f32, exact up to 2^24.
+    x (N, in) f32, mu (in), t (n, in), bw (in), W (in, out); stripe: columns in each stripe but perhaps the last.
+    Returns y (N, out) in the dtype of matrix products, active (N,) f64.
     """
 
     @staticmethod
-    def forward(ctx, c, mu, t, bw, W, widths, stripe):
-        device = c.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else W.dtype
-        ctx.save_for_backward(c, mu, t, bw, W, widths)
-        ctx.stripe, ctx.dtype = stripe, dtype
-        with torch.autocast(device, enabled=False):
-            mask = torch.gt(c.abs(), t[:, None], out=c.new_empty(len(t), *c.shape))             # (n, N, in)
-            active = (widths[:, None] * mask.sum(2)).sum(0)                                     # (N,)
-            masked = torch.addcmul(mu, mask, c, out=mask).to(dtype)                             # (n, N, in)
-            return side_by_side(torch.bmm(masked, by_stripe(W.to(dtype), stripe)), W.shape[1]), active
+    def forward(ctx, x, mu, t, bw, W, stripe):
+        ctx.save_for_backward(x, mu, t, bw, W)
+        ctx.stripe, ctx.dtype = stripe, product_dtype(W)
+        with torch.autocast(x.device.type, enabled=False):
+            c = x - mu                                                                          # (N, in)
+            mask = above(c.abs(), t[:, None])                                                   # (n, N, in)
+            active = (stripe_widths(W.shape[1], stripe, x.device)[:, None] * as_count(mask.sum(2))).sum(0)      # (N,)
+            inputs = torch.addcmul(mu, mask, c).to(ctx.dtype)                                   # (n, N, in)
+            y = torch.bmm(inputs, by_stripe(W.to(ctx.dtype), stripe))                           # (n, N, stripe)
+            return side_by_side(y, W.shape[1]), active
 
     @staticmethod
     def backward(ctx, g, g_active):
-        c, mu, t, bw, W, widths = ctx.saved_tensors
-        with torch.autocast(c.device.type, enabled=False):
-            magnitude, g = c.abs(), by_stripe(g, ctx.stripe)                                    # (N, in), (n, N, stripe)
-            mask = torch.gt(magnitude, t[:, None], out=c.new_empty(len(t), *c.shape))           # (n, N, in)
-            masked = torch.addcmul(mu, mask, c, out=mask).to(ctx.dtype)                         # (n, N, in)
-            dW = side_by_side(torch.bmm(masked.transpose(1, 2), g), W.shape[1]).to(W.dtype)     # (in, out)
-            pull = torch.bmm(g, by_stripe(W.to(ctx.dtype), ctx.stripe).transpose(1, 2))         # (n, N, in)
-            window = torch.lt(torch.sub(magnitude, t[:, None], out=mask).abs_(), bw / 2, out=mask)      # k * bw
-            inverse = 1 / bw.clamp_min(1e-12)               # an input that never moves has no window, so nothing to divide
-            price = widths[:, None, None] * g_active[:, None]                                   # (n, N, 1)
-            dt = -torch.addcmul(price, pull, c).mul_(window).sum(1) * inverse                   # (n, in)
-            dc = pull.sum(0, dtype=c.dtype) + window.mul_(price).sum(0) * torch.sign(c) * inverse
-            return dc, None, dt, None, dW, None, None
+        x, mu, t, bw, W = ctx.saved_tensors
+        with torch.autocast(x.device.type, enabled=False):
+            c, g = x - mu, by_stripe(g, ctx.stripe)                                             # (N, in), (n, N, stripe)
+            distance = c.abs()
+            inputs = torch.addcmul(mu, above(distance, t[:, None]), c).to(ctx.dtype)            # (n, N, in)
+            dW = side_by_side(torch.bmm(inputs.transpose(1, 2), g), W.shape[1]).to(W.dtype)     # (in, out)
+            d_inputs = torch.bmm(g, by_stripe(W.to(ctx.dtype), ctx.stripe).transpose(1, 2))     # (n, N, in)
+            window = above(bw / 2, (distance - t[:, None]).abs_())                              # (n, N, in)
+            price = stripe_widths(W.shape[1], ctx.stripe, x.device)[:, None, None] * g_active.to(x.dtype)[:, None]  # (n, N, 1)
+            per_bw = 1 / bw.clamp_min(1e-12)                # an input that never moves has no window, so nothing to divide
+            dt = -torch.addcmul(price, d_inputs, c).mul_(window).sum(1) * per_bw                # (n, in)
+            dx = d_inputs.sum(0, dtype=x.dtype) + (price * window).sum(0) * torch.sign(c) * per_bw
+            return dx, None, dt, None, dW, None
 
 
-class StripedLinear(nn.Module):
+class StripedLinear(Thresholds):
     """
     A linear layer, weights input-major, whose every (stripe, input) pair has a learned threshold:
 
         y[stripe] = (mu + m * c) @ W[:, stripe] + b[stripe],       c = x - mu,  m = |c| > t[stripe]
 
     A skipped input is thus replaced by its usual value mu, not by zero. (So mu @ W + b is the same for all tokens: the
-    kernel computes it once, and then reads only the rows of W where m is 1.) theta is what is trained; t = theta *
-    scale * sigma, where scale makes Adam move thresholds about as fast, in sigmas, as it moves outputs.
+    kernel computes it once, and then reads only the rows of W where m is 1.)
     """
 
     def __init__(self, n_in, n_out, stripe, bias):
-        super().__init__()
-        self.n_in, self.n_out, self.stripe = n_in, n_out, min(stripe, n_out)
+        super().__init__(n_in, stripes=math.ceil(n_out / stripe))
+        self.n_out, self.stripe = n_out, min(stripe, n_out)
         self.dense = n_in * n_out                                           # weights a dense layer uses for each token
-        self.scale = 10 * math.sqrt(n_in)
         self.weight = nn.Parameter(torch.randn(n_in, n_out) * 0.02)         # (in, out)
         self.bias = nn.Parameter(torch.zeros(n_out)) if bias else None      # (out,)
-        self.theta = nn.Parameter(torch.zeros(math.ceil(n_out / self.stripe), n_in))    # (n, in)
-        widths = [min(self.stripe, n_out - first) for first in range(0, n_out, self.stripe)]
-        self.register_buffer('widths', torch.tensor(widths, dtype=torch.float32), persistent=False)
-        self.register_buffer('mu', torch.zeros(n_in))                       # centre of each input
-        self.register_buffer('sigma', torch.zeros(n_in))                    # spread, as a standard deviation
-        self.register_buffer('seen', torch.zeros(2, n_in))                  # the weight that mu and sigma rest on
+        self.adapter = nn.Identity()                                        # or a LowRank change of the weight
 
-    def thresholds(self):
-        """Absolute thresholds t (n, in): an input is used by a stripe where |x - mu| > t."""
-        return self.theta * self.scale * self.sigma
-
-    def forward(self, x, dense=False, mask=None):
+    def forward(self, x, dense=False):
         """
-        x (B, T, in) -> y (B, T, out), active (B, T), and observe()'s sums (4, in), or None where nothing is learned of
-        the input: in eval mode, and in dense mode, where thresholds and statistics play no part.
+        x (B, T, in) -> y (B, T, out), used: a pair of active (B, T) and observe()'s sums (4, in). The sums are None where
+        nothing is learned of the input: in eval mode, and in dense mode, where thresholds and statistics play no part.
         """
         B, T, _ = x.shape
+        weight = self.adapter(self.weight)
         if dense:
-            y = x @ self.weight
-            return (y if self.bias is None else y + self.bias), x.new_full((B, T), self.dense, dtype=torch.float32), None
-        sums = observe(x, self.mu, self.sigma, mask) if self.training else None
-        c = x.float() - self.mu                                             # (B, T, in)
-        y, active = GatedProduct.apply(c.view(B * T, -1), self.mu, self.thresholds(), BANDWIDTH * self.sigma, self.weight, self.widths, self.stripe)
-        y = y if self.bias is None else y + self.bias.to(y.dtype)
-        return y.view(B, T, -1), active.view(B, T), sums
-
-    @torch.no_grad()
-    def update_statistics(self, sums):
-        """
-        Folds the sums of a whole optimiser step (4, in) into mu and sigma. Both are means over all tokens so far, older
-        ones weighing less; dividing by the weight actually seen leaves no bias towards the zeros they started from.
-        """
-        weight, pull, distance, count = sums
-        self.seen.mul_(MEMORY).add_(torch.stack([weight, count]))
-        self.mu += pull / self.seen[0].clamp_min(1e-12)
-        self.sigma += (math.sqrt(math.pi / 2) * distance - count * self.sigma) / self.seen[1].clamp_min(1e-12)
+            y, used = x @ weight, (torch.full_like(x[:, :, 0], self.dense, dtype=torch.float32), None)
+        else:
+            sums = observe(x, self.mu, self.sigma) if self.training else None
+            y, active = GatedProduct.apply(x.float().view(B * T, -1), self.mu, self.thresholds(), BANDWIDTH * self.sigma,
+                                           weight, self.stripe)
+            y, used = y.view(B, T, -1), (active.view(B, T), sums)
+        return (y if self.bias is None else y + self.bias.to(y.dtype)), used
 
 
 # -----------------------------------------------------------------------------
@@ -186,84 +232,221 @@ class StripedLinear(nn.Module):
 
 @dataclass
 class CWICConfig:
+    arch: str = 'gpt2'          # or 'llama'
     vocab_size: int = 4096
-    block_size: int = 256
+    block_size: int = 256       # context, in tokens
     n_layer: int = 6
     n_head: int = 6
+    n_kv_head: int = 0          # Llama: heads of keys and values, each shared by a group of queries; 0: as many as n_head
     n_embd: int = 192
-    bias: bool = True           # in linear layers and norms; the head never has one
+    n_hidden: int = 0           # width of the MLP; 0: 4 * n_embd
+    bias: bool = True           # GPT-2: in linear layers and norms; the head never has one, nor has Llama
+    norm_eps: float = 1e-5
+    rope_theta: float = 10000.0     # Llama: the slowest rotation takes about 2 pi * rope_theta positions
+    rope_scaling: tuple = ()        # Llama 3: factor, low_freq_factor, high_freq_factor, original context
     stripe_qkv: int = 192       # columns to a stripe, for each kind of matrix
     stripe_out: int = 192
-    stripe_up: int = 192
-    stripe_down: int = 192
+    stripe_up: int = 192        # Llama: of the gate
+    stripe_down: int = 192      # GPT-2 only
     stripe_head: int = 1024
 
     def __post_init__(self):
-        if self.n_embd % self.n_head:
-            raise ValueError(f'n_embd ({self.n_embd}) must be a multiple of n_head ({self.n_head})')
-        for name, size in asdict(self).items():
-            if name != 'bias' and size < 1:
-                raise ValueError(f'{name} must be at least 1, not {size}')
+        if self.arch not in ('gpt2', 'llama'):
+            raise ValueError(f'arch must be gpt2 or llama, not {self.arch!r}')
+        self.n_kv_head, self.n_hidden = self.n_kv_head or self.n_head, self.n_hidden or 4 * self.n_embd
+        self.bias = self.bias and self.arch == 'gpt2'
+        for name in asdict(self):
+            if name.startswith(('n_', 'stripe_', 'vocab', 'block')) and getattr(self, name) < 1:
+                raise ValueError(f'{name} must be at least 1, not {getattr(self, name)}')
+        if self.n_embd % self.n_head or self.n_head % self.n_kv_head:
+            raise ValueError(f'n_embd ({self.n_embd}) must be a multiple of n_head ({self.n_head}), and that of n_kv_head ({self.n_kv_head})')
+        if self.arch == 'gpt2' and self.n_kv_head != self.n_head:
+            raise ValueError('n_kv_head is an option of --arch llama')
+        if self.arch == 'llama' and self.head_dim % 2:
+            raise ValueError(f'n_embd / n_head ({self.head_dim}) must be even, for rotary positions')
+
+    @property
+    def head_dim(self):
+        return self.n_embd // self.n_head
+
+    @property
+    def matrices(self):
+        """The names of what has thresholds in each layer, in the order of every active count."""
+        return ('qkv', 'out', 'up', 'down') if self.arch == 'gpt2' else ('qkv', 'out', 'gate', 'neurons')
 
 
 class KVCache:
-    """Keys and values of the tokens so far. k, v (n_layer, batch, n_head, block_size, head_dim); length in tokens."""
+    """Keys and values of the tokens so far. k, v (n_layer, batch, n_kv_head, block_size, head_dim); length in tokens."""
 
-    def __init__(self, config, batch=1, device='cpu'):
-        shape = (config.n_layer, batch, config.n_head, config.block_size, config.n_embd // config.n_head)
-        self.k, self.v, self.length = torch.zeros(shape, device=device), torch.zeros(shape, device=device), 0
+    def __init__(self, config, batch=1, device='cpu', dtype=torch.float32):
+        shape = (config.n_layer, batch, config.n_kv_head, config.block_size, config.head_dim)
+        self.k, self.v = torch.zeros(shape, device=device, dtype=dtype), torch.zeros(shape, device=device, dtype=dtype)
+        self.length = 0
 
 
 class Attention(nn.Module):
 
     def __init__(self, config, layer):
         super().__init__()
-        self.n_head, self.layer = config.n_head, layer
-        self.qkv = StripedLinear(config.n_embd, 3 * config.n_embd, config.stripe_qkv, config.bias)
+        self.layer, self.head_dim = layer, config.head_dim
+        self.widths = [heads * config.head_dim for heads in (config.n_head, config.n_kv_head, config.n_kv_head)]
+        self.qkv = StripedLinear(config.n_embd, sum(self.widths), config.stripe_qkv, config.bias)
         self.out = StripedLinear(config.n_embd, config.n_embd, config.stripe_out, config.bias)
 
-    def forward(self, x, cache, dense, mask):
-        B, T, d = x.shape
-        qkv, active_qkv, sums_qkv = self.qkv(x, dense, mask)
-        q, k, v = (z.view(B, T, self.n_head, -1).transpose(1, 2) for z in qkv.split(d, dim=2))     # (B, heads, T, d / heads)
-        if cache is None:
-            y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        else:
-            past, now = cache.length, cache.length + T
+    def forward(self, x, rotary, cache, dense):
+        """x (B, T, d); rotary: Llama's tables, or None -> y (B, T, d), [used by qkv, used by out]."""
+        qkv, used_qkv = self.qkv(x, dense)
+        q, k, v = (z.unflatten(2, (-1, self.head_dim)).transpose(1, 2) for z in qkv.split(self.widths, dim=2))  # (B, heads, T, head_dim)
+        if rotary is not None:
+            q, k = rotate(q, *rotary), rotate(k, *rotary)
+        mask, past = None, 0
+        if cache is not None:
+            past, now = cache.length, cache.length + x.shape[1]
             cache.k[self.layer, :, :, past:now], cache.v[self.layer, :, :, past:now] = k, v
-            visible = torch.ones(T, now, dtype=torch.bool, device=x.device).tril(past)             # (T, past + T)
-            y = F.scaled_dot_product_attention(q, cache.k[self.layer, :, :, :now], cache.v[self.layer, :, :, :now], visible)
-        y, active_out, sums_out = self.out(y.transpose(1, 2).reshape(B, T, d), dense, mask)
-        return y, [active_qkv, active_out], [sums_qkv, sums_out]
+            k, v = (z[self.layer, :, :, :now].to(q.dtype) for z in (cache.k, cache.v))
+            if past and x.shape[1] > 1:
+                mask = torch.ones(x.shape[1], now, dtype=torch.bool, device=x.device).tril(past)                # (T, past + T)
+        y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=not past, enable_gqa=k.shape[1] < q.shape[1])
+        y, used_out = self.out(y.transpose(1, 2).flatten(2), dense)
+        return y, [used_qkv, used_out]
 
 
 class MLP(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.up = StripedLinear(config.n_embd, 4 * config.n_embd, config.stripe_up, config.bias)
-        self.down = StripedLinear(4 * config.n_embd, config.n_embd, config.stripe_down, config.bias)
+        self.up = StripedLinear(config.n_embd, config.n_hidden, config.stripe_up, config.bias)
+        self.down = StripedLinear(config.n_hidden, config.n_embd, config.stripe_down, config.bias)
 
-    def forward(self, x, dense, mask):
-        h, active_up, sums_up = self.up(x, dense, mask)
-        y, active_down, sums_down = self.down(F.gelu(h, approximate='tanh'), dense, mask)
-        return y, [active_up, active_down], [sums_up, sums_down]
+    def forward(self, x, dense):
+        h, used_up = self.up(x, dense)
+        y, used_down = self.down(F.gelu(h, approximate='tanh'), dense)
+        return y, [used_up, used_down]
 
 
 class Block(nn.Module):
+    """GPT-2's: x + attn(ln(x)), then x + mlp(ln(x)). Llama's is the same, of other pieces."""
 
     def __init__(self, config, layer):
         super().__init__()
-        self.ln_1 = nn.LayerNorm(config.n_embd, bias=config.bias)
+        self.ln_1 = norm(config)
         self.attn = Attention(config, layer)
-        self.ln_2 = nn.LayerNorm(config.n_embd, bias=config.bias)
-        self.mlp = MLP(config)
+        self.ln_2 = norm(config)
+        self.mlp = MLP(config) if config.arch == 'gpt2' else GatedMLP(config)
 
-    def forward(self, x, cache, dense, mask):
-        y, active_attn, sums_attn = self.attn(self.ln_1(x), cache, dense, mask)
+    def forward(self, x, rotary, cache, dense):
+        y, used_attn = self.attn(self.ln_1(x), rotary, cache, dense)
         x = x + y
-        y, active_mlp, sums_mlp = self.mlp(self.ln_2(x), dense, mask)
-        return x + y, active_attn + active_mlp, sums_attn + sums_mlp
+        y, used_mlp = self.mlp(self.ln_2(x), dense)
+        return x + y, used_attn + used_mlp
+
+
+def norm(config):
+    if config.arch == 'gpt2':
+        return nn.LayerNorm(config.n_embd, eps=config.norm_eps, bias=config.bias)
+    return nn.RMSNorm(config.n_embd, eps=config.norm_eps)
+
+
+# -----------------------------------------------------------------------------
+# what Llama's block has besides: rotary positions, and a gated MLP whose up and down share one mask
+
+
+def rotary_tables(config, positions):
+    """
+    positions (T,) -> cos, sin (T, head_dim / 2), f32: the angles by which pairs of a head's numbers turn (Su et al., 2021).
+    With rope_scaling, rotations slower than the original context are slowed down by a factor, and those that are neither
+    fast nor slow by part of it, as in Llama 3.
+    """
+    pairs = torch.arange(0, config.head_dim, 2, device=positions.device, dtype=torch.float32)
+    speed = 1.0 / config.rope_theta ** (pairs / config.head_dim)           # radians per position
+    if config.rope_scaling:
+        factor, low, high, context = config.rope_scaling
+        turns = context * speed / (2 * math.pi)                             # in the original context
+        keep = ((turns - low) / (high - low)).clamp(0, 1)                   # 1: fast, left alone; 0: slow
+        speed = keep * speed + (1 - keep) * speed / factor
+    angles = positions[:, None].float() * speed
+    return angles.cos(), angles.sin()
+
+
+def rotate(heads, cos, sin):
+    """heads (B, heads, T, head_dim): number j of the first half and number j of the second turn together."""
+    first, second = heads.float().chunk(2, dim=3)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=3).to(heads.dtype)
+
+
+class GatedNeurons(torch.autograd.Function):
+    """
+    a = h * z where |z| > t, else 0: what neurons hand on, and how many weights each token used of them, `width` for each
+    active neuron. Backward defines the derivative of the step as GatedProduct does, z being what is thresholded:
+
+        from a         dz = g * h as if nothing had been skipped,      dt = -sum over tokens of g * h * z * k
+        from active    dz = width * k * sign(z) * g,                   dt = -sum over tokens of width * k * g
+
+    z, h (N, neurons), t, bw (neurons). Returns a (N, neurons) in h's dtype, active (N,) f64.
+    """
+
+    @staticmethod
+    def forward(ctx, z, h, t, bw, width):
+        ctx.save_for_backward(z, h, t, bw)
+        ctx.width = width
+        mask = above(z.abs(), t)                                                # (N, neurons)
+        return (mask * z * h).to(h.dtype), as_count(mask.sum(1)) * width
+
+    @staticmethod
+    def backward(ctx, g, g_active):
+        z, h, t, bw = ctx.saved_tensors
+        distance, price = z.abs(), ctx.width * g_active.to(z.dtype)[:, None]    # (N, neurons), (N, 1)
+        dz = g * h                                                              # (N, neurons)
+        dh = above(distance, t) * z * g
+        window = above(bw / 2, (distance - t).abs())
+        per_bw = 1 / bw.clamp_min(1e-12)
+        dt = -((dz * z + price) * window).sum(0) * per_bw                       # (neurons)
+        return (dz + price * window * torch.sign(z) * per_bw).to(z.dtype), dh.to(h.dtype), dt, None, None
+
+
+class Neurons(Thresholds):
+    """
+    Llama's up and down: y = (up(x) * z * m) @ down,  m = |z| > t, where z is what the gate says to each neuron. One threshold
+    decides for a column of up and a row of down at once. z is not centred: its usual value is close to zero, so mu stays 0.
+    """
+
+    def __init__(self, n_embd, n_hidden):
+        super().__init__(n_hidden, 1)
+        self.dense = 2 * n_embd * n_hidden
+        self.up = nn.Parameter(torch.randn(n_embd, n_hidden) * 0.02)            # (d, neurons)
+        self.down = nn.Parameter(torch.randn(n_hidden, n_embd) * 0.02)          # (neurons, d)
+        self.adapter_up, self.adapter_down = nn.Identity(), nn.Identity()
+
+    def forward(self, x, z, dense=False):
+        """x (B, T, d), z (B, T, neurons) -> y (B, T, d), used: as in StripedLinear."""
+        h, down = x @ self.adapter_up(self.up), self.adapter_down(self.down)
+        if dense:
+            return (h * z) @ down, (torch.full_like(x[:, :, 0], self.dense, dtype=torch.float32), None)
+        sums = observe(z, self.mu, self.sigma) if self.training else None
+        a, active = GatedNeurons.apply(z.float().flatten(0, 1), h.flatten(0, 1), self.thresholds()[0], BANDWIDTH * self.sigma,
+                                       2 * x.shape[2])
+        return a.view_as(h) @ down, (active.view(x.shape[:2]), sums)
+
+    def update_statistics(self, sums):
+        super().update_statistics(sums)
+        self.mu.zero_()
+
+
+class GatedMLP(nn.Module):
+
+    def __init__(self, config):
+        super().__init__()
+        self.gate = StripedLinear(config.n_embd, config.n_hidden, config.stripe_up, bias=False)
+        self.neurons = Neurons(config.n_embd, config.n_hidden)
+
+    def forward(self, x, dense):
+        z, used_gate = self.gate(x, dense)
+        y, used_neurons = self.neurons(x, F.silu(z), dense)
+        return y, [used_gate, used_neurons]
+
+
+# -----------------------------------------------------------------------------
+# the model
 
 
 class GPT(nn.Module):
@@ -271,79 +454,67 @@ class GPT(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        self.wpe = nn.Embedding(config.block_size, config.n_embd)
+        if config.arch == 'gpt2':
+            self.wpe = nn.Embedding(config.block_size, config.n_embd)
+            nn.init.normal_(self.wpe.weight, std=0.02)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
-        self.ln_f = nn.LayerNorm(config.n_embd, bias=config.bias)
+        self.ln_f = norm(config)
         # the token embedding is the head read the other way: row i of its transpose is token i
         self.head = StripedLinear(config.n_embd, config.vocab_size, config.stripe_head, bias=False)
-        nn.init.normal_(self.wpe.weight, std=0.02)
-        for block in self.blocks:       # GPT-2: what adds to the residual stream starts smaller, the deeper the model
-            for linear in (block.attn.out, block.mlp.down):
-                nn.init.normal_(linear.weight, std=0.02 / math.sqrt(2 * config.n_layer))
+        for name, weight in self.named_parameters():    # what adds to the residual stream starts smaller, the deeper the model
+            if name.endswith(('attn.out.weight', 'mlp.down.weight', 'mlp.neurons.down')):
+                nn.init.normal_(weight, std=0.02 / math.sqrt(2 * config.n_layer))
 
-    def linears(self):
-        """[(name, StripedLinear)], in the order of every active count: 0.qkv, 0.out, 0.up, 0.down, 1.qkv, ..., head."""
-        inner = [(f'{i}.{name}', linear) for i, block in enumerate(self.blocks) for name, linear in
-                 (('qkv', block.attn.qkv), ('out', block.attn.out), ('up', block.mlp.up), ('down', block.mlp.down))]
-        return inner + [('head', self.head)]
+    def gated(self):
+        """[(name, StripedLinear or Neurons)], in the order of every active count: 0.qkv, 0.out, ..., 1.qkv, ..., head."""
+        layers = [(f'{i}.{name}', getattr(part, name)) for i, block in enumerate(self.blocks)
+                  for part, name in zip((block.attn, block.attn, block.mlp, block.mlp), self.config.matrices)]
+        return layers + [('head', self.head)]
 
     def dense(self):
-        """Weights that a dense model uses for each token, over all linear layers, head included."""
-        return sum(linear.dense for _, linear in self.linears())
+        """Weights that a dense model uses for each token, head included; embeddings and norms are not counted."""
+        return sum(layer.dense for _, layer in self.gated())
 
-    def trunk(self, tokens, cache=None, dense=False, mask=None, recompute=False):
+    def trunk(self, tokens, cache=None, dense=False, recompute=False):
         """
-        All but the head. tokens (B, T) -> hidden (B, T, d), [active (B, T)] and [sums (4, in)], one for each matrix.
+        All but the head. tokens (B, T) -> hidden (B, T, d), used: [(active (B, T), sums (4, in))], one for each matrix.
         recompute: keep no activations inside blocks, compute them again in backward. Blocks return what they observe
         and change nothing, so computing one twice counts nothing twice.
         """
         past = 0 if cache is None else cache.length
         positions = torch.arange(past, past + tokens.shape[1], device=tokens.device)
-        x = F.embedding(tokens, self.head.weight.t()) + self.wpe(positions)                        # (B, T, d)
-        active, sums = [], []
+        x, rotary = F.embedding(tokens, self.head.adapter(self.head.weight).t()), None              # (B, T, d)
+        if self.config.arch == 'gpt2':
+            x = x + self.wpe(positions)
+        else:
+            rotary = rotary_tables(self.config, positions)
+        used = []
         for block in self.blocks:
             if recompute:
-                x, active_block, sums_block = checkpoint(block, x, cache, dense, mask, use_reentrant=False)
+                x, used_block = checkpoint(block, x, rotary, cache, dense, use_reentrant=False)
             else:
-                x, active_block, sums_block = block(x, cache, dense, mask)
-            active += active_block
-            sums += sums_block
+                x, used_block = block(x, rotary, cache, dense)
+            used += used_block
         if cache is not None:
             cache.length += tokens.shape[1]
-        return self.ln_f(x), active, sums
+        return self.ln_f(x), used
 
     def forward(self, tokens, cache=None, dense=False):
         """
-        tokens (B, T) -> logits (B, T, vocab) f32, active (matrices, B, T) f32: the weights each matrix used for each token,
+        tokens (B, T) -> logits (B, T, vocab) f32, active (matrices, B, T) f64: the weights each matrix used for each token,
         counted in the pass that made the logits. With a KVCache, tokens follow those already in it, and join them.
         dense: leave the thresholds out; every weight is used.
         """
-        hidden, active, _ = self.trunk(tokens, cache, dense)
-        logits, active_head, _ = self.head(hidden, dense)
-        return logits.float(), torch.stack(active + [active_head])
+        hidden, used = self.trunk(tokens, cache, dense)
+        logits, used_head = self.head(hidden, dense)
+        return logits.float(), torch.stack([as_count(active) for active, _ in used + [used_head]])
 
-    def update_statistics(self, sums):
-        """sums: for each matrix (4, in), added up over the micro-batches and ranks of one optimiser step."""
-        for (_, linear), linear_sums in zip(self.linears(), sums, strict=True):
-            linear.update_statistics(linear_sums)
-
-    def parameter_groups(self, lr, weight_decay):
-        """Three groups for AdamW: matrices, decayed; biases, norms; and the thresholds, never decayed."""
-        thetas = [p for name, p in self.named_parameters() if name.endswith('theta')]
-        matrices = [p for name, p in self.named_parameters() if p.dim() > 1 and not name.endswith('theta')]
-        others = [p for p in self.parameters() if p.dim() <= 1]
-        return [dict(params=matrices, lr=lr, weight_decay=weight_decay), dict(params=others, lr=lr, weight_decay=0.0),
-                dict(params=thetas, lr=lr, weight_decay=0.0)]
-
-    @torch.no_grad()
-    def limit_thresholds(self, before):
-        """
-        After an optimiser step: no threshold moves by more than half its window, beyond which it would no longer feel the
-        inputs it just passed, nor below the floor. before: the thetas as they were, in the order of linears().
-        """
-        for (_, linear), old in zip(self.linears(), before, strict=True):
-            step = (linear.theta - old).clamp_(-BANDWIDTH / 2 / linear.scale, BANDWIDTH / 2 / linear.scale)
-            linear.theta.copy_((old + step).clamp_min_(FLOOR / linear.scale))
+    def parameter_groups(self, lr, threshold_lr, weight_decay):
+        """Three groups for AdamW, of what is not frozen: matrices, decayed; biases and norms; and the thresholds, never decayed."""
+        trained = [(name.endswith('theta'), p) for name, p in self.named_parameters() if p.requires_grad]
+        return [dict(params=[p for theta, p in trained if p.dim() > 1 and not theta], lr=lr, weight_decay=weight_decay),
+                dict(params=[p for _, p in trained if p.dim() <= 1], lr=lr, weight_decay=0.0),
+                dict(params=[p for theta, p in trained if theta], lr=threshold_lr, weight_decay=0.0)]
 
 
 # -----------------------------------------------------------------------------
@@ -366,16 +537,60 @@ def two_way_kl(logits, teacher_logits):
 
 
 def flop_loss(active, dense, target):
-    """max(target - reduction, 0)^2, where reduction = dense / active; active: the mean over all tokens of the step."""
-    return max(target - dense / active, 0.0) ** 2
+    """
+    max(target - reduction, 0)^2, where reduction = dense / active; active: a tensor, the mean over all tokens of a step.
+    Once nothing at all is active there is nothing to push on.
+    """
+    return (target - dense / active.clamp_min(1e-9 * dense)).clamp_min(0.0) ** 2
 
 
 def price(active, dense, target):
     """
-    The slope of flop_loss in active: what one active weight costs. The loss of a mean is not the mean of losses, so a step
-    cut into micro-batches must not take the loss of each; but each can pay this one price for every weight it used.
+    What one active weight costs: the slope of flop_loss in active, a number. The loss of a mean is not the mean of losses,
+    so a step cut into micro-batches must not take the loss of each; but each can pay this one price for every weight used.
     """
-    return 2 * max(target - dense / active, 0.0) * dense / active ** 2
+    active = torch.tensor(float(active), dtype=torch.float64, requires_grad=True)
+    return float(torch.autograd.grad(flop_loss(active, dense, target), active)[0])
+
+
+# -----------------------------------------------------------------------------
+# adapters: a pretrained model stays as it is, and what is learned is thresholds, norms and a small change of each matrix
+
+
+class LowRank(nn.Module):
+    """W -> W + A @ B (Hu et al., "LoRA", 2021). B starts at 0, so nothing changes at first. A (in, rank), B (rank, out)."""
+
+    def __init__(self, weight, rank):
+        super().__init__()
+        self.A = nn.Parameter(torch.randn(weight.shape[0], rank, device=weight.device) / math.sqrt(rank))
+        self.B = nn.Parameter(torch.zeros(rank, weight.shape[1], device=weight.device))
+
+    def forward(self, weight):
+        return weight + self.A @ self.B
+
+
+ADAPTERS = {'adapter': 'weight', 'adapter_up': 'up', 'adapter_down': 'down'}       # and the matrix that each one changes
+
+
+def add_adapters(model, rank):
+    """Freezes every matrix of the model, embeddings included, and gives each a trainable change of the given rank."""
+    for name, p in model.named_parameters():
+        p.requires_grad_(p.dim() == 1 or name.endswith('theta'))
+    for _, layer in model.gated():
+        for adapter, matrix in ADAPTERS.items():
+            if hasattr(layer, matrix):
+                setattr(layer, adapter, LowRank(getattr(layer, matrix), rank))
+
+
+@torch.no_grad()
+def merge_adapters(model):
+    """Adds every change to its matrix, for good. The model computes the same, and has no adapters any more."""
+    for _, layer in model.gated():
+        for adapter, matrix in ADAPTERS.items():
+            if isinstance(getattr(layer, adapter, None), LowRank):
+                weight = getattr(layer, matrix)
+                setattr(layer, matrix, nn.Parameter(getattr(layer, adapter)(weight)))
+                setattr(layer, adapter, nn.Identity())
 
 
 # -----------------------------------------------------------------------------
@@ -386,37 +601,98 @@ class CheckpointError(Exception):
     """A checkpoint that cannot be used, said in one line."""
 
 
-def save_checkpoint(path, model, **more):
-    """Writes {'model', 'config', **more} to path so that a crash at any moment leaves the old file or the new, whole."""
+def write_atomically(path, write):
+    """
+    Calls write(file) on a temporary file beside path and then gives it that name: a crash at any moment leaves the old file
+    or the new, whole. Removes what processes that were killed have left. Raises OSError.
+    """
+    folder, name = os.path.split(os.path.abspath(path))
+    for other in os.listdir(folder):
+        owner = other.removeprefix(name + '.').removesuffix('.partial')
+        if other == f'{name}.{owner}.partial' and owner.isdigit() and not os.path.exists(f'/proc/{owner}'):
+            os.remove(os.path.join(folder, other))
     partial = f'{path}.{os.getpid()}.partial'
     try:
-        with open(partial, 'wb') as f:
-            torch.save({'model': model.state_dict(), 'config': asdict(model.config), **more}, f)
-            f.flush()
-            os.fsync(f.fileno())
+        with open(partial, 'wb') as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
         os.replace(partial, path)
     finally:
         if os.path.exists(partial):
             os.remove(partial)
 
 
-def load_checkpoint(path, device='cpu'):
+def save_checkpoint(path, model, **more):
+    """
+    Writes {'model', 'config', **more} to path, atomically. Frozen matrices are left out: they are the base's, from which
+    load_checkpoint takes them. Raises CheckpointError where a number is not finite or the disk does not take it.
+    """
+    frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
+    state = {name: tensor for name, tensor in model.state_dict().items() if name not in frozen}
+    if not all(bool(torch.isfinite(tensor).all()) for tensor in state.values()):
+        raise CheckpointError(f'{path} is not written: the model holds numbers that are not finite')
+    try:
+        write_atomically(path, lambda file: torch.save({'model': state, 'config': asdict(model.config), **more}, file))
+    except (OSError, RuntimeError) as error:        # torch says "unexpected pos" of a full disk
+        reason = getattr(error, 'strerror', None) or 'the disk may be full'
+        raise CheckpointError(f'{path} cannot be written ({reason}); what stood there before is whole') from None
+
+
+def build(config, state):
+    """
+    A model in eval mode made of state, a dict of tensors, without copying them. Shapes are compared first, on a model that
+    takes no memory, so that a file which lies about its sizes costs nothing. Raises ValueError.
+    """
+    if config.n_layer > len(state):
+        raise ValueError(f'{config.n_layer} layers cannot be made of {len(state)} tensors')
+    with torch.device('meta'):
+        model = GPT(config)
+    expected = model.state_dict()
+    for name in expected.keys() | state.keys():
+        if name not in state or name not in expected or state[name].shape != expected[name].shape:
+            raise ValueError(f'{name} is missing, unexpected, or of the wrong shape')
+    model.load_state_dict(state, assign=True)
+    return model.eval()
+
+
+def load_checkpoint(path, device='cpu', base=None, merge=True):
     """
     (model in eval mode, the checkpoint's dict). Runs no code from the file. Raises CheckpointError, in one line, where the
     file is missing, truncated, or not one of ours.
+
+    An adapter holds only what differs from its base, whose name is saved['base']: base(name) must give that model. The
+    adapter is merged into it, or with merge=False left apart, to be trained on.
     """
     try:
-        file = open(path, 'rb')
+        with open(path, 'rb') as file:
+            # a compressed archive could unfold to anything; torch writes none
+            if any(entry.compress_type != zipfile.ZIP_STORED for entry in zipfile.ZipFile(file).infolist()):
+                raise ValueError('compressed')
+            file.seek(0)
+            saved = torch.load(file, map_location=device, weights_only=True)
     except FileNotFoundError:
         raise CheckpointError(f'{path}: no such checkpoint; train one with: python train.py') from None
     except OSError as error:
         raise CheckpointError(f'{path}: cannot be read ({error.strerror})') from None
-    try:
-        with file:
-            saved = torch.load(file, map_location=device, weights_only=True)
-        model = GPT(CWICConfig(**saved['config']))
-        model.load_state_dict(saved['model'])
     except Exception as error:      # torch.load raises a dozen kinds for a file that is truncated, foreign or malicious
+        raise CheckpointError(f'{path}: not a CWIC checkpoint, or a damaged one ({type(error).__name__})') from None
+    try:
+        config, state = CWICConfig(**saved['config']), dict(saved['model'])
+        if saved.get('base'):
+            if base is None:
+                raise CheckpointError(f'{path}: an adapter, which needs its base {saved["base"]}')
+            frozen = base(saved['base']).to(device).state_dict()
+            names = {name for name in frozen if name not in state}
+            changes = {name: tensor for name, tensor in state.items() if 'adapter' in name}
+            model = build(config, {**{name: frozen[name] for name in names}, **{name: state[name] for name in state.keys() - changes.keys()}})
+            add_adapters(model, saved['rank'])
+            model.load_state_dict({name: tensor.float() for name, tensor in changes.items()}, strict=False)
+            if merge:
+                merge_adapters(model)
+        else:
+            model = build(config, state)
+    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError, OverflowError, ZeroDivisionError) as error:
         raise CheckpointError(f'{path}: not a CWIC checkpoint, or a damaged one ({type(error).__name__})') from None
     return model.to(device).eval(), saved
 
@@ -430,31 +706,54 @@ def dense_copy(model):
 # generation, the plain way: the reference for the decoder
 
 
-def sample(logits, temperature, top_k, generator):
-    """logits (vocab,) -> a token id. Greedy at temperature 0."""
-    if temperature == 0:
-        return int(logits.argmax())
-    if top_k:
-        logits = logits.masked_fill(logits < logits.topk(min(top_k, len(logits))).values[-1], -math.inf)
-    return int(torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator))
+def sample(logits, point, temperature=0.0, top_k=0, top_p=1.0, min_p=0.0):
+    """
+    Draws a token for each row. point (B,): uniform random numbers from 0 to 1, one for each row, needed or not, so that two
+    models which are given the same ones can be compared token by token. Kept are the top_k likeliest tokens (0: all), of
+    these the fewest that hold top_p of the probability, and what has at least min_p times that of the likeliest.
+
+    logits (B, vocab) -> ids (B,), and their probability (B,) under the model, before temperature and the like.
+    temperature: a number, or one for each row (B, 1); greedy at 0.
+    """
+    p = logits.float().softmax(-1)                                                  # (B, vocab)
+    if isinstance(temperature, (int, float)) and temperature == 0:
+        ids = logits.argmax(-1)
+    else:
+        q = (logits.float() / temperature).softmax(-1)
+        order = None
+        if top_k or top_p < 1:
+            q, order = q.sort(-1, descending=True, stable=True)
+            if top_k:
+                q[:, top_k:] = 0
+            q = torch.where(q.cumsum(-1) - q < top_p * q.sum(-1, keepdim=True), q, 0.0)
+        if min_p:
+            q = torch.where(q >= min_p * q.amax(-1, keepdim=True), q, 0.0)
+        mass = q.cumsum(-1)
+        ids = torch.searchsorted(mass, point[:, None].to(mass) * mass[:, -1:], right=True).clamp_max(q.shape[-1] - 1)[:, 0]
+        # rounding may lead past the last token that was kept
+        ids = torch.where(q.gather(-1, ids[:, None])[:, 0] > 0, ids, q.argmax(-1))
+        ids = ids if order is None else order.gather(-1, ids[:, None])[:, 0]
+    return ids, p.gather(-1, ids[:, None])[:, 0]
 
 
 @torch.no_grad()
-def generate(model, tokens, max_new_tokens, temperature=0.0, top_k=None, generator=None, cached=True):
+def generate(model, tokens, max_new_tokens, temperature=0.0, generator=None, cached=True):
     """
     Continues a list of token ids, yielding (token, active (matrices,)) one at a time; active belongs to the pass that
     produced the token. When the context is full, the window becomes its own last half and is read again from position 0.
-    cached=False computes every window anew: the same tokens, slowly.
+    cached=False computes every window anew: the same tokens, slowly. Raises ValueError for an empty list.
     """
-    block_size = model.config.block_size
+    if not tokens:
+        raise ValueError('there must be at least one token to continue from')
+    block_size, device = model.config.block_size, model.head.weight.device
     window = list(tokens)[-block_size:]
-    cache = KVCache(model.config, device=model.wpe.weight.device)
+    cache = KVCache(model.config, device=device)
     for _ in range(max_new_tokens):
         if len(window) > block_size:
-            window, cache.length = window[-(block_size // 2):], 0
+            window, cache.length = window[-max(block_size // 2, 1):], 0
         if not cached:
             cache.length = 0
-        logits, active = model(torch.tensor([window[cache.length:]], device=model.wpe.weight.device), cache)
-        token = sample(logits[0, -1], temperature, top_k, generator)
+        logits, active = model(torch.tensor([window[cache.length:]], device=device), cache)
+        token = int(sample(logits[:, -1], torch.rand(1, generator=generator).to(device), temperature)[0])
         window.append(token)
         yield token, active[:, 0, -1]
