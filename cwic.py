@@ -554,7 +554,7 @@ def price(active, dense, target):
 
 
 # -----------------------------------------------------------------------------
-# adapters: a pretrained model stays as it is, and what is learned is thresholds, norms and a small change of each matrix
+# adapters: a pretrained model stays as it is, and what is learned is thresholds and a small change of each matrix
 
 
 class LowRank(nn.Module):
@@ -573,9 +573,9 @@ ADAPTERS = {'adapter': 'weight', 'adapter_up': 'up', 'adapter_down': 'down'}    
 
 
 def add_adapters(model, rank):
-    """Freezes every matrix of the model, embeddings included, and gives each a trainable change of the given rank."""
+    """Freezes all of the model but its thresholds, and gives each matrix a trainable change of the given rank."""
     for name, p in model.named_parameters():
-        p.requires_grad_(p.dim() == 1 or name.endswith('theta'))
+        p.requires_grad_(name.endswith('theta'))
     for _, layer in model.gated():
         for adapter, matrix in ADAPTERS.items():
             if hasattr(layer, matrix):
@@ -623,13 +623,15 @@ def write_atomically(path, write):
             os.remove(partial)
 
 
-def save_checkpoint(path, model, **more):
+def save_checkpoint(path, model, narrow=False, **more):
     """
     Writes {'model', 'config', **more} to path, atomically. Frozen matrices are left out: they are the base's, from which
-    load_checkpoint takes them. Raises CheckpointError where a number is not finite or the disk does not take it.
+    load_checkpoint takes them. narrow: adapters in bf16, half the bytes. Raises CheckpointError where a number is not finite
+    or the disk does not take it.
     """
     frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
-    state = {name: tensor for name, tensor in model.state_dict().items() if name not in frozen}
+    state = {name: tensor.bfloat16() if narrow and '.adapter' in name else tensor
+             for name, tensor in model.state_dict().items() if name not in frozen}
     if not all(bool(torch.isfinite(tensor).all()) for tensor in state.values()):
         raise CheckpointError(f'{path} is not written: the model holds numbers that are not finite')
     try:
@@ -683,11 +685,12 @@ def load_checkpoint(path, device='cpu', base=None, merge=True):
             if base is None:
                 raise CheckpointError(f'{path}: an adapter, which needs its base {saved["base"]}')
             frozen = base(saved['base']).to(device).state_dict()
-            names = {name for name in frozen if name not in state}
-            changes = {name: tensor for name, tensor in state.items() if 'adapter' in name}
-            model = build(config, {**{name: frozen[name] for name in names}, **{name: state[name] for name in state.keys() - changes.keys()}})
-            add_adapters(model, saved['rank'])
-            model.load_state_dict({name: tensor.float() for name, tensor in changes.items()}, strict=False)
+            changes = {name: tensor.float() for name, tensor in state.items() if '.adapter' in name}
+            model = build(config, {**frozen, **{name: state[name] for name in state.keys() - changes.keys()}})
+            add_adapters(model, rank=min(min(tensor.shape) for tensor in changes.values()))
+            if changes.keys() != {name for name in model.state_dict() if '.adapter' in name}:
+                raise ValueError('adapters that do not fit the model')
+            model.load_state_dict({**model.state_dict(), **changes})
             if merge:
                 merge_adapters(model)
         else:
@@ -698,8 +701,13 @@ def load_checkpoint(path, device='cpu', base=None, merge=True):
 
 
 def dense_copy(model):
-    """A frozen copy to learn from, in eval mode: run it with dense=True."""
-    return copy.deepcopy(model).eval().requires_grad_(False)
+    """A frozen copy to learn from, less adapters, in eval mode: run it with dense=True."""
+    teacher = copy.deepcopy(model).eval().requires_grad_(False)
+    for _, layer in teacher.gated():
+        for adapter in ADAPTERS:
+            if hasattr(layer, adapter):
+                setattr(layer, adapter, nn.Identity())
+    return teacher
 
 
 # -----------------------------------------------------------------------------

@@ -1,5 +1,5 @@
 """
-Trains a CWIC model: first dense, then ever sparser, then sparse for good; or makes one of a dense model there is.
+Trains a CWIC model: first dense, then ever sparser, then sparse for good; or makes a pretrained dense model sparse.
 
     python train.py                                     # the default: a small model of Python code, on any laptop
     python train.py --target_reduction 1                # the same run without sparsity, to compare with
@@ -8,19 +8,19 @@ Trains a CWIC model: first dense, then ever sparser, then sparse for good; or ma
     python train.py --init_from gpt2 --max_steps 0      # no training: out/best.pt is GPT-2 as released, for chat.py
     torchrun --nproc_per_node 2 train.py                # several processes share each step's batch
 
-From --init_from, sparsity begins at once, at the exact dense model, and the loss is the two-way KL to it, unless
---dense_steps and --teacher say otherwise.
+With --init_from, sparsity begins at once, at the exact dense model, and the loss is the two-way KL to that model, unless
+--dense_steps and --teacher say otherwise. With --rank, its matrices stay frozen: what is learned is thresholds and a
+low-rank change of each matrix, and checkpoints hold only that.
 
-Leaves in --out: best.pt (the best validation loss among evaluations that met the compute target), last.pt (all it takes
-to resume), log.csv and training.png.
+Leaves in --out: best.pt (the best evaluation that met the compute target, for use), last.pt (all it takes to resume),
+log.csv and training.png.
 
 A batch depends on the seed and the step alone, so there is no data position and no random state to carry: a resumed run
-draws what the uninterrupted one would have drawn, on any number of processes.
+draws what the uninterrupted one would have drawn, on any number of processes. Each process takes its share of the
+sequences of every step; gradients, statistics and counts are summed in one place, sum_over_processes(). All evaluate,
+the first one logs and saves. Several hosts need --out on a shared file system.
 
-Several processes: each takes its share of the sequences of every step, and what they add up, in one visible place, is
-that of the whole step; all evaluate, the first one logs and saves. Several hosts need --out on a shared file system.
-
-But: no experiment tracker, no dropout, no DDP wrapper, no sharding of weights or optimiser.
+Not here: an experiment tracker, dropout, sharding of weights or of the optimiser.
 """
 
 import signal
@@ -29,14 +29,13 @@ if __name__ == '__main__':
     signal.signal(signal.SIGINT, signal.SIG_DFL)        # Ctrl-C in the seconds that torch takes to import just ends
 
 import csv
-import json
+import io
 import math
 import os
-import subprocess
 import sys
 import time
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
 
 import numpy as np
@@ -44,43 +43,53 @@ import torch
 import torch.distributed as dist
 
 import cwic
-import gpt2
-from cwic import GPT, CWICConfig
+import plots
+import weights
+from cwic import GPT, CheckpointError, CWICConfig
+from data.common import DataError, load_dataset
 from device import check_compile, choose_device, choose_dtype, keep_memory
-from options import fail, given_options, option, parse_options
-from report import COLUMNS, clock, plot, summary
+from options import fail, option, parse_options
 
-HERE = os.path.dirname(os.path.abspath(__file__))
+COLUMNS = ['step', 'seconds', 'loss', 'val_loss', 'reduction', 'target', 'lr']      # of log.csv
+RESULTS = ('val_loss', 'reduction', 'active_share', 'spread', 'surprise_correlation', 'entropy_correlation', 'compute_percentiles',
+           'kl', 'agreement')                           # of an evaluation: see evaluate()
+MET = 0.97                  # an evaluation has met the target from this share of it on
+WARM_BATCHES, CENTRING_BATCHES = 20, 4      # that the statistics see before sparsity begins; the first only find the centres
 # no more logits than this, or one sequence's, exist at a time: what a CPU's cache likes, what keeps a GPU busy
 LOGITS_AT_ONCE = {'cpu': 2 ** 22, 'cuda': 2 ** 28, 'mps': 2 ** 26}
 
 
 @dataclass
 class TrainConfig:
-    """Trains a CWIC model: from scratch, dense first and then sparse; or from a dense model, by distillation."""
+    """Trains a CWIC model: from scratch, dense first and then sparse; or from a pretrained dense model, by distillation."""
     data: str = option('python', 'folder in data/ that holds train.bin, val.bin and meta.json')
     out: str = option('out', 'where checkpoints, the log and the picture go')
-    init_from: str = option('', 'dense model to start from: gpt2, gpt2-medium, gpt2-large, gpt2-xl, a folder with such weights, or a .pt of ours')
+    overwrite: bool = option(False, 'start anew in an --out that holds another run, which is deleted')
+    init_from: str = option('', 'model to start from: smollm2, gpt2, ..., a folder or GGUF file with such weights, or a .pt of ours')
+    rank: int = option(0, 'with --init_from: freeze its matrices and learn a change of this rank of each; 0: train all weights')
     resume: bool = option(False, 'go on from last.pt in --out, with the options it was started with')
     seed: int = option(1, 'of the initial weights and of the order of the data')
     device: str = option('auto', 'auto, cpu, cuda or mps')
     dtype: str = option('auto', 'of matrix products: auto, float32 or bfloat16')
     # the model
+    arch: str = option('gpt2', 'gpt2, or llama: RMSNorm, rotary positions, grouped queries, a gated MLP')
     n_layer: int = option(2, 'blocks')
     n_head: int = option(5, 'attention heads')
+    n_kv_head: int = option(0, 'llama: heads of keys and values; 0: as many as --n_head')
     n_embd: int = option(320, 'width')
-    block_size: int = option(256, 'context, in tokens')
-    bias: bool = option(True, 'biases in linear layers and norms')
+    n_hidden: int = option(0, 'width of the MLP; 0: 4 times --n_embd')
+    block_size: int = option(256, 'length of the training windows, and context of a new model, in tokens')
+    bias: bool = option(True, 'gpt2: biases in linear layers and norms')
     stripe_qkv: int = option(320, 'columns in a stripe of the query-key-value matrix')
     stripe_out: int = option(320, '... of the attention output matrix')
-    stripe_up: int = option(320, '... of the first MLP matrix')
+    stripe_up: int = option(320, '... of the first MLP matrix (llama: of its gate)')
     stripe_down: int = option(320, '... of the second MLP matrix')
     stripe_head: int = option(1024, '... of the LM head')
     # compute
     target_reduction: float = option(3.0, 'dense weights / active weights per token to train for; 1 trains a dense model')
     teacher: float = option(-1.0, 'share of the sparse loss that is KL to the frozen dense model, not next-token loss; -1: 1 with --init_from, else 0')
     # the schedule, in optimiser steps
-    dense_steps: int = option(700, 'steps before sparsity begins; none with --init_from, unless changed')
+    dense_steps: int = option(700, 'steps before sparsity begins; with --init_from none, unless asked for')
     ramp_steps: int = option(150, 'steps in which the target rises from 1 to --target_reduction')
     hold_steps: int = option(350, 'steps at the full target')
     max_steps: int = option(-1, 'stop after this step; -1: when the schedule ends, 0: save what --init_from read')
@@ -102,112 +111,79 @@ class TrainConfig:
 
     def check(self):
         """Ends the program with one line where a value cannot work."""
-        for name in ('n_layer', 'n_head', 'n_embd', 'block_size', 'batch_size', 'micro_batch', 'warmup_steps', 'eval_every', 'eval_windows'):
-            if getattr(self, name) < 1:
-                fail(f'--{name} must be at least 1')
-        if self.target_reduction < 1 or self.teacher != -1 and not 0 <= self.teacher <= 1:
-            fail('--target_reduction must be at least 1, and --teacher from 0 to 1')
-        if self.steps() < 1 or min(self.dense_steps, self.ramp_steps, self.hold_steps) < 0:
-            fail('--dense_steps, --ramp_steps and --hold_steps must not be negative, nor all 0')
+        for names, lowest in ((('block_size', 'batch_size', 'micro_batch', 'warmup_steps', 'eval_every', 'eval_windows', 'target_reduction'), 1),
+                              (('rank', 'seed', 'dense_steps', 'ramp_steps', 'hold_steps', 'lr', 'final_lr', 'threshold_lr', 'weight_decay',
+                                'clip', 'log_every'), 0)):
+            for name in names:
+                if getattr(self, name) < lowest:
+                    fail(f'--{name} must be at least {lowest}, not {getattr(self, name)}')
+        if self.teacher != -1 and not 0 <= self.teacher <= 1 or not 0 <= self.beta2 < 1:
+            fail('--teacher must be from 0 to 1, and --beta2 from 0 to just below 1')
+        if self.steps() < 1:
+            fail('--dense_steps, --ramp_steps and --hold_steps must not all be 0')
+        if self.rank and not (self.init_from or self.resume):
+            fail('--rank changes a pretrained model: say which with --init_from')
 
     def steps(self):
         return self.dense_steps + self.ramp_steps + self.hold_steps
+
+    def last_step(self):
+        return self.steps() if self.max_steps < 0 else min(self.max_steps, self.steps())
+
+    def is_dense(self, step):
+        return step < self.dense_steps or self.target_reduction == 1
 
 
 # options that a resumed run may change: they change what it costs, not what it computes
 FREE_TO_CHANGE = ('out', 'resume', 'max_steps', 'device', 'dtype', 'micro_batch', 'recompute', 'compile', 'log_every')
 
 
-def options_to_resume(config, saved):
-    """The options that the run was started with, but for those given now that it may change; those it may not are refused."""
-    merged, names = dict(saved, resume=True), given_options()
-    for f in fields(TrainConfig):
-        value = getattr(config, f.name)
-        given = f.name in names or value != f.default       # on the command line, or by a preset
-        if f.name in ('out', 'max_steps') or given and f.name in FREE_TO_CHANGE:
-            merged[f.name] = value
-        elif given and value != saved.get(f.name, f.default):
-            fail(f'--{f.name} {value}: the run was started with {saved.get(f.name, f.default)}; leave the option out, or start afresh in another --out')
-    return TrainConfig(**merged)
+@dataclass
+class Run:
+    """What a run carries from one step to the next. last.pt holds all of it."""
+    config: TrainConfig
+    model: GPT
+    tokenizer: dict
+    optimizer: torch.optim.Optimizer
+    device: str
+    dtype: torch.dtype                  # of matrix products
+    active: torch.Tensor                # (matrices,) running mean of the weights that each matrix uses per token
+    teacher: GPT = None
+    step: int = 0
+    seconds: float = 0.0                # of training so far, evaluations and saving included
+    best: float = math.inf              # loss of best.pt
+    results: dict = field(default_factory=dict)     # of the last evaluation
+    log: list = field(default_factory=list)         # rows of log.csv
+    head_loss: object = None            # head_loss(), or what torch.compile made of it
 
+    def autocast(self):
+        return torch.autocast(self.model.head.weight.device.type, dtype=self.dtype) if self.dtype != torch.float32 else nullcontext()
 
-# -----------------------------------------------------------------------------
-# the dense model to start from
-
-
-def starting_model(config):
-    """--init_from -> (model, its tokenizer's spec, the options for it: its sizes, and what distillation implies)."""
-    source = config.init_from
-    try:
-        if os.path.isfile(source) or source.endswith('.pt'):
-            model, saved = cwic.load_checkpoint(source)
-            tokenizer = saved['tokenizer']
-        else:
-            model, tokenizer = gpt2.load(source)
-    except (cwic.CheckpointError, gpt2.GPT2Error) as error:
-        fail(f'--init_from {source}: {error}', 1)
-    except KeyboardInterrupt:
-        fail('interrupted; the same command goes on with what has arrived', 130)
-    if any(float(linear.theta.detach().max()) > 0 for _, linear in model.linears()):
-        fail(f'--init_from {source}: is sparse already; start from a dense model, such as one trained with --target_reduction 1')
-    sizes = asdict(model.config)
-    for f in fields(TrainConfig):
-        given = getattr(config, f.name)
-        if f.name in sizes and given not in (f.default, sizes[f.name]):
-            if not f.name.startswith('stripe_'):
-                fail(f'--{f.name} {given}: {source} has {sizes[f.name]}; leave the option out')
-            sizes[f.name] = given
-    if sizes != asdict(model.config):       # other stripes: all but the thresholds, which are 0, stays as it is
-        dense, model = model, GPT(CWICConfig(**sizes))
-        model.load_state_dict({name: x for name, x in dense.state_dict().items() if not name.endswith('theta')}, strict=False)
-    del sizes['vocab_size']
-    dense_steps = 0 if config.dense_steps == TrainConfig.dense_steps else config.dense_steps
-    return model, tokenizer, replace(config, **sizes, dense_steps=dense_steps, teacher=1.0 if config.teacher == -1 else config.teacher)
+    def path(self, name):
+        return os.path.join(self.config.out, name)
 
 
 # -----------------------------------------------------------------------------
 # data
 
 
-def load_data(name, block_size):
-    """(train tokens, validation tokens, meta) of data/NAME; prepares the python corpus if it is not there."""
-    folder = os.path.join(HERE, 'data', name)
-    prepare = os.path.join(folder, 'prepare.py')
-    if not os.path.exists(os.path.join(folder, 'meta.json')):
-        if name != 'python':
-            command = f'python data/{name}/prepare.py' if os.path.exists(prepare) else 'python data/text/prepare.py FILE... and then train with --data text'
-            fail(f'data/{name} is not there, or not prepared; run: {command}')
-        if subprocess.run([sys.executable, prepare]).returncode:
-            fail('data/python could not be prepared: see the line above', 1)
-    try:
-        with open(os.path.join(folder, 'meta.json'), encoding='utf-8') as f:
-            meta = json.load(f)
-        train, val = (np.memmap(os.path.join(folder, f'{split}.bin'), dtype=np.uint16, mode='r') for split in ('train', 'val'))
-    except (OSError, ValueError) as error:
-        fail(f'data/{name} is damaged ({error}); prepare it again with data/{name}/prepare.py')
-    if min(len(train), len(val)) < block_size + 2:
-        fail(f'data/{name}: {len(train):,} and {len(val):,} tokens are too few for --block_size {block_size}')
-    return train, val, meta
-
-
-def check_tokenizer(name, meta, tokenizer):
-    """Ends the program where the data set speaks another vocabulary than the model."""
-    if meta['tokenizer'] != tokenizer:
-        of_data, of_model = (spec.get('name', spec['kind']) for spec in (meta['tokenizer'], tokenizer))
-        fail(f'data/{name} was made with the tokenizer {of_data}, but the model has {of_model} (or another of that name); choose other --data, '
-             f'or prepare some: python data/text/prepare.py --tokenizer {of_model} FILE... and then --data text')
-
-
 def windows(data, starts, block_size, device):
     """Inputs and targets (len(starts), block_size); targets are the inputs one token later."""
-    rows = np.stack([data[start:start + block_size + 1] for start in starts]).astype(np.int64)
-    rows = torch.from_numpy(rows).to(device)
-    return rows[:, :-1], rows[:, 1:]
+    tokens = np.stack([data[start:start + block_size + 1] for start in starts]).astype(np.int64)
+    tokens = torch.from_numpy(tokens).to(device)
+    return tokens[:, :-1], tokens[:, 1:]
 
 
-def step_starts(data, config, step):
+def places(data, block_size, meta):
+    """How many windows can begin in the data, and the step from one to the next: any token, or where data is made of windows."""
+    stride = meta.get('window', 1)
+    return (len(data) - block_size - 1) // stride + 1, stride
+
+
+def step_starts(data, meta, config, step):
     """Where the sequences of one optimiser step begin, those of all processes: a function of the seed and the step alone."""
-    return np.random.default_rng([config.seed, step]).integers(0, len(data) - config.block_size, size=config.batch_size)
+    count, stride = places(data, config.block_size, meta)
+    return stride * np.random.default_rng([config.seed, step]).integers(0, count, size=config.batch_size)
 
 
 # -----------------------------------------------------------------------------
@@ -231,12 +207,16 @@ def lr_at(step, config):
 # one optimiser step
 
 
+class Diverged(Exception):
+    """The loss or its gradient is no longer a finite number."""
+
+
 def head_loss(model, teacher, hidden, teacher_hidden, targets, dense, teacher_share):
     """
     The head and the loss of what it predicts. hidden (B, T, d), targets (B, T) -> the loss, a mean over tokens, in nats;
-    the head's active weights (B, T); observe()'s sums.
+    and what the head used.
     """
-    logits, active, sums = model.head(hidden, dense)
+    logits, used = model.head(hidden, dense)
     logits, loss = logits.flatten(0, 1), 0.0                            # (B * T, vocab)
     if teacher_share < 1:
         loss = (1 - teacher_share) * cwic.next_token_loss(logits, targets.flatten())
@@ -244,298 +224,523 @@ def head_loss(model, teacher, hidden, teacher_hidden, targets, dense, teacher_sh
         with torch.no_grad():
             teacher_logits = teacher.head(teacher_hidden, dense=True)[0].flatten(0, 1)
         loss = loss + teacher_share * cwic.two_way_kl(logits, teacher_logits)
-    return loss, active, sums
+    return loss, used
 
 
-def backward(model, teacher, tokens, targets, *, dense, teacher_share, price, share, recompute, head_loss=head_loss):
+def backward(run, tokens, targets, dense, price):
     """
-    Adds to the gradients those of one micro-batch, which holds `share` of the step's tokens. Only a few sequences' logits
-    exist at a time: backward reaches their hidden states before the next come, and the trunk when all are there.
-    head_loss: the function above, or what torch.compile made of it.
-
-    Returns the loss (nats) and each matrix's active weights (matrices,), both as their part of the step's mean, and the
-    sums of observe() for each matrix.
+    Adds the gradients of one micro-batch, which holds `share` of the step's tokens, to those of the step. Only a few
+    sequences' logits exist at a time: backward reaches their hidden states before the next come, and the trunk when all
+    are there. Returns the loss (nats) and each matrix's active weights (matrices,), both as their part of the step's mean,
+    and the sums of observe() for each matrix.
     """
-    hidden, active, sums = model.trunk(tokens, dense=dense, recompute=recompute)
+    config, model = run.config, run.model
+    share = len(tokens) / config.batch_size
+    teacher_share = 0.0 if dense or run.teacher is None else config.teacher
+    hidden, used = model.trunk(tokens, dense=dense, recompute=config.recompute)
     leaf = hidden.detach().requires_grad_()                             # (B, T, d)
-    rows = max(1, LOGITS_AT_ONCE[tokens.device.type] // (tokens.shape[1] * model.config.vocab_size))
-    parts = math.ceil(len(tokens) / rows)       # of one size where they can be: for another, torch.compile compiles again
-    teacher_parts = [None] * parts
-    if teacher is not None:
+    sequences = max(1, LOGITS_AT_ONCE[tokens.device.type] // (tokens.shape[1] * model.config.vocab_size))
+    pieces = math.ceil(len(tokens) / sequences)     # of one size where they can be: for another, torch.compile compiles again
+    teacher_hidden = [None] * pieces
+    if teacher_share:
         with torch.no_grad():
-            teacher_parts = teacher.trunk(tokens, dense=True)[0].tensor_split(parts)
-    loss, active_head, sums_head = 0.0, 0.0, None
-    for some, teacher_some, targets_some in zip(leaf.tensor_split(parts), teacher_parts, targets.tensor_split(parts)):
-        some_share = share * len(some) / len(tokens)
-        part, active_some, sums_some = head_loss(model, teacher, some, teacher_some, targets_some, dense, teacher_share)
-        (some_share * (part + price * active_some.mean())).backward()
-        loss = loss + some_share * part.detach()
-        active_head = active_head + some_share * active_some.detach().mean()
-        sums_head = sums_some if sums_head is None else sums_head + sums_some
-    active = share * torch.stack([a.mean() for a in active])            # (matrices - 1,)
+            teacher_hidden = run.teacher.trunk(tokens, dense=True)[0].tensor_split(pieces)
+    total_loss, active_head, sums_head = 0.0, 0.0, None
+    for hidden_piece, teacher_piece, targets_piece in zip(leaf.tensor_split(pieces), teacher_hidden, targets.tensor_split(pieces)):
+        piece_share = share * len(hidden_piece) / len(tokens)
+        loss, (active, sums) = run.head_loss(model, run.teacher, hidden_piece, teacher_piece, targets_piece, dense, teacher_share)
+        (piece_share * (loss + price * active.mean())).backward()
+        total_loss = total_loss + piece_share * loss.detach()
+        active_head = active_head + piece_share * active.detach().mean()
+        sums_head = sums if sums_head is None else sums_head + sums
+    active = share * torch.stack([active.mean() for active, _ in used])                     # (matrices - 1,)
     if dense:
         hidden.backward(leaf.grad)
     else:
         torch.autograd.backward([hidden, price * active.sum()], [leaf.grad, None])
-    return loss, torch.cat([active.detach(), active_head[None]]), sums + [sums_head]
+    return total_loss, torch.cat([active.detach(), active_head[None]]), [sums for _, sums in used] + [sums_head]
 
 
 def sum_over_processes(tensors):
-    """Sums tensors over all processes, in place, as one message."""
+    """Sums tensors over all processes, in place, as one message for each dtype."""
     if dist.is_initialized():
-        flat = torch.cat([t.reshape(-1) for t in tensors])
-        dist.all_reduce(flat)
-        for t, total in zip(tensors, flat.split([t.numel() for t in tensors])):
-            t.copy_(total.view_as(t))
+        for dtype in {t.dtype for t in tensors}:
+            same = [t for t in tensors if t.dtype == dtype]
+            flat = torch.cat([t.reshape(-1) for t in same])
+            dist.all_reduce(flat)
+            for t, total in zip(same, flat.split([t.numel() for t in same])):
+                t.copy_(total.view_as(t))
+
+
+def train_step(run, tokens, targets, target, dense=False, stop=False):
+    """
+    One optimiser step on this process's share of the batch, tokens and targets (B, T); target: the reduction to train for.
+    Changes the model, the optimiser and run.active. Returns the step's loss in nats, the active weights of each matrix
+    (matrices,), both over all processes, and whether any process wants to stop. Raises Diverged before anything is changed.
+    """
+    config, model = run.config, run.model
+    run.optimizer.zero_grad()
+    # the loss of compute, flop_loss(run.active), has one slope for all: what each active weight costs
+    price = 0.0 if dense else cwic.price(run.active.sum(), model.dense(), target)
+    loss, active, sums = 0.0, 0.0, None
+    for tokens_micro, targets_micro in zip(tokens.split(config.micro_batch), targets.split(config.micro_batch)):
+        with run.autocast():
+            loss_micro, active_micro, sums_micro = backward(run, tokens_micro, targets_micro, dense, price)
+        loss, active = loss + loss_micro, active + active_micro
+        sums = sums_micro if sums is None or dense else [a + b for a, b in zip(sums, sums_micro)]
+    stop = torch.tensor(float(stop), device=run.device)
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    sum_over_processes(gradients + [loss, active, stop] + ([] if dense else sums))
+    *weight_groups, _ = run.optimizer.param_groups
+    norm = torch.nn.utils.clip_grad_norm_([p for group in weight_groups for p in group['params']], config.clip)
+    if not math.isfinite(float(loss)) or not math.isfinite(float(norm)):
+        raise Diverged(f'the loss is {float(loss)}, the norm of its gradient {float(norm)}')
+    before = [layer.theta.detach().clone() for _, layer in model.gated()]
+    run.optimizer.step()
+    if not dense:
+        for (_, layer), theta, layer_sums in zip(model.gated(), before, sums, strict=True):
+            layer.limit_thresholds(theta)
+            layer.update_statistics(layer_sums)
+        # one batch's count is noise, and flop_loss, bent as it is, would mistake noise for missing reduction
+        run.active.lerp_(active.to(run.active), 0.1)
+    return float(loss), active, bool(stop)
 
 
 @torch.no_grad()
-def warm_statistics(model, batches, micro_batch, autocast):
-    """Before sparsity begins the statistics must stand: thresholds are measured in sigmas. Changes no weight."""
-    for tokens, _ in batches:
-        sums = None
-        for some in tokens.split(micro_batch):
-            with autocast():
-                hidden, _, sums_some = model.trunk(some)
-            sums_some.append(cwic.observe(hidden, model.head.mu, model.head.sigma))
-            sums = sums_some if sums is None else [a + b for a, b in zip(sums, sums_some)]
-        sum_over_processes(sums)
-        model.update_statistics(sums)
-    if any(float(linear.sigma.max()) == 0 for _, linear in model.linears()):
-        fail('the statistics of some layer stayed at 0, so its thresholds could not learn', 1)
+def warm_statistics(run, batches):
+    """Before sparsity begins the statistics must stand: thresholds are measured in sigmas. batches: of tokens (B, T)."""
+    model = run.model
+    for i, tokens in enumerate(batches):
+        totals = None
+        for tokens_micro in tokens.split(run.config.micro_batch):
+            with run.autocast():
+                hidden, used = model.trunk(tokens_micro)
+            sums = [s for _, s in used] + [cwic.observe(hidden, model.head.mu, model.head.sigma)]
+            totals = sums if totals is None else [a + b for a, b in zip(totals, sums)]
+        sum_over_processes(totals)
+        for (_, layer), layer_sums in zip(model.gated(), totals, strict=True):
+            if i < CENTRING_BATCHES:
+                layer.seen.zero_()      # a spread measured around a centre that is still wrong is too large: forget it
+            layer.update_statistics(layer_sums)
+    if any(float(layer.sigma.max()) == 0 for _, layer in model.gated()):
+        fail('the statistics of a layer stayed at 0, so its thresholds could not learn: is a layer of the model all zeros?', 1)
+
+
+# -----------------------------------------------------------------------------
+# evaluation
 
 
 @torch.no_grad()
-def evaluate(model, data, config, device, dense):
+def evaluate(run, data, meta, dense):
     """
-    Validation on --eval_windows fixed windows, in eval mode and f32. Returns a dict: loss (nats per token), reduction, active (the
-    share of each matrix's weights, in the order of linears()), spread (the standard deviation of the compute of a token,
-    over its mean), entropy_correlation (of a token's compute with the entropy of what the model predicts from it), and
-    compute_percentiles, of a token's share of dense compute.
+    Validation on --eval_windows fixed windows, in eval mode and f32. Returns a dict: val_loss (nats per token), reduction,
+    active_share (of each matrix's weights, in the order of gated()), spread (the standard deviation of the compute of a
+    token, over its mean), compute_percentiles (of a token's share of dense compute), and the correlation of a token's
+    compute with the surprise of that token (-log p, given before it was read) and with the entropy of what is predicted
+    from it. With a teacher also kl, KL(teacher || student) in nats, and agreement, how often both find the same token likeliest.
     """
+    config, model = run.config, run.model
     model.eval()
-    count = config.eval_windows
-    starts = np.linspace(0, len(data) - config.block_size - 1, count).astype(np.int64)
-    loss, active, shares, entropies = 0.0, 0.0, [], []
-    rows = max(1, min(config.micro_batch, LOGITS_AT_ONCE[torch.device(device).type] // (config.block_size * model.config.vocab_size)))
-    for some in np.array_split(starts, math.ceil(count / rows)):
-        tokens, targets = windows(data, some, config.block_size, device)
-        logits, active_some = model(tokens, dense=dense)
-        active_some = active_some.cpu().double()        # not every GPU has doubles
-        loss += float(cwic.next_token_loss(logits.flatten(0, 1), targets.flatten())) * len(some) / count
-        active = active + active_some.mean((1, 2)) * len(some) / count         # (matrices,)
-        shares.append(active_some.sum(0).flatten() / model.dense())
-        logp = logits.log_softmax(-1)
-        entropies.append(-(logp.exp() * logp).sum(-1).flatten().cpu().double())
+    count, stride = places(data, config.block_size, meta)
+    starts = stride * np.linspace(0, count - 1, config.eval_windows).astype(np.int64)
+    sequences = max(1, min(config.micro_batch, LOGITS_AT_ONCE[torch.device(run.device).type] // (config.block_size * model.config.vocab_size)))
+    totals, shares, entropies, surprises = {'val_loss': 0.0, 'active': 0.0, 'kl': 0.0, 'agreement': 0.0}, [], [], []
+    for batch in np.array_split(starts, math.ceil(len(starts) / sequences)):
+        tokens, targets = windows(data, batch, config.block_size, run.device)
+        logits, active = model(tokens, dense=dense)                                         # (B, T, vocab), (matrices, B, T)
+        logp, active = logits.log_softmax(-1), active.cpu().double()                        # not every GPU has doubles
+        surprise = -logp.gather(-1, targets[:, :, None])[:, :, 0]                           # (B, T), of the token that follows
+        sums = {'val_loss': surprise.sum(), 'active': active.sum((1, 2))}
+        if run.teacher is not None:
+            teacher_logp = run.teacher(tokens, dense=True)[0].log_softmax(-1)
+            sums['kl'] = (teacher_logp.exp() * (teacher_logp - logp)).sum()
+            sums['agreement'] = (teacher_logp.argmax(-1) == logp.argmax(-1)).sum()
+        totals = {name: total + sums.get(name, torch.zeros(())).cpu().double() for name, total in totals.items()}
+        shares.append((active.sum(0) / model.dense())[:, 1:])                               # the first token surprises nobody
+        entropies.append(-(logp.exp() * logp).sum(-1)[:, 1:].cpu().double())
+        surprises.append(surprise[:, :-1].cpu().double())
     model.train()
-    shares, entropies = torch.cat(shares), torch.cat(entropies)
+    tokens = len(starts) * config.block_size
+    shares, entropies, surprises = (torch.cat(x).flatten() for x in (shares, entropies, surprises))
     spread = float(shares.std() / shares.mean())
-    return dict(loss=loss, reduction=float(1 / shares.mean()), spread=spread,
-                active=[float(a) / linear.dense for a, (_, linear) in zip(active, model.linears())],
-                entropy_correlation=float(torch.corrcoef(torch.stack([shares, entropies]))[0, 1]) if spread else 0.0,
-                compute_percentiles={str(p): float(np.percentile(shares, p)) for p in (1, 5, 25, 50, 75, 95, 99)})
+    with_surprise, with_entropy = torch.corrcoef(torch.stack([shares, surprises, entropies]))[0, 1:].tolist() if spread > 1e-9 else (0.0, 0.0)
+    active = totals['active'] / tokens
+    results = dict(val_loss=float(totals['val_loss'] / tokens), reduction=float(model.dense() / active.sum()), spread=spread,
+                   active_share=[float(a) / layer.dense for a, (_, layer) in zip(active, model.gated())],
+                   surprise_correlation=with_surprise, entropy_correlation=with_entropy,
+                   compute_percentiles={str(p): float(np.percentile(shares, p)) for p in (1, 5, 25, 50, 75, 95, 99)})
+    if run.teacher is not None:
+        results.update(kl=float(totals['kl'] / tokens), agreement=float(totals['agreement'] / tokens))
+    return results
+
+
+# -----------------------------------------------------------------------------
+# beginning, saving and ending a run
+
+
+def resumed_options(config, given):
+    """The saved run and its options, but for those given now that it may change; those it may not are refused."""
+    try:
+        model, saved = weights.load(os.path.join(config.out, 'last.pt'), merge=False)
+        options = saved['options']
+        old = TrainConfig(**{f.name: options[f.name] for f in fields(TrainConfig) if f.name in options})
+        for name in ('optimizer', 'step', 'seconds', 'log', 'best', 'active', 'tokenizer'):
+            saved[name]
+    except (CheckpointError, weights.WeightsError) as error:
+        fail(f'cannot resume: {error}', 1)
+    except (KeyError, TypeError) as error:
+        fail(f'cannot resume: {config.out}/last.pt does not hold a run ({error} is missing); it may be a best.pt', 1)
+    for name in given:
+        if name not in FREE_TO_CHANGE and getattr(config, name) != getattr(old, name):
+            fail(f'--{name} {getattr(config, name)}: the run was started with {getattr(old, name)}; leave the option out, '
+                 'or start afresh in another --out')
+    free = {name: getattr(config, name) for name in FREE_TO_CHANGE if name in given}
+    return model, saved, replace(old, **{**free, 'out': config.out, 'resume': True, 'max_steps': config.max_steps})
+
+
+def starting_model(config, given):
+    """--init_from -> (model, its tokenizer's spec, the options with its sizes and with what distillation implies)."""
+    source = config.init_from
+    try:
+        model, saved = weights.load(source, merge=False)
+    except (CheckpointError, weights.WeightsError) as error:
+        fail(f'--init_from {source}: {error}', 1)
+    except KeyboardInterrupt:
+        fail('interrupted; the same command goes on with what has arrived', 130)
+    if 'base' in saved:         # an adapter: goes on where it stands, towards its base
+        config = replace(config, rank=saved['rank'], init_from=saved['base'])
+    elif any(float(layer.theta.detach().max()) > 0 for _, layer in model.gated()):
+        fail(f'--init_from {source}: is sparse already; start from a dense model, such as one trained with --target_reduction 1')
+    sizes = asdict(model.config)
+    for name in given & sizes.keys():
+        asked = getattr(config, name)
+        if name == 'block_size' and asked <= sizes[name]:       # of the training windows; the model's context stays
+            continue
+        if asked != sizes[name] and not name.startswith('stripe_'):
+            fail(f'--{name} {asked}: {source} has {sizes[name]}; leave the option out')
+        sizes[name] = asked
+    block_size = config.block_size if 'block_size' in given else sizes['block_size']
+    if sizes != asdict(model.config):       # other stripes: all but the thresholds, which are 0, stays as it is
+        dense, model = model, GPT(CWICConfig(**sizes))
+        model.load_state_dict({name: x for name, x in dense.state_dict().items() if not name.endswith('theta')}, strict=False)
+    if config.rank and 'base' not in saved:
+        cwic.add_adapters(model, config.rank)
+    known = {name: value for name, value in sizes.items() if name in TrainConfig.__dataclass_fields__}
+    return model, saved['tokenizer'], replace(config, **{
+        **known, 'block_size': block_size, 'dense_steps': config.dense_steps if 'dense_steps' in given else 0,
+        'teacher': config.teacher if config.teacher >= 0 else 1.0})
+
+
+def new_model(config, vocab_size):
+    try:
+        return GPT(CWICConfig(vocab_size=vocab_size, **{name: getattr(config, name) for name in CWICConfig.__dataclass_fields__
+                                                       if name in TrainConfig.__dataclass_fields__}))
+    except ValueError as error:
+        fail(f'--{error}')
+
+
+def claim_folder(config):
+    """
+    Makes --out this run's own; whatever is returned must be kept until the end. Ends the program where another run is at
+    work there, or has been and is neither to be resumed nor overwritten.
+    """
+    try:
+        os.makedirs(config.out, exist_ok=True)
+        lock = open(os.path.join(config.out, '.lock'), 'w', encoding='utf-8')
+        try:
+            import fcntl
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except ImportError:             # Windows: nothing keeps two runs apart
+            pass
+        except BlockingIOError:
+            fail(f'--out {config.out}: another run is at work there; choose another --out')
+        old = [name for name in ('best.pt', 'last.pt', 'log.csv', 'training.png') if os.path.exists(os.path.join(config.out, name))]
+        if old and not config.resume:
+            if not config.overwrite:
+                fail(f'--out {config.out} holds a run already: go on with it (--resume), choose another --out, or delete it (--overwrite)')
+            for name in old:
+                os.remove(os.path.join(config.out, name))
+    except OSError as error:
+        fail(f'--out {config.out}: {error.strerror}; choose another', 1)
+    return lock
+
+
+def save(run, name):
+    """Writes best.pt, which is for use, or last.pt, which also holds what it takes to go on."""
+    config, more = run.config, {}
+    if config.rank:
+        more = {'base': config.init_from, 'rank': config.rank}
+    if name == 'last.pt':
+        # the teacher of an adapter is its base, which is at hand
+        teacher = None if run.teacher is None or config.rank else run.teacher.state_dict()
+        more.update(optimizer=run.optimizer.state_dict(), teacher=teacher, seconds=run.seconds, log=run.log, best=run.best, active=run.active)
+    try:
+        cwic.save_checkpoint(run.path(name), run.model, narrow=name == 'best.pt', tokenizer=run.tokenizer, data=config.data, step=run.step,
+                             options=asdict(config), **run.results, **more)
+    except CheckpointError as error:
+        fail(str(error), 1)
+
+
+def write_log(run):
+    """log.csv, whole: the rows so far."""
+    text = io.StringIO(newline='')
+    csv.writer(text).writerows([COLUMNS] + run.log)
+    try:
+        cwic.write_atomically(run.path('log.csv'), lambda file: file.write(text.getvalue().encode()))
+    except OSError as error:
+        fail(f'{run.path("log.csv")} cannot be written ({error.strerror}); checkpoints saved before are whole', 1)
+
+
+def clock(seconds):
+    """Seconds as minutes:seconds."""
+    return f'{int(seconds) // 60}:{int(seconds) % 60:02d}'
+
+
+def finish(run, meta):
+    """The picture and the closing lines of a finished run. They describe best.pt. Ends with an error where its target was not met."""
+    config = run.config
+    try:
+        _, best = weights.load(run.path('best.pt'))
+        plots.training(run.log, best, run.model.config.matrices, run.path('training.png'))
+    except (CheckpointError, weights.WeightsError, OSError) as error:
+        fail(f'no picture was drawn: {error}', 1)
+    loss, reduction, percentiles = best['val_loss'], best['reduction'], best['compute_percentiles']
+    bits = f' ({loss / math.log(2) * meta["val_tokens"] / meta["val_bytes"]:.3f} bits per byte)' if meta.get('val_bytes') else ''
+    print(f'\ndone in {clock(run.seconds)}: best.pt, of step {best["step"]}: validation loss {loss:.4f} nats per token{bits}, '
+          f'reduction {reduction:.2f}x (target {config.target_reduction:g}x)')
+    if 'kl' in best:
+        print(f'against the teacher: KL {best["kl"]:.4f} nats, the same likeliest token {100 * best["agreement"]:.1f}% of the time')
+    if config.target_reduction > 1:
+        print(f'compute per token: {100 / reduction:.1f}% of dense on average, 5th to 95th percentile {100 * percentiles["5"]:.1f}% to '
+              f'{100 * percentiles["95"]:.1f}%; spread {100 * best["spread"]:.1f}%')
+        print(f'correlation of a token\'s compute with its surprise {best["surprise_correlation"]:+.2f}, '
+              f'with the entropy of what follows {best["entropy_correlation"]:+.2f}')
+    print('files: ' + ', '.join(run.path(name) for name in ('best.pt', 'last.pt', 'log.csv', 'training.png')))
+    print('talk to it: python chat.py' + ('' if config.out == 'out' else f' --ckpt {run.path("best.pt")}'))
+    if reduction < MET * config.target_reduction:
+        fail(f'target not met: {reduction:.2f}x where {config.target_reduction:g}x was asked for; give it more --hold_steps, '
+             'or a higher --threshold_lr', 1)
 
 
 # -----------------------------------------------------------------------------
 
 
-def main():
-    config = parse_options(TrainConfig, 'python train.py', presets=True)
-    config.check()
-    keep_memory()
-    last, best, log_path = (os.path.join(config.out, name) for name in ('last.pt', 'best.pt', 'log.csv'))
+def join_processes(config):
+    """(device, rank, world): one process alone, or what torchrun says of this one among many."""
     rank, world = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
-    say = print if rank == 0 else lambda *args, **more: None
-    kind = choose_device(config.device)
-    device = f'cuda:{os.environ["LOCAL_RANK"]}' if kind == 'cuda' and world > 1 else kind
-    model = tokenizer = None
+    device = choose_device(config.device)
     if world > 1:
-        if kind == 'cuda':
+        nccl = device == 'cuda'
+        if nccl:
+            device = f'cuda:{os.environ["LOCAL_RANK"]}'
             torch.cuda.set_device(device)
-        dist.init_process_group('nccl' if kind == 'cuda' else 'gloo', timeout=timedelta(hours=1))
-        if os.environ['LOCAL_RANK'] != '0':
-            dist.barrier()      # until the first process of this host has downloaded and prepared what is missing
+        dist.init_process_group('nccl' if nccl else 'gloo', timeout=timedelta(hours=1))
+    return device, rank, world
+
+
+def first_on_its_host_first(action):
+    """action(), by the first process of each host before the others: what it downloads or prepares is there for them."""
+    first = os.environ.get('LOCAL_RANK', '0') == '0'
+    if dist.is_initialized() and not first:
+        dist.barrier()
+    result = action()
+    if dist.is_initialized() and first:
+        dist.barrier()
+    return result
+
+
+def begin(config, given, device, world):
+    """-> (Run, train tokens, validation tokens, the data's meta): a new run, one from a pretrained model, or a resumed one."""
+    model = tokenizer = saved = meta = train_data = val_data = None
     if config.resume:
-        try:
-            model, saved = cwic.load_checkpoint(last)
-        except cwic.CheckpointError as error:
-            fail(f'cannot resume: {error}', 1)
-        config, tokenizer = options_to_resume(config, saved['options']), saved['tokenizer']
+        model, saved, config = resumed_options(config, given)
+        tokenizer = saved['tokenizer']
     elif config.init_from:
-        model, tokenizer, config = starting_model(config)
+        model, tokenizer, config = starting_model(config, given)
     else:
         config = replace(config, teacher=max(config.teacher, 0.0))
     if config.batch_size % (config.micro_batch * world):
         fail(f'--batch_size {config.batch_size} must be a multiple of --micro_batch times processes ({config.micro_batch} x {world})')
-    last_step = config.steps() if config.max_steps < 0 else min(config.max_steps, config.steps())
-    if last_step or not config.init_from:       # without a step to do, a model that has a tokenizer needs no data
-        train_data, val_data, meta = load_data(config.data, config.block_size)
-        tokenizer = tokenizer or meta['tokenizer']
-        check_tokenizer(config.data, meta, tokenizer)
-    if world > 1 and os.environ['LOCAL_RANK'] == '0':
-        dist.barrier()
-    dtype, why = choose_dtype(config.dtype, kind)
-    autocast = nullcontext if dtype == torch.float32 else lambda: torch.autocast(kind, dtype=dtype)
-    os.makedirs(config.out, exist_ok=True)
-
-    torch.manual_seed(config.seed)
-    if model is None:
+    if config.last_step() or model is None:     # without a step to do, a model that has a tokenizer needs no data
         try:
-            sizes = {f.name: getattr(config, f.name) for f in fields(CWICConfig) if f.name != 'vocab_size'}
-            model = GPT(CWICConfig(vocab_size=meta['vocab_size'], **sizes))
-        except ValueError as error:
-            fail(f'--{error}')
-    model.to(device).train()
-    linears = [linear for _, linear in model.linears()]
-    optimizer = torch.optim.AdamW(model.parameter_groups(config.lr, config.weight_decay), betas=(0.9, config.beta2), fused=kind != 'mps')
-    # everything a run carries from one step to the next; active: mean weights each matrix used in the last step
-    step, seconds, rows, best_loss, teacher = 0, 0.0, [], math.inf, None
-    active = torch.tensor([float(linear.dense) for linear in linears], device=device)       # (matrices,)
-    measured = None
+            train_data, val_data, meta = load_dataset(config.data, config.block_size)
+        except DataError as error:
+            fail(error, 1)
+        if tokenizer is not None and meta['tokenizer'] != tokenizer:
+            of_data, of_model = (spec.get('name', spec['kind']) for spec in (meta['tokenizer'], tokenizer))
+            fail(f'data/{config.data} was made with the tokenizer {of_data}, but the model has {of_model} (or another of that name); choose other '
+                 f'--data, or prepare some: python data/text/prepare.py --tokenizer {of_model} FILE... and then --data text')
+        tokenizer = tokenizer or meta['tokenizer']
+    torch.manual_seed(config.seed)
+    model = (model or new_model(config, meta['vocab_size'])).to(device).train()
+    dtype, why = choose_dtype(config.dtype, torch.device(device).type)
+    if dist.is_initialized():           # measured by each, decided by the first
+        choice = [dtype, why]
+        dist.broadcast_object_list(choice)
+        dtype, why = choice
+    config = replace(config, dtype=str(dtype).removeprefix('torch.'))       # a resumed run does not measure again
+    optimizer = torch.optim.AdamW(model.parameter_groups(config.lr, config.lr, config.weight_decay), betas=(0.9, config.beta2), fused=device != 'mps')
+    dense = torch.tensor([float(layer.dense) for _, layer in model.gated()], dtype=torch.float32 if device == 'mps' else torch.float64)
+    run = Run(config, model, tokenizer, optimizer, device, dtype, active=dense.to(device), head_loss=head_loss)
+    if saved is not None:
+        optimizer.load_state_dict(saved['optimizer'])
+        run.step, run.seconds, run.log, run.best = (saved[name] for name in ('step', 'seconds', 'log', 'best'))
+        run.active = saved['active'].to(run.active)
+        run.results = {name: saved[name] for name in RESULTS if name in saved}
+        if saved['teacher'] is not None or config.rank and config.teacher and run.step > config.dense_steps:
+            run.teacher = frozen_teacher(run)
+            if saved['teacher'] is not None:
+                run.teacher.load_state_dict(saved['teacher'])
+    return run, why, train_data, val_data, meta
 
-    def frozen_copy():
-        copy = cwic.dense_copy(model)
-        for block in copy.blocks if config.compile else ():
+
+def frozen_teacher(run):
+    """The dense model that the student starts from: a copy, less the student's adapters."""
+    teacher = cwic.dense_copy(run.model)
+    if run.config.compile:
+        for block in teacher.blocks:
             block.compile()
-        return copy
+    return teacher
 
+
+def announce(run, why, train_data, val_data, meta, world):
+    """What will be done, on what, in a few lines."""
+    config, model = run.config, run.model
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    total = sum(p.numel() for p in model.parameters())
+    print(f'model   {total:,} parameters' + (f', {trained:,} of them trained' if trained < total else '')
+          + f'; {model.dense():,} dense weights per token' + (f'; from {config.init_from}' if config.init_from else ''))
+    if meta is not None:
+        tokens = config.batch_size * config.block_size
+        print(f'data    data/{config.data}: {len(train_data):,} tokens to train on, {len(val_data):,} to validate; vocabulary of {meta["vocab_size"]:,}')
+        print(f'plan    {config.dense_steps} steps dense, {config.ramp_steps} towards {config.target_reduction:g}x less compute, {config.hold_steps} '
+              f'there; {tokens:,} tokens each, {tokens * config.steps():,} in all')
+        threads = f', {torch.get_num_threads()} threads' if run.device == 'cpu' else ''
+        print(f'device  {run.device}{threads}{f", {world} processes" if world > 1 else ""}; {config.dtype} ({why})')
     if config.resume:
-        optimizer.load_state_dict(saved['optimizer'])       # puts new groups in the place of the old
-        step, seconds, rows, best_loss, active = (saved[name] for name in ('step', 'seconds', 'log', 'best_loss', 'active'))
-        active = active.to(device)
-        if saved['teacher'] is not None:
-            teacher = frozen_copy()
-            teacher.load_state_dict(saved['teacher'])
-        if step >= last_step:
-            fail(f'{last} has already done all its {step} steps; there is nothing to resume', 0)
-    *weight_groups, threshold_group = optimizer.param_groups
+        print(f'resumed at step {run.step} of {config.steps()}')
+    if config.compile and meta is not None:
+        print('compile the first step of each phase will take a minute or so')
+    sys.stdout.flush()
 
-    def save(path, **more):
-        if rank == 0:
-            results = {} if measured is None else dict(measured, val_loss=measured['loss'])
-            try:
-                cwic.save_checkpoint(path, model, **dict(results, active_share=results.pop('active', None)), tokenizer=tokenizer, data=config.data,
-                                     step=step, options=asdict(config), **more)
-            except OSError as error:
-                fail(f'{path} cannot be written ({error.strerror}); what stood there before is whole', 1)
 
-    def save_last():
-        save(last, optimizer=optimizer.state_dict(), teacher=None if teacher is None else teacher.state_dict(), seconds=seconds, log=rows,
-             best_loss=best_loss, active=active)
+class Progress:
+    """The line printed every few seconds: speed since the last one, and the time left at the pace of the steps so far."""
 
-    parameters, tokens_per_step = sum(p.numel() for p in model.parameters()), config.batch_size * config.block_size
-    say(f'model   {parameters:,} parameters; {model.dense():,} dense weights per token' + (f'; from {config.init_from}' if config.init_from else ''))
-    if last_step == 0:
-        save(best)
-        say(f'no step to do: saved as it is; talk to it: python chat.py --ckpt {best}')
-        return
-    say(f'data    data/{config.data}: {len(train_data):,} tokens to train on, {len(val_data):,} to validate; vocabulary of {meta["vocab_size"]:,}')
-    say(f'plan    {config.dense_steps} steps dense, {config.ramp_steps} towards {config.target_reduction:g}x less compute, {config.hold_steps} there; '
-        f'{tokens_per_step:,} tokens each, {tokens_per_step * config.steps():,} in all')
-    threads = f', {torch.get_num_threads()} threads' if kind == 'cpu' else ''
-    say(f'device  {kind}{threads}{f", {world} processes" if world > 1 else ""}; {str(dtype).removeprefix("torch.")} ({why})', flush=True)
-    if config.resume:
-        say(f'resumed at step {step} of {config.steps()}')
-    head, uncompiled = head_loss, nullcontext
+    def __init__(self, run):
+        self.run, self.time, self.step, self.pace = run, time.perf_counter(), run.step, {}      # pace: seconds a step, by phase
+        self.phases_begun = set()
+
+    def took(self, dense, seconds):
+        if dense in self.phases_begun:      # the first step of a phase may be compiling, and says nothing of the others
+            self.pace[dense] = 0.9 * self.pace.get(dense, seconds) + 0.1 * seconds
+        self.phases_begun.add(dense)
+
+    def seconds_left(self):
+        config, step, last = self.run.config, self.run.step, self.run.config.last_step()
+        dense_left = last - step if config.target_reduction == 1 else max(min(config.dense_steps, last) - step, 0)
+        dense_pace = self.pace.get(True, self.pace.get(False, math.nan))
+        return dense_left * dense_pace + (last - step - dense_left) * self.pace.get(False, 1.4 * dense_pace)
+
+    def line(self, loss, reduction, target, evaluated):
+        run, now = self.run, time.perf_counter()
+        speed = (run.step - self.step) * run.config.batch_size * run.config.block_size / (now - self.time)
+        left = self.seconds_left()
+        self.time, self.step = now, run.step
+        return (f'step {run.step:5d}/{run.config.steps()}  loss {loss:.4f}  ' + (f'val {run.results["val_loss"]:.4f}  ' if evaluated else ' ' * 12)
+                + (f'kl {run.results["kl"]:.4f}  ' if evaluated and 'kl' in run.results else '')
+                + f'reduction {reduction:.2f}x (target {target:.2f}x)  {speed:7,.0f} tok/s' + (f'  {clock(left)} left' if math.isfinite(left) else ''))
+
+
+def train(run, train_data, val_data, meta, rank, world):
+    """The loop: steps, evaluations, checkpoints, the log. Returns True when the schedule is done, False where it was stopped before."""
+    config, model = run.config, run.model
+    main_process, uncompiled = rank == 0, nullcontext
     if config.compile:
-        say('compile the first step of each phase will take a minute or so', flush=True)
-        check_compile(device)
-        head, uncompiled = torch.compile(head_loss), lambda: torch.compiler.set_stance('force_eager')
+        check_compile(run.device)
+        run.head_loss, uncompiled = torch.compile(head_loss), lambda: torch.compiler.set_stance('force_eager')
         for block in model.blocks:
             block.compile()
 
-    # Ctrl-C is a wish to stop after this step, said once; all processes stop at the same one
-    interrupts = []
-    previous_handler = signal.signal(signal.SIGINT, lambda *_: (interrupts.append(1), signal.signal(signal.SIGINT, previous_handler)))
-    log_file = open(log_path if rank == 0 else os.devnull, 'w', newline='', encoding='utf-8')
-    log = csv.writer(log_file)
-    log.writerows([COLUMNS] + rows)
-    printed_time, printed_step, step_seconds, phases_begun = time.perf_counter(), step, {}, set()
-
-    while step < last_step:
-        started = time.perf_counter()
-        dense = step < config.dense_steps or config.target_reduction == 1
-        if not dense and step == config.dense_steps:
-            if config.teacher:
-                teacher = frozen_copy()
-            warm = (windows(train_data, step_starts(train_data, config, 2 ** 31 + i)[rank::world], config.block_size, device) for i in range(20))
+    # Ctrl-C, SIGTERM or a closed stdout is a wish to stop after this step; all processes stop at the same one
+    wishes = []
+    signal.signal(signal.SIGTERM, lambda *_: wishes.append('terminated'))
+    signal.signal(signal.SIGINT, lambda *_: (wishes.append('interrupted'), signal.signal(signal.SIGINT, signal.default_int_handler)))
+    if main_process:
+        write_log(run)
+    progress = Progress(run)
+    while run.step < config.last_step():
+        started, dense = time.perf_counter(), config.is_dense(run.step)
+        if not dense and run.step == config.dense_steps:
+            run.teacher = frozen_teacher(run) if config.teacher else None
             with uncompiled():
-                warm_statistics(model, warm, config.micro_batch, autocast)
-        target = target_at(step, config)
-        price = 0.0 if dense else cwic.price(float(active.sum()), model.dense(), target)
+                if all(float(layer.seen.max()) == 0 for _, layer in model.gated()):
+                    warm_statistics(run, (windows(train_data, step_starts(train_data, meta, config, 2 ** 31 + i)[rank::world], config.block_size,
+                                                  run.device)[0] for i in range(WARM_BATCHES)))
+        target = target_at(run.step, config)
+        lr = lr_at(run.step, config)
+        *weight_groups, threshold_group = run.optimizer.param_groups
         for group in weight_groups:
-            group['lr'] = lr_at(step, config)
-        threshold_group['lr'] = config.threshold_lr * lr_at(step, config)
+            group['lr'] = lr
+        threshold_group['lr'] = config.threshold_lr * lr
+        tokens, targets = windows(train_data, step_starts(train_data, meta, config, run.step)[rank::world], config.block_size, run.device)
+        try:
+            loss, active, stop = train_step(run, tokens, targets, target, dense, stop=bool(wishes))
+        except Diverged as error:
+            at = f'{run.path("last.pt")} holds an earlier step' if os.path.exists(run.path('last.pt')) else 'nothing was saved yet'
+            fail(f'step {run.step + 1}: {error}; stopped. {at}. Try a lower --lr', 1)
+        run.step += 1
+        progress.took(dense, time.perf_counter() - started)
+        reduction = model.dense() / max(float(active.sum()), 1.0)
 
-        # gradients, the loss, the compute and the statistics of the whole step, however it is cut
-        optimizer.zero_grad()
-        loss, active, sums = torch.zeros((), device=device), torch.zeros_like(active), None
-        starts = step_starts(train_data, config, step)[rank::world]
-        for i in range(0, len(starts), config.micro_batch):
-            tokens, targets = windows(train_data, starts[i:i + config.micro_batch], config.block_size, device)
-            with autocast():
-                loss_part, active_part, sums_part = backward(
-                    model, teacher, tokens, targets, dense=dense, teacher_share=0.0 if dense else config.teacher, price=price,
-                    share=len(tokens) / config.batch_size, recompute=config.recompute, head_loss=head)
-            loss, active = loss + loss_part, active + active_part
-            sums = sums_part if sums is None or dense else [a + b for a, b in zip(sums, sums_part)]
-        stop = torch.tensor(float(len(interrupts)), device=device)
-        gradients = [p.grad for p in model.parameters() if p.grad is not None]
-        sum_over_processes(gradients + [loss, active, stop] + ([] if dense else sums))
-        norm = torch.nn.utils.clip_grad_norm_([p for group in weight_groups for p in group['params']], config.clip)
-        if not math.isfinite(float(loss)) or not math.isfinite(float(norm)):
-            at = f'{last} holds the model of the last evaluation' if os.path.exists(last) else 'nothing was saved yet'
-            fail(f'step {step + 1}: the loss is {float(loss)}, the norm of its gradient {float(norm)}; stopped. {at}. Try a lower --lr', 1)
-
-        thetas = [linear.theta.detach().clone() for linear in linears]
-        optimizer.step()
-        if not dense:
-            model.limit_thresholds(thetas)
-            model.update_statistics(sums)
-        step += 1
-        if dense in phases_begun:       # the first step of a phase may be compiling for a minute, and says nothing of the others
-            took = time.perf_counter() - started
-            step_seconds[dense] = 0.9 * step_seconds.get(dense, took) + 0.1 * took
-        phases_begun.add(dense)
-
-        # evaluation, checkpoints, the log
-        evaluated = step % config.eval_every == 0 or step == config.steps()
+        evaluated = run.step % config.eval_every == 0 or run.step == config.steps()
         if evaluated:
             with uncompiled():
-                measured = evaluate(model, val_data, config, device, dense)
-        seconds += time.perf_counter() - started
-        if evaluated or step % 10 == 0:
-            row = [step, round(seconds, 2), float(loss), measured['loss'] if evaluated else None, model.dense() / float(active.sum()), target, lr_at(step - 1, config)]
-            rows.append(row)
-            log.writerow(row)
-            log_file.flush()
-        if evaluated:
-            met = step >= config.dense_steps + config.ramp_steps and measured['reduction'] >= 0.97 * config.target_reduction
-            if met and measured['loss'] < best_loss or step == config.steps() and best_loss == math.inf:
-                best_loss = measured['loss']
-                save(best)
-            save_last()
-        now = time.perf_counter()
-        if evaluated or now - printed_time >= config.log_every:
-            left = {True: max(min(config.dense_steps, last_step) - step, 0), False: max(last_step - max(step, config.dense_steps), 0)}
-            if config.target_reduction == 1:
-                left = {True: last_step - step, False: 0}
-            dense_seconds = step_seconds.get(True, step_seconds.get(False, math.nan))
-            eta = left[True] * dense_seconds + left[False] * step_seconds.get(False, 1.4 * dense_seconds)
-            say(f'step {step:5d}/{config.steps()}  loss {float(loss):.4f}  ' + (f'val {measured["loss"]:.4f}  ' if evaluated else ' ' * 12)
-                + f'reduction {model.dense() / float(active.sum()):.2f}x (target {target:.2f}x)  {(step - printed_step) * tokens_per_step / (now - printed_time):7,.0f} tok/s' + (f'  {clock(eta)} left' if math.isfinite(eta) else ''), flush=True)
-            printed_time, printed_step = now, step
-        if float(stop) or step == last_step < config.steps():
-            save_last()
-            say(f'\n{"interrupted" if float(stop) else "stopped"} at step {step}, which is saved; go on with: python train.py --resume' + ('' if config.out == 'out' else f' --out {config.out}'))
-            sys.exit(130 if float(stop) else 0)
+                run.results = evaluate(run, val_data, meta, dense)
+            if not math.isfinite(run.results['val_loss']):
+                fail(f'step {run.step}: the validation loss is {run.results["val_loss"]}; stopped. What was saved before is whole. Try a lower --lr', 1)
+        run.seconds += time.perf_counter() - started
+        if evaluated or run.step % 10 == 0:
+            run.log.append([run.step, round(run.seconds, 2), loss, run.results['val_loss'] if evaluated else None, reduction, target, lr])
+        if evaluated and main_process:
+            score = run.results.get('kl', run.results['val_loss'])
+            met = run.step >= config.dense_steps + config.ramp_steps and run.results['reduction'] >= MET * config.target_reduction
+            if met and score < run.best or run.step == config.steps() and run.best == math.inf:
+                run.best = score
+                save(run, 'best.pt')
+            save(run, 'last.pt')
+            write_log(run)
+        if main_process and (evaluated or time.perf_counter() - progress.time >= config.log_every):
+            try:
+                print(progress.line(loss, reduction, target, evaluated), flush=True)
+            except BrokenPipeError:
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+                wishes.append('stdout was closed')
+        if stop or run.step == config.last_step() < config.steps():
+            if main_process:
+                save(run, 'last.pt')
+                write_log(run)
+                print(f'\n{wishes[0] if wishes else "interrupted" if stop else "stopped"} at step {run.step}, which is saved; go on with: python train.py --resume'
+                      + ('' if config.out == 'out' else f' --out {config.out}'), file=sys.stderr if stop else sys.stdout)
+            sys.exit(130 if stop else 0)
 
-    log_file.close()
+
+def main():
+    config, given = parse_options(TrainConfig, 'python train.py', presets=True)
+    config.check()
+    keep_memory()
+    device, rank, world = join_processes(config)
+    lock = claim_folder(config) if rank == 0 else None      # noqa: F841  kept until the program ends
+    run, why, train_data, val_data, meta = first_on_its_host_first(lambda: begin(config, given, device, world))
     if rank == 0:
-        plot(rows, measured, os.path.join(config.out, 'training.png'))
-        print('\n' + '\n'.join(summary(measured, meta, config, seconds)))
-        print(f'files: {best}, {last}, {log_path}, {os.path.join(config.out, "training.png")}')
-        print('talk to it: python chat.py' + ('' if config.out == 'out' else f' --ckpt {best}'))
+        announce(run, why, train_data, val_data, meta, world)
+    if not run.config.last_step():
+        save(run, 'best.pt')
+        print(f'no step to do: saved as it is; talk to it: python chat.py --ckpt {run.path("best.pt")}')
+        return
+    train(run, train_data, val_data, meta, rank, world)
+    if rank == 0:
+        finish(run, meta)
     if world > 1:
         dist.destroy_process_group()
 
