@@ -1,63 +1,71 @@
 """
-Options for our programs: one dataclass each, from which the command line and --help are made.
+Command lines made from dataclasses: one for each program, which is also where its --help comes from.
 
     @dataclass
     class TrainConfig:
-        lr: float = option(1e-3, 'peak learning rate')
+        lr: float = option(1e-3, 'peak learning rate', at_least=0)
 
-    config = parse_options(TrainConfig, 'python train.py', presets=True)
+    config, given = parse_options(TrainConfig, 'python train.py', presets=True)
 
-takes --lr 1e-3 and --lr=1e-3, and - for _ in names; on/off options also take a bare --name. A preset, a TOML file of the
-same names, may stand before the flags, which override it. Whatever a user gets wrong ends in one line and exit code 2.
+takes --lr 1e-3 and --lr=1e-3, and - for _ in names; an on/off option may stand alone. Where an option is
+given twice, the last one counts. A preset, a TOML file of the same names, may stand anywhere among the flags,
+which override it. `given` is the set of names that the flags or the preset gave, even with the default value.
 
-But: no sub-commands, no short flags, no environment variables, no code in presets.
+Words that belong to no option are the preset, or else go to the field of type tuple, if there is one.
+Whatever a user gets wrong ends in one line and exit code 2.
+
+Not here: sub-commands, short flags, environment variables, code in presets.
 """
 
-import argparse
 import difflib
+import math
 import os
-import re
 import sys
+import textwrap
 import tomllib
 from dataclasses import field, fields
 
+BOOLEANS = {'yes': True, 'true': True, 'on': True, '1': True,
+            'no': False, 'false': False, 'off': False, '0': False}
+# of each type of option: how a user calls it; and the types that a preset may give it as
+KINDS = {bool: ('yes or no', (bool,)), int: ('a whole number', (int,)),
+         float: ('a finite number', (float, int)), str: ('a string, in quotes', (str,))}
 
-def option(default, help):
-    """A dataclass field with a default and a line of help."""
-    return field(default=default, metadata={'help': help})
+
+def option(default, help, at_least=None, at_most=None):
+    """A dataclass field with a default, a line of help, and perhaps bounds on what may be given."""
+    return field(default=default, metadata={'help': help, 'at_least': at_least, 'at_most': at_most})
+
+
+def printable(text):
+    """text as one line that cannot steer a terminal: what does not print is shown as its escape sequence."""
+    line = ' '.join(line.strip() for line in str(text).splitlines())
+    return ''.join(c if c.isprintable() else c.encode('unicode_escape').decode('ascii') for c in line)
 
 
 def fail(message, code=2):
     """Ends the program with one line on stderr."""
-    print(f'{os.path.basename(sys.argv[0])}: {message}', file=sys.stderr)
+    print(printable(f'{os.path.basename(sys.argv[0])}: {message}'), file=sys.stderr)
     sys.exit(code)
 
 
-def boolean(text):
-    if text.lower() in ('true', 'yes', 'on', '1'):
-        return True
-    if text.lower() in ('false', 'no', 'off', '0'):
-        return False
-    raise ValueError(text)
-
-
-class OneLineParser(argparse.ArgumentParser):
-    def error(self, message):
-        fail(message.replace('argument ', '', 1))
-
-
-def read_preset(path, names):
+def read_value(option, text):
+    """What text gives to an option, a dataclass field. Raises ValueError: 'must be ..., not ...'."""
+    kind, least, most = option.type, option.metadata['at_least'], option.metadata['at_most']
+    needed = KINDS[kind][0]
     try:
-        with open(path, 'rb') as f:
-            preset = tomllib.load(f)
-    except OSError as error:
-        fail(f'preset {path}: {error.strerror}')
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        fail(f'preset {path}: not TOML: {error}')
-    for name in preset:
-        if name not in names:
-            fail(f'preset {path}: ' + unknown(name, names))
-    return [f'--{name}={value}' for name, value in preset.items()]
+        value = BOOLEANS[text.lower()] if kind is bool else kind(text)
+        # no option makes sense as nan, as infinity, or beyond 64 bits
+        right = abs(value) < 2 ** 63 if kind is int else math.isfinite(value) if kind is float else True
+    except (ValueError, KeyError):
+        right = False
+    if right and least is not None and value < least:
+        right, needed = False, f'at least {least}'
+    if right and most is not None and value > most:
+        right, needed = False, f'at most {most}'
+    if not right:
+        raise ValueError(f'must be {needed}, not {text}')
+    return value
 
 
 def unknown(name, names):
@@ -65,27 +73,78 @@ def unknown(name, names):
     return f'unknown option {name}' + (f'; did you mean {near[0]}?' if near else '; see --help')
 
 
-def given_options():
-    """The names of the options on the command line: those that were asked for, even where the value is the default."""
-    return {word[2:].split('=')[0].replace('-', '_') for word in sys.argv[1:] if word.startswith('--')}
+def read_preset(path, options):
+    """The values in a TOML file, by name. options: dict of name to dataclass field."""
+    try:
+        with open(path, 'rb') as f:
+            preset = tomllib.load(f)
+    except OSError as error:
+        fail(f'preset {path}: {error.strerror}')
+    except (ValueError, RecursionError) as error:
+        fail(f'preset {path}: not TOML: {error}')
+    values = {}
+    for name, value in preset.items():
+        if name not in options:
+            fail(f'preset {path}: {unknown(name, options)}')
+        needed, types = KINDS[options[name].type]
+        if type(value) not in types:
+            fail(f'preset {path}: {name} must be {needed}, not {value!r}')
+        try:
+            values[name] = read_value(options[name], str(value))
+        except ValueError as error:
+            fail(f'preset {path}: {name} {error}')
+    return values
+
+
+def help_text(cls, program, words):
+    """What --help prints. words: how the words that belong to no option are called."""
+    about = textwrap.wrap(' '.join(cls.__doc__.split()), 110)
+    lines = [' '.join(['usage:', program, *words, '[--option value ...]']), '', *about, '']
+    for f in fields(cls):
+        default = '' if f.type is tuple else f' (default: {"none" if f.default in ("", None) else f.default})'
+        name = f'  {f.name.upper()} ...' if f.type is tuple else f'  --{f.name} {f.type.__name__.upper()}'
+        text = textwrap.wrap(f.metadata['help'] + default, 80)
+        lines += [f'{name:28}  {text[0]}', *(' ' * 30 + line for line in text[1:])]
+    return '\n'.join(lines)
 
 
 def parse_options(cls, program, presets=False, argv=None):
-    """An instance of the dataclass cls from the command line (argv: a list of strings, else the program's own)."""
-    argv = [re.sub(r'^--[\w-]+', lambda name: '--' + name[0][2:].replace('-', '_'), word) for word in (sys.argv[1:] if argv is None else argv)]
-    parser = OneLineParser(prog=program, allow_abbrev=False, description=cls.__doc__,
-                           formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=36, width=120))
-    if presets:
-        parser.add_argument('preset', nargs='?', help='a TOML file of options, such as those in config/')
-    for f in fields(cls):
-        kind = boolean if f.type is bool else f.type
-        bare = dict(nargs='?', const=True) if f.type is bool else {}
-        parser.add_argument(f'--{f.name}', type=kind, default=f.default, metavar=f.type.__name__.upper(),
-                            help=f'{f.metadata["help"]} (default: {"none" if f.default in ("", None) else f.default})'.replace('%', '%%'), **bare)
-    names = [f.name for f in fields(cls)]
-    if presets and argv and not argv[0].startswith('-'):
-        argv = read_preset(argv[0], names) + argv[1:]
-    known, rest = parser.parse_known_args(argv)
-    for word in rest:
-        fail(unknown(word.lstrip('-').split('=')[0], names) if word.startswith('-') else f'unexpected argument {word}; see --help')
-    return cls(**{name: getattr(known, name) for name in names})
+    """
+    (an instance of the dataclass cls, the set of names that were given), from argv, a list of strings, or from
+    the command line. program: how it is called, for --help.
+    """
+    options = {f.name: f for f in fields(cls) if f.type is not tuple}
+    listed = next((f.name for f in fields(cls) if f.type is tuple), '')
+    argv, flags, words = list(sys.argv[1:] if argv is None else argv), {}, []
+    while argv:
+        word = argv.pop(0)
+        if word in ('-h', '--help'):
+            called = ['[PRESET.toml]'] if presets else [f'{listed.upper()} ...'] if listed else []
+            print(help_text(cls, program, called))
+            sys.exit(0)
+        if not word.startswith('-'):
+            words.append(word)
+            continue
+        name, equals, text = word.partition('=')
+        name = name.strip('-').replace('-', '_')
+        if name not in options or not word.startswith('--'):
+            fail(unknown(name, options))
+        if not equals and options[name].type is bool:
+            text = argv.pop(0) if argv and argv[0].lower() in BOOLEANS else 'yes'
+        elif not equals:
+            if not argv or argv[0].startswith('--'):
+                fail(f'--{name} needs a value; if that begins with --, write --{name}=VALUE')
+            text = argv.pop(0)
+        try:
+            flags[name] = read_value(options[name], text)
+        except ValueError as error:
+            fail(f'--{name} {error}')
+    values = {}
+    if presets and words:
+        values = read_preset(words.pop(0), options)
+    elif listed and words:
+        values, words = {listed: tuple(words)}, []
+    if words:
+        fail(f'unexpected argument {words[0]}' + ('; there can be one preset' if presets else '; see --help'))
+    values.update(flags)
+    return cls(**values), set(values)
