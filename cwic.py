@@ -27,7 +27,7 @@ import copy
 import math
 import os
 import zipfile
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 
 import torch
 import torch.nn as nn
@@ -55,13 +55,13 @@ def observe(x, mu, sigma):
     """
     B, T, _ = x.shape
     with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
-        x = x.flatten(0, 1)                                             # (B * T, in)
         if B >= OBSERVE_EVERY:
             # each sequence starts at another offset: position 0, where attention parks what it does not need, is unlike
             # all others, and must not count four times
-            position = torch.arange(0, B * T, OBSERVE_EVERY, device=x.device)
-            x = x[(position + position // T % OBSERVE_EVERY).clamp_max(B * T - 1)]
-        c = x.float() - mu                                              # (tokens, in)
+            sequence = torch.arange(B, device=x.device)[:, None]
+            position = torch.arange(0, T, OBSERVE_EVERY, device=x.device) + sequence % OBSERVE_EVERY
+            x = x[sequence, position.clamp_max(T - 1)]                  # (B, T / 4, in)
+        c = x.flatten(0, 1).float() - mu                                # (tokens, in)
         distance = c.abs()
         weight = torch.where(sigma > 0, sigma / distance.clamp_min(0.1 * sigma).clamp_min(1e-12), 1.0)
         return torch.stack([weight.sum(0), (weight * c).sum(0), distance.sum(0), torch.full_like(mu, len(c))])
@@ -217,7 +217,7 @@ class StripedLinear(Thresholds):
         B, T, _ = x.shape
         weight = self.adapter(self.weight)
         if dense:
-            y, used = x @ weight, (torch.full_like(x[:, :, 0], self.dense, dtype=torch.float32), None)
+            y, used = x @ weight, (as_count(torch.full((B, T), self.dense, device=x.device)), None)
         else:
             sums = observe(x, self.mu, self.sigma) if self.training else None
             y, active = GatedProduct.apply(x.float().view(B * T, -1), self.mu, self.thresholds(), BANDWIDTH * self.sigma,
@@ -254,10 +254,15 @@ class CWICConfig:
         if self.arch not in ('gpt2', 'llama'):
             raise ValueError(f'arch must be gpt2 or llama, not {self.arch!r}')
         self.n_kv_head, self.n_hidden = self.n_kv_head or self.n_head, self.n_hidden or 4 * self.n_embd
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if type(value) is not field.type and not (field.type is float and type(value) is int):
+                raise ValueError(f'{field.name} must be of type {field.type.__name__}, not {value!r}')
+            if field.type in (int, float) and not 0 < value < 2 ** 40:          # nor nan
+                raise ValueError(f'{field.name} must be a number above 0, not {value}')
+        if self.rope_scaling and [type(value) in (int, float) for value in self.rope_scaling] != [True] * 4:
+            raise ValueError(f'rope_scaling must be 4 numbers, not {self.rope_scaling}')
         self.bias = self.bias and self.arch == 'gpt2'
-        for name in asdict(self):
-            if name.startswith(('n_', 'stripe_', 'vocab', 'block')) and getattr(self, name) < 1:
-                raise ValueError(f'{name} must be at least 1, not {getattr(self, name)}')
         if self.n_embd % self.n_head or self.n_head % self.n_kv_head:
             raise ValueError(f'n_embd ({self.n_embd}) must be a multiple of n_head ({self.n_head}), and that of n_kv_head ({self.n_kv_head})')
         if self.arch == 'gpt2' and self.n_kv_head != self.n_head:
@@ -421,7 +426,7 @@ class Neurons(Thresholds):
         """x (B, T, d), z (B, T, neurons) -> y (B, T, d), used: as in StripedLinear."""
         h, down = x @ self.adapter_up(self.up), self.adapter_down(self.down)
         if dense:
-            return (h * z) @ down, (torch.full_like(x[:, :, 0], self.dense, dtype=torch.float32), None)
+            return (h * z) @ down, (as_count(torch.full(x.shape[:2], self.dense, device=x.device)), None)
         sums = observe(z, self.mu, self.sigma) if self.training else None
         a, active = GatedNeurons.apply(z.float().flatten(0, 1), h.flatten(0, 1), self.thresholds()[0], BANDWIDTH * self.sigma,
                                        2 * x.shape[2])
@@ -507,7 +512,7 @@ class GPT(nn.Module):
         """
         hidden, used = self.trunk(tokens, cache, dense)
         logits, used_head = self.head(hidden, dense)
-        return logits.float(), torch.stack([as_count(active) for active, _ in used + [used_head]])
+        return logits.float(), torch.stack([active for active, _ in used + [used_head]])
 
     def parameter_groups(self, lr, threshold_lr, weight_decay):
         """Three groups for AdamW, of what is not frozen: matrices, decayed; biases and norms; and the thresholds, never decayed."""
@@ -584,7 +589,8 @@ def add_adapters(model, rank):
 
 @torch.no_grad()
 def merge_adapters(model):
-    """Adds every change to its matrix, for good. The model computes the same, and has no adapters any more."""
+    """Adds every change to its matrix, for good. The model computes the same, without adapters, and nothing is frozen."""
+    model.requires_grad_(True)
     for _, layer in model.gated():
         for adapter, matrix in ADAPTERS.items():
             if isinstance(getattr(layer, adapter, None), LowRank):
@@ -607,7 +613,7 @@ def write_atomically(path, write):
     or the new, whole. Removes what processes that were killed have left. Raises OSError.
     """
     folder, name = os.path.split(os.path.abspath(path))
-    for other in os.listdir(folder):
+    for other in os.listdir(folder) if os.path.exists('/proc/self') else []:        # elsewhere nothing says who lives
         owner = other.removeprefix(name + '.').removesuffix('.partial')
         if other == f'{name}.{owner}.partial' and owner.isdigit() and not os.path.exists(f'/proc/{owner}'):
             os.remove(os.path.join(folder, other))
@@ -625,11 +631,11 @@ def write_atomically(path, write):
 
 def save_checkpoint(path, model, narrow=False, **more):
     """
-    Writes {'model', 'config', **more} to path, atomically. Frozen matrices are left out: they are the base's, from which
-    load_checkpoint takes them. narrow: adapters in bf16, half the bytes. Raises CheckpointError where a number is not finite
+    Writes {'model', 'config', **more} to path, atomically. With base=NAME, what is frozen is left out: load_checkpoint
+    takes it from that base. narrow: adapters in bf16, half the bytes. Raises CheckpointError where a number is not finite
     or the disk does not take it.
     """
-    frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
+    frozen = {name for name, p in model.named_parameters() if not p.requires_grad and 'base' in more}
     state = {name: tensor.bfloat16() if narrow and '.adapter' in name else tensor
              for name, tensor in model.state_dict().items() if name not in frozen}
     if not all(bool(torch.isfinite(tensor).all()) for tensor in state.values()):
@@ -641,19 +647,23 @@ def save_checkpoint(path, model, narrow=False, **more):
         raise CheckpointError(f'{path} cannot be written ({reason}); what stood there before is whole') from None
 
 
-def build(config, state):
+def build(config, state, rank=0):
     """
-    A model in eval mode made of state, a dict of tensors, without copying them. Shapes are compared first, on a model that
-    takes no memory, so that a file which lies about its sizes costs nothing. Raises ValueError.
+    A model in eval mode made of state, a dict of tensors, without copying them; rank: of its adapters, or 0. Shapes are
+    compared first, on a model that takes no memory, so that a file which lies about its sizes costs nothing. Raises
+    ValueError.
     """
     if config.n_layer > len(state):
         raise ValueError(f'{config.n_layer} layers cannot be made of {len(state)} tensors')
     with torch.device('meta'):
         model = GPT(config)
-    expected = model.state_dict()
-    for name in expected.keys() | state.keys():
-        if name not in state or name not in expected or state[name].shape != expected[name].shape:
-            raise ValueError(f'{name} is missing, unexpected, or of the wrong shape')
+        if rank:
+            add_adapters(model, rank)
+    expected, found = ({name: (tensor.shape, tensor.dtype, tensor.layout) for name, tensor in tensors.items()}
+                       for tensors in (model.state_dict(), state))
+    for name in expected.keys() | found.keys():
+        if expected.get(name) != found.get(name):
+            raise ValueError(f'{name} is missing, unexpected, or of the wrong shape or type')
     model.load_state_dict(state, assign=True)
     return model.eval()
 
@@ -666,6 +676,7 @@ def load_checkpoint(path, device='cpu', base=None, merge=True):
     An adapter holds only what differs from its base, whose name is saved['base']: base(name) must give that model. The
     adapter is merged into it, or with merge=False left apart, to be trained on.
     """
+    damaged = f'{path}: not a CWIC checkpoint, or a damaged one'
     try:
         with open(path, 'rb') as file:
             # a compressed archive could unfold to anything; torch writes none
@@ -673,31 +684,31 @@ def load_checkpoint(path, device='cpu', base=None, merge=True):
                 raise ValueError('compressed')
             file.seek(0)
             saved = torch.load(file, map_location=device, weights_only=True)
+        config, state, adapts = CWICConfig(**saved['config']), dict(saved['model']), saved.get('base', '')
+        # a tensor may be a view that repeats one number for ever, or hold none at all
+        if sum(t.nbytes for t in state.values()) > os.path.getsize(path) or any(t.is_meta for t in state.values()):
+            raise ValueError('more numbers than the file holds')
+        if not isinstance(adapts, str):
+            raise TypeError('a base that is no name')
+        rank = state['head.adapter.A'].shape[1] if adapts else 0
+        state = {name: tensor.float() if '.adapter' in name else tensor for name, tensor in state.items()}
     except FileNotFoundError:
         raise CheckpointError(f'{path}: no such checkpoint; train one with: python train.py') from None
     except OSError as error:
         raise CheckpointError(f'{path}: cannot be read ({error.strerror})') from None
     except Exception as error:      # torch.load raises a dozen kinds for a file that is truncated, foreign or malicious
-        raise CheckpointError(f'{path}: not a CWIC checkpoint, or a damaged one ({type(error).__name__})') from None
+        raise CheckpointError(f'{damaged} ({type(error).__name__})') from None
+    if adapts:
+        if base is None:
+            raise CheckpointError(f'{path}: an adapter, which needs its base {adapts!r}')
+        state = {**base(adapts).to(device).state_dict(), **state}
     try:
-        config, state = CWICConfig(**saved['config']), dict(saved['model'])
-        if saved.get('base'):
-            if base is None:
-                raise CheckpointError(f'{path}: an adapter, which needs its base {saved["base"]}')
-            frozen = base(saved['base']).to(device).state_dict()
-            changes = {name: tensor.float() for name, tensor in state.items() if '.adapter' in name}
-            model = build(config, {**frozen, **{name: state[name] for name in state.keys() - changes.keys()}})
-            add_adapters(model, rank=min(min(tensor.shape) for tensor in changes.values()))
-            if changes.keys() != {name for name in model.state_dict() if '.adapter' in name}:
-                raise ValueError('adapters that do not fit the model')
-            model.load_state_dict({**model.state_dict(), **changes})
-            if merge:
-                merge_adapters(model)
-        else:
-            model = build(config, state)
-    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError, OverflowError, ZeroDivisionError) as error:
-        raise CheckpointError(f'{path}: not a CWIC checkpoint, or a damaged one ({type(error).__name__})') from None
-    return model.to(device).eval(), saved
+        model = build(config, state, rank)
+    except Exception as error:      # as many kinds for sizes that no model has
+        raise CheckpointError(f'{damaged} ({type(error).__name__})') from None
+    if merge:
+        merge_adapters(model)
+    return model, saved
 
 
 def dense_copy(model):
