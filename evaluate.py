@@ -1,0 +1,207 @@
+"""
+How good a model is, at what compute, and how close to its dense teacher.
+
+    python evaluate.py out/best.pt                                  # on the validation split it was trained with
+    python evaluate.py adapters/smollm2.pt --text FILE              # on a text file of yours
+    python evaluate.py adapters/smollm2.pt --blimp blimp.jsonl.xz   # grammar: 67 paradigms of 1,000 pairs of sentences
+    python evaluate.py out/best.pt --dense                          # the same model with every weight
+
+An adapter is also compared with its base, the dense model it learned from. Every token counts, the LM head's compute included,
+and every token is as sparse as it is in decoding; all in f32.
+
+BLiMP (Warstadt et al., 2020, github.com/alexwarstadt/blimp) is one JSON object a line, with 'sentence_good', 'sentence_bad'
+and 'UID', the paradigm; the files of its data/ folder one after the other, packed with xz or not, are what --blimp takes.
+A pair is right where the model gives the good sentence more probability; chance is a half.
+
+Not here: benchmarks that need a generation to be judged.
+"""
+
+import json
+import lzma
+import math
+import sys
+import time
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+import weights
+from cwic import CheckpointError, dense_copy
+from data.common import DataError, load_dataset
+from device import choose_device
+from options import fail, option, parse_options
+from tokenizer import end_id, load_tokenizer
+
+# no more logits than this, or one sequence's, exist at a time: what a CPU's cache likes, what keeps a GPU busy
+LOGITS_AT_ONCE = {'cpu': 2 ** 22, 'cuda': 2 ** 28, 'mps': 2 ** 26}
+PERCENTILES = (1, 5, 25, 50, 75, 95, 99)
+
+
+@dataclass
+class EvaluateConfig:
+    """Validation loss, reduction, spread of compute, distance to the dense teacher, BLiMP."""
+    json: bool = option(False, 'print one JSON object')
+    dense: bool = option(False, 'use every weight')
+    data: str = option('', 'folder in data/ whose validation split is read; without it, the one the checkpoint was trained with')
+    text: str = option('', 'a UTF-8 text file to read instead')
+    blimp: str = option('', 'BLiMP as JSON lines, packed with xz or not')
+    blimp_pairs: int = option(1000, 'of each paradigm, the first so many')
+    windows: int = option(64, 'windows of text, each as long as the training windows were')
+    device: str = option('auto', 'auto, cpu, cuda or mps')
+
+
+def rows_at_once(model, length):
+    """How many sequences of a length (tokens) may be read at once."""
+    device = model.head.weight.device.type
+    return max(1, LOGITS_AT_ONCE[device] // (length * model.config.vocab_size))
+
+
+@torch.no_grad()
+def measure(model, tokens, teacher=None, dense=False):
+    """
+    Reads windows of text, tokens np.int64 (windows, T + 1), in eval mode and f32. Returns a dict: val_loss (nats per token),
+    reduction, active_share (of each matrix's weights, in the order of gated()), spread (the standard deviation of the
+    compute of a token, over its mean), compute_percentiles (of a token's share of dense compute), and the correlation of a
+    token's compute with the surprise of that token (-log p, given before it was read) and with the entropy of what is
+    predicted from it. With a teacher also kl, KL(teacher || student) in nats, and agreement, how often both find the same
+    token likeliest.
+    """
+    device, training = model.head.weight.device, model.training
+    model.eval()
+    sums, shares, entropies, surprises = {'loss': 0.0, 'active': 0.0, 'kl': 0.0, 'agreement': 0.0}, [], [], []
+    for batch in np.array_split(tokens, math.ceil(len(tokens) / rows_at_once(model, tokens.shape[1]))):
+        batch = torch.from_numpy(batch).to(device)
+        logits, active = model(batch[:, :-1], dense=dense)                                  # (B, T, vocab), (matrices, B, T)
+        logp, active = logits.log_softmax(-1), active.cpu().double()                        # not every GPU has doubles
+        surprise = -logp.gather(-1, batch[:, 1:, None])[:, :, 0]                            # (B, T), of the token that follows
+        sums['loss'] += float(surprise.sum())
+        sums['active'] += active.sum((1, 2))
+        if teacher is not None:
+            teacher_logp = teacher(batch[:, :-1], dense=True)[0].log_softmax(-1)
+            sums['kl'] += float((teacher_logp.exp() * (teacher_logp - logp)).sum())
+            sums['agreement'] += float((teacher_logp.argmax(-1) == logp.argmax(-1)).sum())
+        shares.append((active.sum(0) / model.dense())[:, 1:].flatten())                     # the first token surprises nobody
+        entropies.append(-(logp.exp() * logp).sum(-1)[:, 1:].flatten().cpu().double())
+        surprises.append(surprise[:, :-1].flatten().cpu().double())
+    model.train(training)
+    count = tokens.shape[0] * (tokens.shape[1] - 1)
+    shares, entropies, surprises = map(torch.cat, (shares, entropies, surprises))
+    spread = float(shares.std() / shares.mean())
+    correlations = torch.corrcoef(torch.stack([shares, surprises, entropies]))[0, 1:].tolist() if spread > 1e-9 else (0.0, 0.0)
+    results = dict(val_loss=sums['loss'] / count, reduction=float(model.dense() * count / sums['active'].sum()), spread=spread,
+                   active_share=[float(a) / count / layer.dense for a, (_, layer) in zip(sums['active'], model.gated())],
+                   surprise_correlation=correlations[0], entropy_correlation=correlations[1],
+                   compute_percentiles={str(p): float(np.percentile(shares, p)) for p in PERCENTILES})
+    if teacher is not None:
+        results.update(kl=sums['kl'] / count, agreement=sums['agreement'] / count)
+    return results
+
+
+@torch.no_grad()
+def blimp(model, encoding, start, pairs, dense=False, progress=lambda done: None):
+    """
+    pairs: [(paradigm, good sentence, bad sentence)] -> (accuracy of each paradigm, a dict; dense / active weights over all
+    tokens read). start: the id that comes before each sentence. Sentences of one length are read together, without padding.
+    """
+    device = model.head.weight.device
+    sentences = sorted(((encoding.encode_ordinary(text), pair, good) for pair, (_, *texts) in enumerate(pairs)
+                        for text, good in zip(texts, (0, 1))), key=lambda sentence: len(sentence[0]))
+    scores, active_sum, count, done = np.zeros((len(pairs), 2)), 0.0, 0, 0
+    while done < len(sentences):
+        length = len(sentences[done][0])
+        batch = sentences[done:done + min(rows_at_once(model, length), 256)]
+        batch = [sentence for sentence in batch if len(sentence[0]) == length]
+        tokens = torch.tensor([[start] + ids for ids, _, _ in batch], device=device)
+        logits, active = model(tokens[:, :-1], dense=dense)
+        logp = logits.log_softmax(-1).gather(-1, tokens[:, 1:, None])[:, :, 0].sum(1).cpu().numpy()
+        scores[[pair for _, pair, _ in batch], [which for _, _, which in batch]] = logp
+        active_sum, count, done = active_sum + float(active.sum()), count + tokens[:, 1:].numel(), done + len(batch)
+        progress(done / len(sentences))
+    right = {}
+    for (paradigm, *_), (good, bad) in zip(pairs, scores):
+        right.setdefault(paradigm, []).append(float(good > bad))
+    return {paradigm: float(np.mean(hits)) for paradigm, hits in right.items()}, model.dense() * count / active_sum
+
+
+def read_blimp(path, most):
+    """[(paradigm, good, bad)], the first `most` of each paradigm. Raises DataError."""
+    try:
+        opened = lzma.open(path, 'rt', encoding='utf-8') if path.endswith('.xz') else open(path, encoding='utf-8')
+        with opened as f:
+            rows = [json.loads(line) for line in f if line.strip()]
+        seen, pairs = {}, []
+        for row in rows:
+            seen[row['UID']] = seen.get(row['UID'], 0) + 1
+            if seen[row['UID']] <= most:
+                pairs.append((row['UID'], row['sentence_good'], row['sentence_bad']))
+    except OSError as error:
+        raise DataError(f'{path}: {error.strerror}') from None
+    except (ValueError, KeyError, TypeError, lzma.LZMAError, EOFError) as error:
+        raise DataError(f'{path}: not BLiMP as JSON lines ({type(error).__name__})') from None
+    if not pairs:
+        raise DataError(f'{path}: no pairs of sentences in it')
+    return pairs
+
+
+def text_windows(path, encoding, count, length):
+    """np.int64 (windows, length + 1): a text file cut into windows, of which `count` are taken evenly. Raises DataError."""
+    try:
+        with open(path, encoding='utf-8') as f:
+            ids = np.array(encoding.encode_ordinary(f.read()), np.int64)
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f'{path}: cannot be read ({error})') from None
+    if len(ids) <= length:
+        raise DataError(f'{path}: {len(ids)} tokens are fewer than one window of {length}')
+    starts = np.unique(np.linspace(0, len(ids) - length - 1, count).astype(np.int64) // length * length)
+    return np.stack([ids[start:start + length + 1] for start in starts])
+
+
+def validation_windows(data, meta, count, length):
+    """The same of a data set's validation split: always the same windows."""
+    stride = meta.get('window', 1)
+    starts = stride * np.linspace(0, (len(data) - length - 1) // stride, count).astype(np.int64)
+    return np.stack([data[start:start + length + 1] for start in starts]).astype(np.int64)
+
+
+def main():
+    argv = sys.argv[1:]
+    path = argv.pop(0) if argv and not argv[0].startswith('-') else 'out/best.pt'
+    config, _ = parse_options(EvaluateConfig, 'python evaluate.py CHECKPOINT', argv=argv)
+    device, start = choose_device(config.device), time.perf_counter()
+    try:
+        model, saved = weights.load(path)
+        encoding = load_tokenizer(saved['tokenizer'])
+        teacher = weights.load(saved['base'])[0].to(device) if saved.get('base') else None
+        options = saved.get('options') or {}
+        length = min(options.get('block_size', 512), model.config.block_size)
+        model.to(device)
+        results = {}
+        if config.blimp:
+            pairs = read_blimp(config.blimp, config.blimp_pairs)
+            report = (lambda done: print(f'\r{100 * done:.0f}%', end='', file=sys.stderr, flush=True)) if sys.stderr.isatty() else lambda done: None
+            by_paradigm, reduction = blimp(model, encoding, end_id(saved['tokenizer'], encoding), pairs, config.dense, report)
+            results.update(blimp=float(np.mean(list(by_paradigm.values()))), blimp_reduction=reduction, blimp_by_paradigm=by_paradigm)
+        else:
+            if config.text:
+                tokens = text_windows(config.text, encoding, config.windows, length)
+            else:
+                _, data, meta = load_dataset(config.data or options.get('data', 'python'), length)
+                tokens = validation_windows(data, meta, config.windows, length)
+            results.update(windows=len(tokens), length=length, **measure(model, tokens, teacher, config.dense))
+    except (CheckpointError, weights.WeightsError, DataError) as error:
+        fail(error, 1)
+    if config.json:
+        print(json.dumps(results))
+        return
+    for name, value in results.items():
+        if isinstance(value, (int, float)):
+            print(f'{name:22}{value:.4f}' if isinstance(value, float) else f'{name:22}{value}')
+    print(f'{time.perf_counter() - start:.0f} s on {device}', file=sys.stderr)
+
+
+if __name__ == '__main__':
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit(130)
