@@ -110,7 +110,7 @@ def help_text(cls, program, words):
 
 def parse_options(cls, program, presets=False, argv=None):
     """
-    (an instance of the dataclass cls, the set of names that were given), from argv, a list of strings, or from
+    (an instance of the dataclass cls, the set of names that were given) from argv, a list of strings, or from
     the command line. program: how it is called, for --help.
     """
     options = {f.name: f for f in fields(cls) if f.type is not tuple}

@@ -1,174 +1,190 @@
 """
-What every data/NAME/prepare.py shares: options, errors, encoding documents, writing a data set.
+What every data/NAME/prepare.py shares: errors, encoding documents, writing a data set. And load_dataset(),
+with which train.py and bench.py read one.
 
-A data set is a directory with
-    train.bin, val.bin    raw uint16 token ids; after each document comes the id of <|endoftext|>
+A data set is a folder with
+    train.bin, val.bin    raw token ids, uint16, or uint32 where the vocabulary needs it; the tokenizer's end
+                          token stands after each document
     meta.json             'tokenizer' (spec, see tokenizer.py), 'vocab_size', 'train_tokens', 'val_tokens',
-                          'train_bytes', 'val_bytes' (of UTF-8 text, without the separators), 'source'
+                          'train_bytes', 'val_bytes' (of UTF-8 text, without end tokens), 'source' (one line);
+                          and 'window', where both files are made of independent windows of so many tokens
 so that bits per byte = loss in nats / ln 2 * val_tokens / val_bytes.
-
-Left out: token ids of more than 16 bits.
 """
 
-import argparse
+import hashlib
 import json
 import os
+import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 
-from options import OneLineParser, fail, unknown
-from tokenizer import TokenizerError
+from options import fail
+from tokenizer import TokenizerError, end_id
 
-MAX_VOCAB = 2 ** 16     # what uint16 can tell apart
-MIN_TOKENS = 256        # less than that in either split trains or measures nothing
+DATA = Path(__file__).resolve().parent
+MIN_TOKENS = 256                    # less than that in either split trains or measures nothing
+META = {'tokenizer': dict, 'vocab_size': int, 'train_tokens': int, 'val_tokens': int, 'train_bytes': int,
+        'val_bytes': int, 'source': str}
+PIECES, PIECE = 64, 2 ** 20         # of a token file, in which ids are compared with the vocabulary
 
 
 class DataError(Exception):
     """Data that cannot be had, read or written; the message is one line for the user, remedy included."""
 
 
-class Options(OneLineParser):
-    """The command line of a prepare.py: the module's docstring is its --help, an error is one line (exit code 2)."""
-
-    def __init__(self, doc):
-        super().__init__(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-
-    def parse_args(self):
-        options, rest = self.parse_known_args()
-        if rest:
-            fail(unknown(rest[0].lstrip('-').split('=')[0], list(vars(options))))
-        return options
-
-    def add_tokenizer(self, default):
-        self.add_argument('--tokenizer', default=default, metavar='NAME',
-                          help=f"python4k, bytes, gpt2, or a directory with GPT-2's two files (default: {default})")
-
-    def add_out(self, default):
-        self.add_argument('--out', type=Path, default=default, metavar='DIR',
-                          help='where train.bin, val.bin and meta.json go (default: beside this script)')
-
-    def add_val_fraction(self, default):
-        self.add_argument('--val_fraction', type=fraction, default=default, metavar='X',
-                          help=f'share of the text kept for validation (default: {default})')
-
-
-def fraction(text):
-    """option type: a number strictly between 0 and 1, as a share of the text"""
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0
-    if not 0 < value < 1:
-        raise argparse.ArgumentTypeError(f"a number between 0 and 1 expected, found '{text}'")
-    return value
-
-
 def run(main):
     """Calls main() and turns what a user can cause into one line on stderr and a non-zero exit code."""
-    sys.stdout.reconfigure(errors='replace')    # a file's name may have characters that the terminal lacks
     try:
+        if sys.stdout is not None:      # it is where stdout was closed
+            sys.stdout.reconfigure(errors='replace')    # a file's name may have what the terminal lacks
         main()
+        print(end='', flush=True)
     except (DataError, TokenizerError) as e:
-        fail(str(e), 1)
+        fail(e, 1)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)    # what is left to be written goes nowhere
+        sys.exit(141)
     except OSError as e:
-        fail(f'{e.filename or "input or output"}: {e.strerror or e}', 1)
+        fail(f'{e.filename or "disk or stdout"}: {e.strerror or e}; what stood there before is whole', 1)
     except KeyboardInterrupt:
         fail('interrupted; run the same command again', 130)
 
 
-def check_vocab(encoding):
-    """encoding: tiktoken.Encoding. Raises DataError if its ids do not fit 16 bits."""
-    if encoding.n_vocab > MAX_VOCAB:
-        raise DataError(f'a vocabulary of {encoding.n_vocab:,} does not fit the 16-bit token files '
-                        f'(at most {MAX_VOCAB:,}): choose a smaller tokenizer')
+# -----------------------------------------------------------------------------
+# writing
 
 
-def encode_documents(encoding, documents):
-    """documents: list of str -> (tokens,) uint16, each document followed by <|endoftext|>"""
-    check_vocab(encoding)
-    end = np.array([encoding.n_vocab - 1], dtype=np.uint32)
-    parts = []
-    for document in documents:
-        # a literal '<|endoftext|>' inside a document is plain text (disallowed_special=())
-        parts += [encoding.encode_to_numpy(document, disallowed_special=()), end]
-    return np.concatenate(parts).astype(np.uint16) if parts else np.zeros(0, dtype=np.uint16)
+def in_val(text, fraction):
+    """Whether text, a document or its name, is for validation: a hash decides, on every machine alike."""
+    return int(hashlib.sha256(text.encode('utf-8')).hexdigest()[:8], 16) < fraction * 2 ** 32
+
+
+def token_dtype(vocab_size):
+    return np.uint16 if vocab_size <= 2 ** 16 else np.uint32
+
+
+def encode_documents(encoding, spec, documents):
+    """documents: list of str -> (tokens,), each document followed by the end token"""
+    end, dtype = end_id(spec, encoding), token_dtype(encoding.n_vocab)
+    # a literal '<|endoftext|>' inside a document is plain text
+    encode = lambda document: np.array([*encoding.encode_ordinary(document), end], dtype)
+    with ThreadPoolExecutor() as pool:      # tiktoken works outside Python's lock
+        return np.concatenate([np.zeros(0, dtype), *pool.map(encode, documents)])
 
 
 def utf8_bytes(documents):
     return sum(len(document.encode('utf-8')) for document in documents)
 
 
-def temporary(path):
-    """path: Path -> the name it has until it is complete; the process id keeps two runs at once apart"""
-    return path.with_name(f'{path.name}.{os.getpid()}.tmp')
-
-
-def write_file(path, data):
-    """data: bytes or a contiguous array. On return they are on the disk, not just in its cache."""
-    with open(path, 'wb') as f:
-        f.write(data)
-        f.flush()
-        os.fsync(f.fileno())
-
-
 def replace_file(path, data):
-    """Writes data to path, which is the old file or the whole new one at any moment."""
-    try:
-        write_file(temporary(path), data)
-        os.replace(temporary(path), path)
-    finally:
-        temporary(path).unlink(missing_ok=True)
+    """Writes bytes or an array to path, which at any moment is the old file or the new one, whole."""
+    from cwic import write_atomically       # late: torch takes a second to import, and --help need not wait
+    write_atomically(path, lambda file: file.write(data))
 
 
 def make_meta(encoding, spec, source, tokens, size):
-    """tokens, size: dicts with the tokens and the bytes of text in 'train' and 'val' -> contents of meta.json"""
+    """tokens, size: dicts of tokens and bytes of text in 'train' and 'val' -> contents of meta.json"""
     for split in ('train', 'val'):
         if tokens[split] < MIN_TOKENS:
-            raise DataError(f'too little text: {tokens[split]} {split} tokens where {MIN_TOKENS} are the least; '
-                            'add text, or change the share kept for validation')
-    return {'tokenizer': spec, 'vocab_size': encoding.n_vocab, 'train_tokens': tokens['train'],
-            'val_tokens': tokens['val'], 'train_bytes': size['train'], 'val_bytes': size['val'], 'source': source}
+            raise DataError(f'too little text: {tokens[split]} {split} tokens where {MIN_TOKENS} are the '
+                            'least; add text, or change the share kept for validation')
+    return {'tokenizer': spec, 'vocab_size': encoding.n_vocab, 'source': source,
+            'train_tokens': tokens['train'], 'val_tokens': tokens['val'],
+            'train_bytes': size['train'], 'val_bytes': size['val']}
 
 
-def publish(folder, complete, meta):
+def publish(folder, meta):
     """
-    Gives a finished data set its names. complete: dict of final name -> Path of the finished token file; one that is
-    gone has its final name already, from a call that was cut short. meta: contents of meta.json. That one goes first
-    and comes back last, so that where there is one, train.bin and val.bin are its own, wherever a kill falls.
+    Gives a finished data set its names: train.bin.part and val.bin.part, where they were not renamed already
+    by a call that was cut short. meta: contents of meta.json. That one is removed first and comes back last,
+    so that where there is one, train.bin and val.bin are its own, wherever a kill falls.
     """
-    meta_file = folder / 'meta.json'
-    try:
-        write_file(temporary(meta_file), json.dumps(meta).encode('ascii'))
-        meta_file.unlink(missing_ok=True)
-        for name, path in complete.items():
-            if path.exists():
-                os.replace(path, folder / name)
-        os.replace(temporary(meta_file), meta_file)
-    finally:
-        temporary(meta_file).unlink(missing_ok=True)
-    print(f"{meta['source']}: {meta['train_bytes'] / 1e6:,.2f} + {meta['val_bytes'] / 1e6:,.2f} MB (train + val)\n"
-          f"{folder}: {meta['train_tokens']:,} + {meta['val_tokens']:,} tokens of {meta['vocab_size']:,} kinds, "
-          f"{meta['train_bytes'] / meta['train_tokens']:.2f} bytes per token")
+    replace_file(folder / 'meta.json.part', json.dumps(meta).encode('ascii'))
+    (folder / 'meta.json').unlink(missing_ok=True)
+    for name in ('train.bin', 'val.bin', 'meta.json'):
+        if (folder / f'{name}.part').exists():
+            os.replace(folder / f'{name}.part', folder / name)
+    train, val = meta['train_bytes'], meta['val_bytes']
+    print(f"{meta['source']}: {train / 1e6:,.2f} + {val / 1e6:,.2f} MB (train + val)\n"
+          f"{folder}: {meta['train_tokens']:,} + {meta['val_tokens']:,} tokens "
+          f"of {meta['vocab_size']:,} kinds, {train / meta['train_tokens']:.2f} bytes per token")
 
 
 def write_dataset(folder, encoding, spec, train, val, source):
     """
-    folder: Path, made if need be; train, val: lists of str, the documents of the two splits; source: one line saying
-    what the text is. Writes train.bin, val.bin and meta.json: an old data set stays until the new one is complete.
-    Raises DataError when a split is too small.
+    folder: made if need be; train, val: lists of str, the documents of the two splits; source: one line
+    saying what the text is. Writes train.bin, val.bin and meta.json: an old data set stays until the new one
+    is complete. Raises DataError when a split is too small.
     """
-    splits = {'train': train, 'val': val}
-    bins = {split: encode_documents(encoding, documents) for split, documents in splits.items()}
-    meta = make_meta(encoding, spec, source, {split: len(ids) for split, ids in bins.items()},
+    folder, splits = Path(folder), {'train': train, 'val': val}
+    ids = {split: encode_documents(encoding, spec, documents) for split, documents in splits.items()}
+    meta = make_meta(encoding, spec, source, {split: len(ids[split]) for split in splits},
                      {split: utf8_bytes(documents) for split, documents in splits.items()})
     folder.mkdir(parents=True, exist_ok=True)
-    complete = {f'{split}.bin': temporary(folder / f'{split}.bin') for split in bins}
     try:
-        for split, ids in bins.items():
-            write_file(complete[f'{split}.bin'], ids)
-        publish(folder, complete, meta)
+        for split in splits:
+            replace_file(folder / f'{split}.bin.part', ids[split])
+        publish(folder, meta)
     finally:
-        for path in complete.values():
-            path.unlink(missing_ok=True)
+        for name in ('train.bin', 'val.bin', 'meta.json'):
+            (folder / f'{name}.part').unlink(missing_ok=True)
+
+
+# -----------------------------------------------------------------------------
+# reading
+
+
+def prepare(name):
+    """Makes data/python, which needs nothing. Of any other data set a DataError says how to make it."""
+    script = DATA / name / 'prepare.py'
+    if name == 'python':
+        if subprocess.run([sys.executable, script]).returncode:
+            raise DataError('data/python could not be prepared: see the line above')
+        return
+    command = f'python data/{name}/prepare.py' if script.exists() else (
+        'python data/python/prepare.py --packages' if name == 'packages' else
+        'python data/text/prepare.py FILE... and then train with --data text')
+    raise DataError(f'data/{name} is not there, or not prepared; run: {command}')
+
+
+def check_tokens(ids, split, meta):
+    """Raises ValueError where ids (tokens,) are not what meta says of them."""
+    if len(ids) != meta[f'{split}_tokens'] or len(ids) % meta.get('window', 1):
+        raise ValueError(f'{split}.bin has {len(ids):,} tokens, and meta.json says otherwise')
+    # all of a file of up to 64M tokens; of a larger one so many, spread out, which takes a fraction of a
+    # second
+    for start in np.linspace(0, max(len(ids) - PIECE, 0), PIECES).astype(np.int64):
+        largest = int(ids[start:start + PIECE].max())
+        if largest >= meta['vocab_size']:
+            raise ValueError(f'{split}.bin has the id {largest:,} in a vocabulary of {meta["vocab_size"]:,}')
+
+
+def load_dataset(name, block_size):
+    """
+    data/NAME -> train tokens, val tokens (memory maps), meta. Prepares data/python if it is not there. Raises
+    DataError where it is damaged, or too short for windows of block_size tokens and their targets.
+    """
+    folder = DATA / name
+    if not (folder / 'meta.json').exists():
+        prepare(name)
+    try:
+        meta = json.loads((folder / 'meta.json').read_text(encoding='utf-8'))
+        for key, kind in {**META, **({'window': int} if 'window' in meta else {})}.items():
+            if type(meta.get(key)) is not kind or kind is int and meta[key] < 1:
+                raise ValueError(f'meta.json has no valid {key}')
+        dtype = token_dtype(meta['vocab_size'])
+        train, val = (np.memmap(folder / f'{split}.bin', dtype, 'r') for split in ('train', 'val'))
+        check_tokens(train, 'train', meta)
+        check_tokens(val, 'val', meta)
+    except (OSError, ValueError, AttributeError, RecursionError) as e:
+        raise DataError(f'data/{name} is damaged ({e}); prepare it again') from e
+    if min(len(train), len(val)) < block_size + 1:
+        raise DataError(f'data/{name}: {len(train):,} and {len(val):,} tokens are too few for '
+                        f'--block_size {block_size}')
+    if meta.get('window', block_size) < block_size:
+        raise DataError(f'data/{name} is made of windows of {meta["window"]} tokens, too short for '
+                        f'--block_size {block_size}')
+    return train, val, meta

@@ -5,30 +5,41 @@ FineWeb-Edu, the sample of ten billion tokens: text for GPT-2 scale -> train.bin
     python data/fineweb/prepare.py --max_tokens 1000000000          # a tenth of it, about 2 GB
 
 The text is streamed, never stored: 20 GB of disk for all of it (2 bytes a token), a few hundred MB of memory.
-A run that stops, whatever the reason, is taken up where it was by the same command, and the result is the same to the
-byte: finished tokens wait in train.bin.part and val.bin.part, progress.json tells how many documents they hold.
-Which split a document goes to is a hash of its text, so a repeated one never comes in both.
+A run that stops, whatever the reason, is taken up where it was by the same command, and the result is the
+same to the byte: finished tokens wait in train.bin.part and val.bin.part, progress.json tells how many
+documents they hold. Which split a document goes to is a hash of its text, so a repeated one never comes in
+both.
 
-Left out: shuffling (the sample comes shuffled), filtering, several processes, other configurations of the data set.
+Not here: shuffling (the sample comes shuffled), filtering, several processes, other configurations of the
+data set.
 """
 
-import hashlib
 import itertools
 import json
 import os
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))    # the repository, for the imports below
-from data.common import (DataError, Options, check_vocab, encode_documents, make_meta, publish, replace_file, run,
-                         utf8_bytes)
+from data.common import (DataError, encode_documents, in_val, make_meta, publish, replace_file, run,
+                         token_dtype, utf8_bytes)
+from options import option, parse_options
 from tokenizer import load_tokenizer, tokenizer_spec
 
 DATASET, SAMPLE = 'HuggingFaceFW/fineweb-edu', 'sample-10BT'
 BATCH = 2000    # documents between two records of the progress: about 2M tokens, a second or so of work
+
+
+@dataclass
+class FinewebConfig:
+    """FineWeb-Edu's sample of ten billion tokens, streamed; a run that stops goes on by the same command."""
+    max_tokens: int = option(0, 'stop once so many train tokens are there; 0: at the end', at_least=0)
+    tokenizer: str = option('gpt2', "python4k, bytes, gpt2, or a folder with a tokenizer's files")
+    out: str = option(str(HERE), 'folder for train.bin, val.bin and meta.json')
+    val_fraction: float = option(0.0005, 'share of the documents kept for validation', at_least=0, at_most=1)
 
 
 def unreadable(e):
@@ -39,11 +50,11 @@ def unreadable(e):
 
 
 def open_stream(state):
-    """state: what state_dict() said after an earlier batch, or None -> iterable data set. Raises DataError."""
+    """state: what state_dict() said after an earlier batch, or None -> iterable. Raises DataError."""
     try:
         from datasets import load_dataset
     except ImportError as e:
-        raise DataError('streaming this data set needs a package that nothing else does: pip install datasets') from e
+        raise DataError('streaming needs a package that nothing else here does: pip install datasets') from e
     try:
         dataset = load_dataset(DATASET, name=SAMPLE, split='train', streaming=True)
         if state is not None:
@@ -54,19 +65,15 @@ def open_stream(state):
 
 
 def read_batch(rows):
-    """rows: iterator over an open stream -> list of at most BATCH texts, empty at the end. Raises DataError."""
+    """rows: iterator over an open stream -> list of up to BATCH texts, empty at the end. Raises DataError."""
     try:
         return [row['text'] for row in itertools.islice(rows, BATCH)]
     except Exception as e:      # as above
         raise unreadable(e) from e
 
 
-def in_val(text, val_fraction):
-    return int(hashlib.sha256(text.encode('utf-8')).hexdigest()[:8], 16) < val_fraction * 2 ** 32
-
-
 def load_progress(path, settings):
-    """progress.json -> dict, or a fresh one where there is none. Raises DataError if it is of another data set."""
+    """progress.json -> dict, a fresh one where there is none. Raises DataError if of another data set."""
     if not path.exists():
         return {'settings': settings, 'documents': 0, 'stream': None, 'complete': False,
                 'tokens': {'train': 0, 'val': 0}, 'bytes': {'train': 0, 'val': 0}}
@@ -80,65 +87,59 @@ def load_progress(path, settings):
     return progress
 
 
-def encode_stream(encoding, progress, progress_file, parts, options):
-    """Appends documents to parts (dict of split -> file open to append), until there are no more, or enough."""
+def encode_stream(encoding, spec, progress, progress_file, parts, config):
+    """Appends documents to parts (dict of split to open file) until there are no more, or enough."""
     for split, f in parts.items():
-        if f.tell() < 2 * progress['tokens'][split]:
+        end = progress['tokens'][split] * token_dtype(encoding.n_vocab)().itemsize
+        if f.tell() < end:
             raise DataError(f'{f.name} is shorter than {progress_file} says: delete the latter to start over')
-        f.truncate(2 * progress['tokens'][split])       # what a kill left after the last record
+        f.truncate(end)         # what a kill left after the last record
 
     dataset = open_stream(progress['stream'])
     rows = iter(dataset)
     start, first, printed = time.time(), progress['tokens']['train'], 0
-    with ThreadPoolExecutor() as pool:      # tiktoken works outside Python's lock
-        while not options.max_tokens or progress['tokens']['train'] < options.max_tokens:
-            batch = read_batch(rows)
-            if not batch:
-                break
-            for text, ids in zip(batch, pool.map(lambda text: encode_documents(encoding, [text]), batch)):
-                split = 'val' if in_val(text, options.val_fraction) else 'train'
-                parts[split].write(ids)
-                progress['tokens'][split] += len(ids)
-                progress['bytes'][split] += utf8_bytes([text])
-            progress['documents'] += len(batch)
-            progress['stream'] = dataset.state_dict()
-            # tokens first, then the record that counts them: after a kill in between, the batch is done again
-            for f in parts.values():
-                f.flush()
-                os.fsync(f.fileno())
-            replace_file(progress_file, json.dumps(progress).encode('ascii'))
-            if time.time() - printed > 10:
-                printed, done = time.time(), progress['tokens']['train']
-                print(f"{progress['documents']:,} documents, {done:,} train tokens, "
-                      f"{(done - first) / (printed - start):,.0f} tokens/s", flush=True)
+    while not config.max_tokens or progress['tokens']['train'] < config.max_tokens:
+        batch = read_batch(rows)
+        if not batch:
+            break
+        for split, f in parts.items():
+            documents = [text for text in batch if in_val(text, config.val_fraction) == (split == 'val')]
+            ids = encode_documents(encoding, spec, documents)
+            f.write(ids)
+            progress['tokens'][split] += len(ids)
+            progress['bytes'][split] += utf8_bytes(documents)
+        progress['documents'] += len(batch)
+        progress['stream'] = dataset.state_dict()
+        # tokens first, then the record that counts them: after a kill in between, the batch is done again
+        for f in parts.values():
+            f.flush()
+            os.fsync(f.fileno())
+        replace_file(progress_file, json.dumps(progress).encode('ascii'))
+        if time.time() - printed > 10:
+            printed, done = time.time(), progress['tokens']['train']
+            print(f"{progress['documents']:,} documents, {done:,} train tokens, "
+                  f"{(done - first) / (printed - start):,.0f} tokens/s", flush=True)
 
 
 def main():
-    options = Options(__doc__)
-    options.add_tokenizer('gpt2')
-    options.add_out(HERE)
-    options.add_val_fraction(0.0005)
-    options.add_argument('--max_tokens', type=int, default=0, metavar='N',
-                         help='stop at the first batch of documents that brings N train tokens (default: 0, all)')
-    options = options.parse_args()
-
-    folder, progress_file = options.out, options.out / 'progress.json'
+    config, _ = parse_options(FinewebConfig, 'python data/fineweb/prepare.py')
+    folder = Path(config.out)
+    progress_file = folder / 'progress.json'
     if (folder / 'meta.json').exists() and not progress_file.exists():
         raise DataError(f'{folder} is prepared already: delete its meta.json to make it anew')
-    spec = tokenizer_spec(options.tokenizer)
+    spec = tokenizer_spec(config.tokenizer)
     encoding = load_tokenizer(spec)
-    check_vocab(encoding)
     folder.mkdir(parents=True, exist_ok=True)
 
-    progress = load_progress(progress_file, {'tokenizer': options.tokenizer, 'val_fraction': options.val_fraction})
-    parts = {split: folder / f'{split}.bin.part' for split in ('train', 'val')}
+    settings = {'tokenizer': config.tokenizer, 'val_fraction': config.val_fraction}
+    progress = load_progress(progress_file, settings)
     if not progress['complete']:
-        with open(parts['train'], 'ab') as train, open(parts['val'], 'ab') as val:
-            encode_stream(encoding, progress, progress_file, {'train': train, 'val': val}, options)
+        with open(folder / 'train.bin.part', 'ab') as train, open(folder / 'val.bin.part', 'ab') as val:
+            encode_stream(encoding, spec, progress, progress_file, {'train': train, 'val': val}, config)
     meta = make_meta(encoding, spec, f'{DATASET} {SAMPLE}', progress['tokens'], progress['bytes'])
     progress['complete'] = True     # from here on a second try only has to rename
     replace_file(progress_file, json.dumps(progress).encode('ascii'))
-    publish(folder, {f'{split}.bin': path for split, path in parts.items()}, meta)
+    publish(folder, meta)
     progress_file.unlink()
 
 

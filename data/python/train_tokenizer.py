@@ -1,50 +1,62 @@
 """
-Trains python4k.tiktoken: byte-level BPE on the train split of data/python/prepare.py. Run once, result committed.
+Trains python4k.tiktoken: byte-level BPE on the train split of data/python/prepare.py. Run once, result
+committed.
 
     pip install tokenizers && python data/python/train_tokenizer.py
 
-4,096 ids: the 256 bytes, 3,839 merges, and <|endoftext|>, whose id (4095) tokenizer.py adds: it is not in the file.
-The pieces that text is cut into come from PYTHON_PATTERN in tokenizer.py; change one and the other must be made anew.
-On the standard library of Python 3.11 it makes 3.78 bytes per token, GPT-2's pattern at the same size 3.63.
+4,096 ids: the 256 bytes, 3,839 merges, and <|endoftext|>, whose id (4095) tokenizer.py adds: it is not in the
+file. The pieces that text is cut into come from PYTHON_PATTERN in tokenizer.py; change one and the other must
+be made anew. On the standard library of Python 3.11 it makes 3.78 bytes per token, GPT-2's pattern at the
+same size 3.63.
 
-`tokenizers` counts and merges; the result is written in tiktoken's format only if tiktoken then cuts every file of the
-corpus, validation included, exactly as `tokenizers` does (tiktoken knows tokens by rank, not which pair made them).
+`tokenizers` counts and merges; the result is written in tiktoken's format only if tiktoken then cuts every
+file of the corpus, validation included, exactly as `tokenizers` does (tiktoken knows tokens by rank, not
+which pair made them).
 """
 
 import base64
 import json
 import sys
 import sysconfig
+from dataclasses import dataclass
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))    # the repository, for the imports below
-from data.common import DataError, Options, replace_file, run
-from data.python.prepare import find_sources, in_val
+from data.common import DataError, in_val, replace_file, run
+from data.python.prepare import VAL_FRACTION, find_sources
+from options import parse_options
 from tokenizer import PYTHON4K_FILE, PYTHON_PATTERN, bpe_spec, gpt2_byte_of, load_tokenizer
 
 MERGES = 4096 - 256 - 1
 
 
+@dataclass
+class TokenizerConfig:
+    """Trains python4k.tiktoken on the train split of data/python/prepare.py. There are no options."""
+
+
 def main():
-    Options(__doc__).parse_args()
+    parse_options(TokenizerConfig, 'python data/python/train_tokenizer.py')
     try:
         from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
     except ImportError as e:
-        raise DataError('training a tokenizer needs a package that nothing else does: pip install tokenizers') from e
+        raise DataError('this needs a package that nothing else here does: pip install tokenizers') from e
 
     sources = find_sources(Path(sysconfig.get_path('stdlib')))
     bpe = Tokenizer(models.BPE())
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    bpe.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(PYTHON_PATTERN), 'isolated'), byte_level])
-    bpe.train_from_iterator((text for name, text in sources if not in_val(name)),
+    pieces = pre_tokenizers.Split(Regex(PYTHON_PATTERN), 'isolated')
+    bpe.pre_tokenizer = pre_tokenizers.Sequence([pieces, byte_level])
+    bpe.train_from_iterator((text for name, text in sources if not in_val(name, VAL_FRACTION)),
                             trainers.BpeTrainer(vocab_size=256 + MERGES, show_progress=False,
                                                 initial_alphabet=byte_level.alphabet()))
 
     # `tokenizers`, like GPT-2, writes each byte as one printable character
     byte_of = gpt2_byte_of()
     merges = json.loads(bpe.to_str())['model']['merges']
-    tokens = [bytes([b]) for b in range(256)] + [bytes(byte_of[c] for c in left + right) for left, right in merges]
+    tokens = [bytes([b]) for b in range(256)]
+    tokens += [bytes(byte_of[c] for c in left + right) for left, right in merges]
     if len(tokens) != 256 + MERGES:
         raise DataError(f'{len(merges)} merges where {MERGES} were asked for: the corpus is too small')
 

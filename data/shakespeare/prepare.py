@@ -4,23 +4,32 @@ Tiny Shakespeare: 1.1 MB of plays -> train.bin, val.bin, meta.json.
     python data/shakespeare/prepare.py
     python data/shakespeare/prepare.py --tokenizer gpt2 --out data/shakespeare_gpt2
 
-Downloaded once, to input.txt beside this script. The last tenth is for validation, cut after a line, so with bytes
-(the default; the text is ASCII) losses compare with those that others report per character.
+Downloaded once, to input.txt beside this script. The last tenth is for validation, cut after a line, so with
+bytes (the default; the text is ASCII) losses compare with those that others report per character.
 """
 
 import http.client
 import sys
 import urllib.request
+from dataclasses import dataclass
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))    # the repository, for the imports below
-from data.common import DataError, Options, check_vocab, replace_file, run, write_dataset
-from data.text.prepare import read_documents, split_one
+from data.common import DataError, replace_file, run, write_dataset
+from data.text.prepare import cut, read_documents
+from options import option, parse_options
 from tokenizer import load_tokenizer, tokenizer_spec
 
 URL = 'https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt'
 SIZE = 1_115_394    # bytes
+
+
+@dataclass
+class ShakespeareConfig:
+    """Tiny Shakespeare, 1.1 MB of plays, downloaded once; the last tenth is for validation."""
+    tokenizer: str = option('bytes', "python4k, bytes, gpt2, or a folder with a tokenizer's files")
+    out: str = option('', 'folder for train.bin, val.bin and meta.json; without it, that of this script')
 
 
 def download(path):
@@ -31,24 +40,20 @@ def download(path):
         if len(data) != SIZE:
             raise OSError(f'{len(data):,} bytes came where {SIZE:,} were due')
     except (OSError, http.client.HTTPException) as e:
-        raise DataError(f'cannot download Tiny Shakespeare ({e}): fetch {URL} elsewhere and put it at {path}') from e
+        raise DataError(f'cannot download Tiny Shakespeare ({e}): fetch {URL} elsewhere, '
+                        f'and put it at {path}') from e
     replace_file(path, data)
 
 
 def main():
-    options = Options(__doc__)
-    options.add_tokenizer('bytes')
-    options.add_out(HERE)
-    options = options.parse_args()
-
-    spec = tokenizer_spec(options.tokenizer)
+    config, _ = parse_options(ShakespeareConfig, 'python data/shakespeare/prepare.py')
+    spec = tokenizer_spec(config.tokenizer)
     encoding = load_tokenizer(spec)
-    check_vocab(encoding)
     text = HERE / 'input.txt'
     if not text.exists():
         download(text)
-    train, val = split_one(read_documents([text])[0], 0.1)
-    write_dataset(options.out, encoding, spec, train, val, 'Tiny Shakespeare')
+    train, val = cut(read_documents([text])[0], 0.1)
+    write_dataset(config.out or HERE, encoding, spec, train, val, 'Tiny Shakespeare')
 
 
 if __name__ == '__main__':
