@@ -741,7 +741,7 @@ def sample(logits, point, temperature=0.0, top_k=0, top_p=1.0, min_p=0.0):
         q = (logits.float() / temperature).softmax(-1)
         order = None
         if top_k or top_p < 1:
-            q, order = q.sort(-1, descending=True, stable=True)
+            q, order = q.sort(dim=-1, descending=True, stable=True)
             if top_k:
                 q[:, top_k:] = 0
             q = torch.where(q.cumsum(-1) - q < top_p * q.sum(-1, keepdim=True), q, 0.0)
