@@ -684,7 +684,7 @@ def load_checkpoint(path, device='cpu', base=None, merge=True):
                 raise ValueError('compressed')
             file.seek(0)
             saved = torch.load(file, map_location=device, weights_only=True)
-        config, state, adapts = CWICConfig(**saved['config']), dict(saved['model']), saved.get('base', '')
+        adapts, config, state = saved.get('base', ''), CWICConfig(**saved['config']), dict(saved['model'])
         # a tensor may be a view that repeats one number for ever, or hold none at all
         if sum(t.nbytes for t in state.values()) > os.path.getsize(path) or any(t.is_meta for t in state.values()):
             raise ValueError('more numbers than the file holds')
