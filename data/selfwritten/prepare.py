@@ -1,0 +1,173 @@
+"""
+Text that a chat model writes itself -> train.bin, val.bin, meta.json: what its sparse copy learns from.
+
+    python data/selfwritten/prepare.py --model smollm2 --tokens 15000000        # minutes on a GPU; on a CPU, days: try --tokens 50000
+
+Half of the windows are dialogues: given is only the template up to where the user speaks, and the model writes the question,
+then the answer, then the next question, to the end of the window. The other half are plain documents, begun from a random
+token; where one ends, the next begins. No corpus and no licence but the model's own, and the text is just what the model
+gives weight to. Users and documents are drawn at temperature 1, answers at 0.7, all with min-p 0.05.
+
+The text depends on the seed and the options alone. A run that stops is taken up where it was by the same command: finished
+windows wait in train.bin.part and val.bin.part, and progress.json says how many there are.
+
+Not here: filtering, and repeated windows taken out: at these temperatures there are next to none.
+"""
+
+import json
+import os
+import sys
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parents[1]))    # the repository, for the imports below
+import weights
+from cwic import CheckpointError, KVCache, sample
+from data.common import DataError, make_meta, publish, replace_file, run, token_dtype
+from device import choose_device
+from options import option, parse_options
+from tokenizer import dialogue_ids, end_id, load_tokenizer, stop_ids
+
+VAL_EVERY = 64              # one window in so many is for validation
+MIN_P = 0.05
+
+
+@dataclass
+class SelfWrittenConfig:
+    """Text that a chat model writes itself: half dialogues, half plain documents."""
+    model: str = option('smollm2', 'the chat model: smollm2, a Llama-family folder or GGUF file, or a checkpoint')
+    tokens: int = option(15_000_000, 'how many to write, at least')
+    window: int = option(512, 'length of the independent windows, in tokens')
+    batch: int = option(0, 'windows written at once; 0: 4096 on a GPU, 16 on a CPU')
+    user_temperature: float = option(1.0, 'of questions and documents')
+    answer_temperature: float = option(0.7, 'of answers')
+    seed: int = option(1, 'of the random numbers')
+    device: str = option('auto', 'auto, cpu, cuda or mps')
+    out: str = option(str(HERE), 'folder for train.bin, val.bin and meta.json')
+
+
+def template_pieces(spec, encoding):
+    """
+    What the chat template puts around the words, as lists of ids: before the first user's, between user and assistant, and
+    between assistant and user. Found by comparing dialogues that differ in one word.
+    """
+    def around_last_word(before):
+        a, b = (dialogue_ids(spec, encoding, before + [('user', word)]) for word in ('a', 'b'))
+        differs = next(i for i, (x, y) in enumerate(zip(a, b)) if x != y)
+        return a[:differs], a[differs + 1:]
+
+    opening, to_answer = around_last_word([])
+    dialogue, _ = around_last_word([('user', 'a'), ('assistant', 'a')])
+    to_question = dialogue[len(opening) + 1 + len(to_answer) + 1:]
+    if to_answer[0] not in stop_ids(spec, encoding) or to_question[0] not in stop_ids(spec, encoding):
+        raise DataError('the chat template does not end its turns with a stop token: dialogues cannot be written')
+    return opening, to_answer, to_question
+
+
+@torch.inference_mode()
+def write_windows(model, spec, encoding, count, config, device, generator):
+    """
+    count windows of config.window tokens (count, window), the first half dialogues, the others documents; all rows advance
+    one token at a time through one KV cache.
+    """
+    opening, to_answer, to_question = template_pieces(spec, encoding)
+    stops = torch.tensor(sorted(stop_ids(spec, encoding)), device=device)
+    end, special = end_id(spec, encoding), sorted(encoding.special.values())
+    plain = torch.tensor([i for i in range(encoding.n_vocab) if i not in set(special)], device=device)
+    dialogue = torch.arange(count, device=device) < count // 2
+    # forced[0] follows the stop token of a question, forced[1] that of an answer
+    lengths = torch.tensor([len(to_answer) - 1, len(to_question) - 1], device=device)
+    longest = int(lengths.max())
+    forced = torch.tensor([(ids[1:] + [0] * longest)[:longest] for ids in (to_answer, to_question)], device=device)
+    # a dialogue's turns end with the stop token, and with nothing else; a document may end where it likes
+    forbidden = torch.zeros(2, model.config.vocab_size, device=device)
+    forbidden[:, special] = -torch.inf
+    forbidden[0, end], forbidden[1, to_answer[0]] = 0, 0
+
+    speaker = torch.zeros(count, dtype=torch.long, device=device)               # 0: user, 1: assistant
+    said = torch.full((count,), longest, device=device)                         # how many of the forced tokens; all of them: the model speaks
+    window = torch.zeros(count, config.window, dtype=torch.long, device=device)
+    window[dialogue, :len(opening)] = torch.tensor(opening, device=device)
+
+    def random_token():
+        return plain[torch.randint(len(plain), (count,), generator=generator).to(device)]
+
+    window[~dialogue, 0] = random_token()[~dialogue]
+    cache = KVCache(replace(model.config, block_size=config.window), count, device, model.head.weight.dtype)
+    for i in range(config.window - 1):
+        logits, _ = model(window[:, i:i + 1], cache, dense=True)                # (count, 1, vocab)
+        temperature = torch.where(dialogue & (speaker == 1), config.answer_temperature, config.user_temperature)
+        point = torch.rand(count, generator=generator).to(device)
+        drawn, _ = sample(logits[:, 0] + forbidden[dialogue.long()], point, temperature[:, None], min_p=MIN_P)
+        # what the template says comes before what the model says; its last token hands over to the other speaker
+        must, given = dialogue & (said < lengths[speaker]), dialogue & (i + 1 < len(opening))
+        token = torch.where(must, forced[speaker, said.clamp_max(longest - 1)], drawn)
+        token = torch.where(~dialogue & (window[:, i] == end), random_token(), token)
+        said = torch.where(must, said + 1, said)
+        speaker, said = (torch.where(must & (said == lengths[speaker]), new, old) for new, old in ((1 - speaker, speaker), (longest, said)))
+        said = torch.where(dialogue & ~must & ~given & torch.isin(token, stops), 0, said)
+        window[:, i + 1] = torch.where(given, window[:, i + 1], token)
+    return window.cpu().numpy()
+
+
+def main():
+    config, _ = parse_options(SelfWrittenConfig, 'python data/selfwritten/prepare.py')
+    device = choose_device(config.device)
+    batch = config.batch or (4096 if device == 'cuda' else 16)
+    if config.tokens < 1 or config.window < 32 or batch < 2:
+        raise DataError('--tokens must be at least 1, --window at least 32, and --batch at least 2')
+    folder = Path(config.out)
+    progress_file = folder / 'progress.json'
+    if (folder / 'meta.json').exists() and not progress_file.exists():
+        raise DataError(f'{folder} is prepared already: delete its meta.json to make it anew')
+    try:
+        model, saved = weights.load(config.model)
+    except (CheckpointError, weights.WeightsError) as error:
+        raise DataError(str(error)) from None
+    spec = saved['tokenizer']
+    encoding = load_tokenizer(spec)
+    if 'template' not in spec:
+        raise DataError(f'{config.model} has no chat template: it cannot write dialogues')
+    model = model.to(device, torch.bfloat16 if device == 'cuda' else torch.float32)
+    folder.mkdir(parents=True, exist_ok=True)
+
+    settings = {'model': config.model, 'window': config.window, 'batch': batch, 'seed': config.seed,
+                'temperatures': [config.user_temperature, config.answer_temperature]}
+    progress = {'settings': settings, 'batches': 0}
+    if progress_file.exists():
+        progress = json.loads(progress_file.read_text(encoding='utf-8'))
+        if progress['settings'] != settings:
+            raise DataError(f'{progress_file} is of a run with {progress["settings"]}: give the same options, or delete it to start over')
+    batches = -(-config.tokens // (batch * config.window))
+    dtype = token_dtype(encoding.n_vocab)
+    every = min(VAL_EVERY, batch // 2)          # of the dialogues as of the documents, and at least one of each
+    val_rows = np.arange(batch) % every == every - 1
+    parts = {'train': folder / 'train.bin.part', 'val': folder / 'val.bin.part'}
+    rows_of = {'train': ~val_rows, 'val': val_rows}
+    for i in range(progress['batches'], batches):
+        start, generator = time.perf_counter(), torch.Generator().manual_seed(config.seed * 1_000_003 + i)
+        text = write_windows(model, spec, encoding, batch, config, device, generator).astype(dtype)
+        for split, path in parts.items():
+            with open(path, 'ab') as f:
+                f.truncate(i * int(rows_of[split].sum()) * config.window * dtype().itemsize)     # what a kill left after the last record
+                f.write(np.ascontiguousarray(text[rows_of[split]]))
+                f.flush()
+                os.fsync(f.fileno())
+        progress['batches'] = i + 1
+        replace_file(progress_file, json.dumps(progress).encode('ascii'))
+        print(f'{(i + 1) * batch * config.window:,} tokens written, {batch * config.window / (time.perf_counter() - start):,.0f}/s', flush=True)
+    tokens = {split: batches * int(rows.sum()) * config.window for split, rows in rows_of.items()}
+    size = {split: sum(len(encoding.decode_bytes(window.tolist())) for window in np.fromfile(parts[split], dtype).reshape(-1, config.window))
+            for split in parts}
+    meta = {**make_meta(encoding, spec, f'written by {config.model}', tokens, size), 'window': config.window}
+    publish(folder, meta)
+    progress_file.unlink()
+
+
+if __name__ == '__main__':
+    run(main)
