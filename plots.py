@@ -1,0 +1,146 @@
+"""
+Every picture, in one style: as wide as a README, readable in grey. The suffix of the path decides the format.
+
+    plots.training(rows, best, matrices, 'out/training.png')        # train.py, at the end of a run
+    plots.speed(rows, 'out/bench_decode.png', machine)              # bench.py
+    plots.frontier(rows, 'assets/frontier.png', 'kl')               # baselines.py
+
+matplotlib is imported when a picture is drawn, not before: it takes a while. Errors: OSError, where the path
+cannot be written, and ValueError, where the format is unknown.
+
+Not here: windows on a screen, anything that moves.
+"""
+
+from contextlib import contextmanager
+
+import numpy as np
+
+from render import scale_color, text_color
+
+STYLE = {'font.size': 8, 'axes.titlesize': 9, 'axes.grid': True, 'grid.alpha': 0.3, 'axes.spines.top': False,
+         'axes.spines.right': False, 'legend.frameon': False, 'lines.linewidth': 1.3, 'lines.markersize': 4}
+# what tells lines apart: in grey too, by marker and dashes
+COLORS = ('#1f4e9c', '#b8431f', '#2c8c4c', '#7a4fa0', '#a07800', '#555555', '#c0508a', '#2a93a8', '#8a8a8a')
+LINES = [dict(color=COLORS[i % 9], marker='os^Dv<>PX*'[i % 10], linestyle=('-', '--', '-.', ':')[i % 4])
+         for i in range(36)]
+REDUCTION = 'reduction (dense / active weights)'
+VALUES = {'kl': 'KL to the dense model, nats per token', 'val_loss': 'validation loss, nats per token'}
+
+
+@contextmanager
+def picture(path, width=9.0, height=3.2, columns=1, **more):
+    """A figure and its axes, side by side; saved to path at the end. Sizes in inches, 150 pixels each."""
+    import matplotlib
+    from matplotlib.figure import Figure
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(width, height), layout='constrained')
+        yield figure, figure.subplots(1, columns, **more)
+        figure.savefig(path, dpi=150)
+
+
+def heat_map(axes, shares, matrices, highest=1.0):
+    """
+    The share of each matrix's weights that was used, in %, layer by layer; the head in a row of its own.
+    shares: a list, in the order of GPT.gated(); matrices: config.matrices; highest: the share at the dark
+    end.
+    """
+    from matplotlib.colors import ListedColormap
+    grid = np.full((len(shares) // len(matrices) + 1, len(matrices)), np.nan)
+    grid.flat[:len(shares)] = 100 * np.array(shares)
+    colors = ListedColormap([tuple(v / 255 for v in scale_color(i / 255)) for i in range(256)])
+    image = axes.imshow(grid, cmap=colors, vmin=0, vmax=100 * highest, aspect='auto')
+    layers = len(grid) - 1
+    if layers <= 12:            # of more, only the colours can be read
+        for (layer, matrix), percent in np.ndenumerate(grid):
+            if not np.isnan(percent):
+                color = tuple(v / 255 for v in text_color(scale_color(percent / 100 / highest)))
+                axes.text(matrix, layer, f'{percent:.0f}', ha='center', va='center', color=color)
+    ticks = [*range(0, layers, 1 if layers <= 12 else 5), layers]
+    axes.set(xticks=range(len(matrices)), xticklabels=matrices, yticks=ticks,
+             yticklabels=[*ticks[:-1], 'head'], ylabel='layer')
+    axes.grid(False)
+    axes.spines[:].set_visible(False)
+    axes.figure.colorbar(image, ax=axes, label='% of dense')
+
+
+def training(rows, best, matrices, path):
+    """
+    A run: the loss; the reduction against its target; and the share of each matrix's weights that best.pt
+    uses. rows: those of log.csv (train.COLUMNS); best: the dict saved in best.pt; matrices: config.matrices.
+    """
+    step, _, loss, val_loss, reduction, target, _ = zip(*rows)
+    evaluated = [(s, value) for s, value in zip(step, val_loss) if value is not None]
+    with picture(path, columns=3, width_ratios=(1.1, 1, 1)) as (_, (left, middle, right)):
+        left.plot(step, loss, color='0.75', lw=0.8, label='training')
+        left.plot(*zip(*evaluated), **LINES[0], label='validation')
+        left.plot(best['step'], best['val_loss'], 'o', ms=8, mfc='none', mec='black', label='best.pt')
+        left.set(title='Loss', xlabel='optimiser step', ylabel='nats per token')
+        middle.plot(step, target, '--', color='0.4', label='target')
+        middle.plot(step, reduction, color='#b8431f', label='reduction')
+        middle.set(title='Reduction', xlabel='optimiser step', ylabel='dense / active weights per token')
+        left.legend()
+        middle.legend()
+        heat_map(right, best['active_share'], matrices, highest=max(best['active_share']))
+        right.set(title='Weights used, % of each matrix')
+
+
+def speed(rows, path, machine=''):
+    """
+    bench.py's decode or kernel: speed against reduction, and what share of the memory's speed that is. A line
+    for each dtype and number of threads, other engines as level lines. rows: dicts as in bench.py's JSON;
+    machine: a caption.
+    """
+    ours = [r for r in rows if r['engine'] == 'cwic' and r.get('matrix', 'up') == 'up']
+    dtypes, most = list(dict.fromkeys(r['dtype'] for r in ours)), max(r['threads'] for r in rows)
+    keys = ('reduction', 'tok_s', 'tok_s_min', 'tok_s_max', 'roofline')
+    others = [r for r in rows if r['engine'] != 'cwic' and r['threads'] == most]
+    whole = rows[0]['what'] == 'decode'
+    subject, unit = ('Decoding', 'tokens') if whole else ('All up matrices, alone', 'passes')
+    with picture(path, height=3.6, columns=2) as (figure, (left, right)):
+        for dtype, threads in dict.fromkeys((r['dtype'], r['threads']) for r in ours):
+            line = dict(LINES[dtypes.index(dtype)], linestyle='-' if threads == most else ':',
+                        label=f'{dtype}, {threads} thread' + 's' * (threads > 1))
+            same = [r for r in ours if (r['dtype'], r['threads']) == (dtype, threads)]
+            reduction, tok_s, low, high, roofline = (np.array([r[key] for r in same]) for key in keys)
+            left.errorbar(reduction, tok_s, (tok_s - low, high - tok_s), capsize=2, **line)
+            right.plot(reduction, roofline, **line)
+        place, space = -np.inf, 0.045 * max(r['tok_s_max'] for r in rows)
+        for r in sorted(others, key=lambda r: r['tok_s']):
+            left.axhline(r['tok_s'], color='0.6', lw=0.8, zorder=0)
+            place = max(place + space, r['tok_s'])          # names of lines that lie close must not overlap
+            left.text(1.01, place, f'{r["engine"]} {r["dtype"]}', fontsize=7, color='0.3', va='center',
+                      transform=left.get_yaxis_transform())
+        left.set(title=f'{subject}: median and spread', xlabel=REDUCTION, ylabel=f'{unit} per second', ylim=0)
+        left.legend()
+        right.axhline(1, color='0.6', lw=0.8, zorder=0)
+        right.set(title='Share of the memory roofline', xlabel=REDUCTION, ylim=0,
+                  ylabel='bytes of weights x speed / bandwidth')
+        figure.supxlabel(machine, fontsize=6, color='0.4')
+
+
+def frontier(rows, path, value='kl'):
+    """
+    What less compute costs, method by method, as the median over seeds and their extremes; a panel for each
+    subject. rows: dicts with subject, method, target, reduction and the value to draw, 'kl' or 'val_loss';
+    those that lack one are left out.
+    """
+    rows = [r for r in rows if r.get('reduction') is not None and r.get(value) is not None]
+    subjects = list(dict.fromkeys(r['subject'] for r in rows))
+    lines = dict(zip(dict.fromkeys(r['method'] for r in rows), LINES))
+    with picture(path, height=4.2, columns=len(subjects), squeeze=False) as (figure, (panels,)):
+        for axes, subject in zip(panels, subjects):
+            for method, line in lines.items():
+                ours = [r for r in rows if (r['subject'], r['method']) == (subject, method)]
+                points = []
+                for target in sorted({r['target'] for r in ours}):
+                    reduction, values = zip(*[(r['reduction'], r[value]) for r in ours if r['target'] == target])
+                    points.append((np.mean(reduction), np.median(values), min(values), max(values)))
+                if points:
+                    x, y, low, high = map(np.array, zip(*points))
+                    axes.errorbar(x, y, (y - low, high - y), capsize=2, label=method, **line,
+                                  lw=2.5 if method == 'CWIC' else None)
+            axes.set(title=subject, xlabel=REDUCTION, yscale='log' if value == 'kl' else 'linear')
+        panels[0].set(ylabel=VALUES[value])
+        handles = [axes.get_legend_handles_labels() for axes in panels]
+        named = {label: handle for pair in handles for handle, label in zip(*pair)}
+        figure.legend(named.values(), named.keys(), loc='outside right upper')
