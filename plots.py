@@ -133,7 +133,8 @@ def frontier(rows, path, value='kl'):
                 ours = [r for r in rows if (r['subject'], r['method']) == (subject, method)]
                 points = []
                 for target in sorted({r['target'] for r in ours}):
-                    reduction, values = zip(*[(r['reduction'], r[value]) for r in ours if r['target'] == target])
+                    seeds = [(r['reduction'], r[value]) for r in ours if r['target'] == target]
+                    reduction, values = zip(*seeds)
                     points.append((np.mean(reduction), np.median(values), min(values), max(values)))
                 if points:
                     x, y, low, high = map(np.array, zip(*points))
