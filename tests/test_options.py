@@ -1,0 +1,199 @@
+"""options.py: what is given is what arrives, however it is written; what is wrong is one line naming it."""
+
+import random
+import sys
+import unicodedata
+from dataclasses import asdict, dataclass
+
+import pytest
+
+from options import fail, option, parse_options, printable
+
+
+@dataclass
+class Config:
+    """Does nothing."""
+    lr: float = option(1e-3, 'peak learning rate', at_least=0)
+    teacher: float = option(-1.0, 'share, 100% at most', at_most=1)
+    n_layer: int = option(2, 'blocks', at_least=1)
+    bias: bool = option(True, 'biases')
+    resume: bool = option(False, 'go on')
+    out: str = option('out', 'folder')
+    prompt: str = option(None, 'text')
+
+
+@dataclass
+class Listed:
+    """Takes files."""
+    files: tuple = option((), 'text files')
+    name: str = option('x', 'a name')
+
+
+def parse(*argv, cls=Config, presets=True):
+    return parse_options(cls, 'python program.py', presets=presets, argv=argv)
+
+
+def refused(capsys, *argv, **more):
+    """The one line that argv ends in."""
+    with pytest.raises(SystemExit) as e:
+        parse(*argv, **more)
+    error = capsys.readouterr().err
+    assert e.value.code == 2 and error.count('\n') == 1 and error.endswith('\n')
+    return error
+
+
+@pytest.fixture
+def preset(tmp_path):
+    def preset(content, name='preset.toml'):
+        (tmp_path / name).write_text(content, encoding='utf-8')
+        return str(tmp_path / name)
+    return preset
+
+
+VALUES = {'lr': [1e-3, 0.5, 3.0], 'teacher': [-1.0, -1e-3, 0.25], 'n_layer': [2, 7, 10 ** 12],
+          'bias': [True, False], 'resume': [True, False], 'out': ['out', '-1', 'a=b', 'ü "x"', ''],
+          'prompt': ['--lr 3', '=', 'yes']}
+
+
+def as_toml(value):
+    return f"'{value}'" if isinstance(value, str) else str(value).lower()
+
+
+def as_words(name, value, rng):
+    """An option in one of the ways to write it."""
+    flag, text = '--' + rng.choice([name, name.replace('_', '-')]), str(value)
+    if isinstance(value, bool):
+        text = rng.choice(['yes', 'TRUE', 'on', '1'] if value else ['no', 'False', 'off', '0'])
+        if value and rng.random() < 0.3:
+            return [flag]
+    return [f'{flag}={text}'] if text.startswith('--') or rng.random() < 0.5 else [flag, text]
+
+
+def test_options_given_at_random_are_those_that_arrive(preset):
+    """Values, some of them defaults, in a preset and in flags of every spelling, against merged dicts."""
+    rng = random.Random(0)
+    for _ in range(300):
+        names = [rng.sample(list(VALUES), rng.randrange(5)) for _ in range(2)]
+        in_preset, in_flags = ({name: rng.choice(VALUES[name]) for name in some} for some in names)
+        path = preset('\n'.join(f'{name} = {as_toml(value)}' for name, value in in_preset.items()))
+        argv = [[path], *(as_words(name, value, rng) for name, value in in_flags.items())]
+        rng.shuffle(argv)
+        config, given = parse(*(word for words in argv for word in words))
+        assert asdict(config) == asdict(Config()) | in_preset | in_flags
+        assert given == in_preset.keys() | in_flags.keys()
+
+
+def test_a_preset_may_stand_anywhere_once(preset, capsys):
+    """`train.py --lr 5e-4 x.toml` once trained the default model: a preset after a flag was swallowed."""
+    path = preset('n_layer = 3\nlr = 1')
+    for argv in ([path, '--lr', '5e-4'], ['--lr', '5e-4', path], ['--resume', path, '--lr=5e-4']):
+        config, given = parse(*argv)
+        assert (config.n_layer, config.lr) == (3, 5e-4) and {'n_layer', 'lr'} <= given
+    assert 'there can be one preset' in refused(capsys, path, '--lr', '5e-4', path)
+    assert 'preset maybe: No such file' in refused(capsys, '--resume', 'maybe')
+    assert f'unexpected argument {path}' in refused(capsys, '--lr', '5e-4', path, presets=False)
+
+
+def test_given_is_told_apart_from_default():
+    """--dense_steps 700 was dropped in silence where 700 was the default."""
+    assert parse('--n_layer', '2', '--bias') == (Config(), {'n_layer', 'bias'})
+    assert parse() == (Config(), set())
+
+
+def test_the_last_of_two_counts():
+    assert parse('--lr', '1', '--resume', '--lr=2', '--resume', 'no')[0] == Config(lr=2.0)
+
+
+def test_words_go_to_the_field_for_them():
+    files = ('a.txt', 'b.txt', '7')
+    for argv in (['a.txt', 'b.txt', '7', '--name', 'y'], ['a.txt', '--name', 'y', 'b.txt', '7']):
+        assert parse(*argv, cls=Listed, presets=False) == (Listed(files, 'y'), {'files', 'name'})
+
+
+@pytest.mark.parametrize('argv, words', [
+    (['--learning_rate=1'], 'unknown option learning_rate'),
+    (['--lrr', '1'], 'unknown option lrr; did you mean lr?'),
+    (['-lr', '1'], 'unknown option lr'),
+    (['-1'], 'unknown option 1'),
+    (['--'], 'unknown option'),
+    (['--lr'], '--lr needs a value'),
+    (['--prompt', '--resume'], '--prompt needs a value; if that begins with --, write --prompt=VALUE'),
+    (['--lr', 'fast'], '--lr must be a finite number, not fast'),
+    (['--lr=a=b'], '--lr must be a finite number, not a=b'),
+    (['--lr', 'nan'], '--lr must be a finite number, not nan'),
+    (['--lr', '-inf'], '--lr must be a finite number, not -inf'),
+    (['--lr', '1e999'], '--lr must be a finite number'),
+    (['--lr', '-1e-9'], '--lr must be at least 0, not -1e-9'),
+    (['--teacher', '1.5'], '--teacher must be at most 1, not 1.5'),
+    (['--n_layer', '0'], '--n_layer must be at least 1, not 0'),
+    (['--n_layer', '2.0'], '--n_layer must be a whole number, not 2.0'),
+    (['--n_layer', '9' * 19], '--n_layer must be a whole number'),
+    (['--n_layer', '9' * 5000], '--n_layer must be a whole number'),
+    (['--resume=maybe'], '--resume must be yes or no, not maybe'),
+    (['--bias='], '--bias must be yes or no, not'),
+])
+def test_what_is_wrong_on_the_command_line(argv, words, capsys):
+    """A bad option used to be a blank AssertionError; --lr nan trained a model of nan."""
+    assert words in refused(capsys, *argv)
+
+
+@pytest.mark.parametrize('content, words', [
+    ('n_layers = 3', 'unknown option n_layers; did you mean n_layer?'),
+    ('n_layer = 3.0', 'n_layer must be a whole number, not 3.0'),
+    ('n_layer = true', 'n_layer must be a whole number, not True'),
+    ('n_layer = "3"', "n_layer must be a whole number, not '3'"),
+    ('n_layer = 0', 'n_layer must be at least 1, not 0'),
+    ('n_layer = [1, 2]', 'n_layer must be a whole number, not [1, 2]'),
+    ('lr = nan', 'lr must be a finite number, not nan'),
+    ('lr = 1979-05-27', 'lr must be a finite number, not datetime.date'),
+    ('[lr]\na = 1', "lr must be a finite number, not {'a': 1}"),
+    ('out = 3', 'out must be a string, in quotes, not 3'),
+    ('bias = "no"', "bias must be yes or no, not 'no'"),
+    ('[model]\nlr = 1', 'unknown option model'),
+    ('lr = ', 'not TOML'),
+    ('lr = 1\nlr = 2', 'not TOML'),
+    ('n_layer = ' + '9' * 5000, 'not TOML'),
+    ('lr = ' + '[' * 100_000, 'not TOML'),
+    ('import os', 'not TOML'),
+])
+def test_what_is_wrong_in_a_preset(content, words, preset, capsys):
+    """Presets were once run as code."""
+    path = preset(content)
+    line = refused(capsys, path)
+    assert words in line and f'preset {path}: ' in line
+
+
+def test_a_preset_that_cannot_be_read(tmp_path, capsys):
+    (tmp_path / 'binary.toml').write_bytes(b'\xff\xfe\0')
+    assert 'not TOML' in refused(capsys, str(tmp_path / 'binary.toml'))
+    assert 'Is a directory' in refused(capsys, str(tmp_path))
+
+
+def test_lines_cannot_steer_a_terminal(preset, capsys):
+    """A TOML key or a tensor's name with an escape sequence in it once reached the terminal by fail()."""
+    assert printable('a\nb\r\n  c\u2028d') == 'a b c d'
+    assert printable('\x1b]0;x\x07 \x9b \u202e \udc80 é 数') == '\\x1b]0;x\\x07 \\x9b \\u202e \\udc80 é 数'
+    for code in range(0x3000):
+        if unicodedata.category(chr(code)) in ('Cc', 'Cf', 'Zl', 'Zp'):
+            assert chr(code) not in printable(f'a{chr(code)}b')
+    assert '\x1b' not in refused(capsys, preset('"\\u001b[31m" = 1')) + refused(capsys, '--lr', '\x1b[31m')
+    with pytest.raises(SystemExit):
+        fail('of two\nlines', 1)
+    assert capsys.readouterr().err.count('\n') == 1
+
+
+def test_help_shows_every_option_with_its_default(capsys):
+    for cls, words in ((Config, '[PRESET.toml]'), (Listed, 'FILES ...')):
+        with pytest.raises(SystemExit) as e:
+            parse('--name=x' if cls is Listed else '--lr=1', '-h', cls=cls, presets=cls is Config)
+        shown = capsys.readouterr().out
+        assert e.value.code == 0 and f'python program.py {words}' in shown and cls.__doc__ in shown
+        assert max(map(len, shown.splitlines())) <= 110
+        for name, value in asdict(cls()).items():
+            default = f'(default: {"none" if value is None else value})'
+            assert name == 'files' or f'--{name} ' in shown and default in shown
+
+
+def test_the_command_line_is_read_where_no_argv_is_given(monkeypatch):
+    monkeypatch.setattr(sys, 'argv', ['program.py', '--lr', '7'])
+    assert parse_options(Config, 'python program.py')[0].lr == 7
