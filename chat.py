@@ -2,209 +2,206 @@
 Talk to a CWIC model and see where its compute goes, while it happens.
 
     python chat.py                                      # a conversation; /help lists the commands
-    python chat.py --prompt "def fibonacci(n):"         # one reply
+    python chat.py --prompt "Why is the sky blue?"      # one reply
     python chat.py --json < prompts.txt                 # one reply to each line, as JSON, for scripts
 
-Each token stands on the colour of the compute that predicted it: the pass over the token before it, counted in that same
-pass, never in a second one. The first token of all was predicted by nothing and has no colour. Where stdout is not a
-terminal it gets the continuations and nothing else; what there is to say about them goes to stderr.
+The model is your own out/best.pt where there is one, else SmolLM2-135M-Instruct; --ckpt takes all that
+weights.py can load. Each token stands on the colour of the compute of the pass over it, and is shown once
+that pass is done. Where stdout is not a terminal it gets the replies and nothing else; remarks go to stderr.
 
-Models trained on plain text continue it: what is typed is added to the text so far, on a new line. For models trained on
-dialogues give --turn-template 'User: {prompt}\\nAssistant:' --stop '\\nUser:'.
+Models with a chat template answer. All others continue the text: what is typed is added to it on a new line.
+If they were trained on dialogues, give --turn_template 'User: {prompt}\\nAssistant:' --stop '\\nUser:'.
 
-Exit codes: 0; 1 no usable model; 2 a bad option or prompt; 130 interrupted; 141 stdout was closed.
+Exit codes: 0; 1 no usable model or a full disk; 2 a bad option or prompt; 130 interrupted; 141 stdout closed.
 
-What is said is conversation.py's, how it looks render.py's, and this file is the program: options, terminal, pipes.
+What is said is conversation.py's, how it looks render.py's; here are the options, the terminal and the pipes.
 
-But: no mouse, no full screen, no choosing among models while it runs.
+Not here: a mouse, a full screen, a choice among models while it runs.
 """
 
-import signal
-
-if __name__ == '__main__':
-    signal.signal(signal.SIGINT, signal.SIG_DFL)        # Ctrl-C in the seconds that torch takes to import just ends
-
 import difflib
+import math
 import os
+import signal
 import sys
-from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
+from pathlib import Path
 
-import numpy as np
-
+import plots
 import render
-from conversation import Conversation
-from cwic import CheckpointError, load_checkpoint
-from options import fail, option, parse_options
-from tokenizer import TokenizerError, load_tokenizer
+from options import fail, option, parse_options, printable, read_value
 
 try:
     import readline
 except ImportError:     # Windows has none: typing works, without editing
     readline = None
 
-CHECKPOINTS = ('out/best.pt', 'out/last.pt')       # the first that exists
+OWN = ('out/best.pt', 'out/last.pt')                # the first that exists
+ADAPTER = Path(__file__).parent / 'adapters' / 'smollm2.pt'
 NEED_A_REPLY = ('retry', 'dense', 'layers', 'tokens', 'save', 'plot')
-SETTABLE = ('temperature', 'top_k', 'top_p', 'seed', 'max_tokens', 'stop', 'turn_template')
+SETTABLE = ('temperature', 'top_k', 'top_p', 'min_p', 'seed', 'max_tokens', 'stop', 'system', 'turn_template')
+CHOICES = {'dtype': ('auto', 'f32', 'bf16', 'int8'), 'color': ('auto', 'truecolor', '256', 'none'),
+           'color_by': tuple(render.COUNTED)}
 
 
 @dataclass
 class ChatConfig:
-    """Continues text with a CWIC model, each token on the colour of its compute."""
-    prompt: str = option(None, 'reply to this and end; without it, converse, or reply to each line of a redirected stdin')
-    ckpt: str = option(None, f'checkpoint; without it, the first there is of {", ".join(CHECKPOINTS)}')
+    """Talks with a CWIC model, each token on the colour of its compute."""
+    prompt: str = option(None, 'reply to this and end; else converse, or reply to each line of stdin')
+    ckpt: str = option('', 'a checkpoint, a .gguf file, a folder, or a name such as smollm2; else the first '
+                           f'there is of {", ".join(OWN)}, smollm2')
     json: bool = option(False, 'print one JSON object for each reply')
-    dtype: str = option('f32', 'of the weights in the kernel: f32, bf16 or int8')
-    threads: int = option(None, 'of the kernel; without it, one for each core, up to 8')
+    dtype: str = option('auto', 'of the weights: f32, bf16, int8, or auto, which is int8 for large models')
+    threads: int = option(None, 'of the kernel; else one for each core, up to 8', at_least=1)
     color: str = option('auto', 'truecolor, 256, none, or auto: what the terminal says it can')
-    no_color: bool = option(False, 'the same as --color none')
-    temperature: float = option(0.7, 'of sampling; 0 always takes the likeliest token')
-    top_k: int = option(0, 'sample among this many of the likeliest tokens; 0: all')
-    top_p: float = option(0.95, 'sample among the likeliest tokens that make up this much probability')
-    seed: int = option(1, 'of sampling: same seed, same text')
-    max_tokens: int = option(200, 'longest reply')
-    stop: str = option('', 'text that ends a reply, itself not shown; several: separated by |; \\n and \\t are understood')
-    turn_template: str = option('', 'what a turn is made of, with {prompt} for what is typed; \\n and \\t are understood')
+    color_by: str = option('read', 'read or predicted: a token shows the compute of which pass')
+    temperature: float = option(0.7, '0 always takes the likeliest token', at_least=0, at_most=1000)
+    top_k: int = option(0, 'sample among this many of the likeliest tokens; 0: all', at_least=0)
+    top_p: float = option(1.0, 'sample among those that make up this much probability', at_least=0, at_most=1)
+    min_p: float = option(0.05, 'and are at least this times as likely as the first', at_least=0, at_most=1)
+    seed: int = option(1, 'of sampling: same seed, same text', at_least=0)
+    max_tokens: int = option(300, 'longest reply', at_least=1)
+    system: str = option('', 'what the model is told first; else what its chat template says')
+    stop: str = option('', 'text that ends a reply, not shown; several: separated by |; takes \\n and \\t')
+    turn_template: str = option('', 'in place of a chat template, with {prompt} for what is typed; takes \\n')
 
-    def problem(self):
-        """What is wrong with the values, in one line; None where nothing is."""
-        for name, right, needed in (
-                ('temperature', self.temperature >= 0, 'at least 0'), ('top_k', self.top_k >= 0, 'at least 0'),
-                ('top_p', 0 < self.top_p <= 1, 'above 0 and up to 1'), ('seed', self.seed >= 0, 'at least 0'),
-                ('max_tokens', self.max_tokens >= 1, 'at least 1'),
-                ('turn_template', not self.turn_template or '{prompt}' in self.turn_template, 'empty, or hold {prompt}'),
-                ('color', self.color in ('auto', 'truecolor', '256', 'none'), 'auto, truecolor, 256 or none')):
-            if not right:
-                return f'{name} must be {needed}, not {getattr(self, name)}'
-        return None
+    def __post_init__(self):
+        for name, choices in CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise ValueError(f'{name} must be one of {", ".join(choices)}')
+        if 0 < self.temperature < 1e-3:
+            raise ValueError('temperature must be 0, or at least 0.001')
+        if self.turn_template and '{prompt}' not in self.turn_template:
+            raise ValueError('turn_template must hold {prompt}')
+        if self.prompt == '':
+            raise ValueError('prompt is empty: give it some text')
 
 
 # -----------------------------------------------------------------------------
 # the terminal
 
 
-@contextmanager
-def interruptible():
-    """Gives a function that tells whether Ctrl-C was pressed; a second one raises KeyboardInterrupt as usual."""
-    pressed = []
-
-    def note(*_):
-        if pressed:
-            raise KeyboardInterrupt
-        pressed.append(True)
-
-    before = signal.signal(signal.SIGINT, note)
-    try:
-        yield lambda: bool(pressed)
-    finally:
-        signal.signal(signal.SIGINT, before)
-
-
-def too_long(turn, conversation):
-    """What to say of a prompt that does not fit the context; None where it fits."""
-    size = conversation.model.config.block_size
-    return f'the prompt has {len(turn.prompt)} tokens, of which the model saw the last {size}' if len(turn.prompt) > size else None
-
-
 class Chat:
-    """A conversation typed at a terminal. A line that begins with / is a command: the methods named command_... ."""
+    """
+    Replies: in colours on a terminal, as plain text, or as JSON. What is typed at the terminal after a / is a
+    command: one of the methods named command_... .
+    """
 
-    def __init__(self, conversation, palette):
+    def __init__(self, conversation, palette, terminal, as_json):
         self.conversation, self.palette = conversation, palette
-        self.painter = render.Painter(sys.stdout, palette, lambda: os.get_terminal_size(sys.stdout.fileno()).columns or 80)
+        self.terminal, self.as_json = terminal, as_json
+        self.painter = render.Painter(sys.stdout, palette, lambda: os.get_terminal_size(1).columns or 80)
         self.leaving = self.warned = False      # warned: the last thing pressed was a Ctrl-C
+        signal.signal(signal.SIGTERM, self.terminate)
         self.commands = {name[8:]: getattr(self, name) for name in dir(self) if name.startswith('command_')}
 
-    def show(self, kind, text, token):
-        self.painter.write(text, token.share)
+    def terminate(self, *_):
+        """SIGTERM: like Ctrl-C, and then leaves."""
+        self.leaving = True
+        raise KeyboardInterrupt
 
-    def quiet(self, text):
-        print(text if self.palette.mode == 'none' else render.DIM + text + render.RESET, flush=True)
+    def show(self, kind, text, token):
+        if self.terminal:
+            self.painter.write(text, token and token.share)
+        elif kind == 'reply' and not self.as_json:
+            print(text, end='', flush=True)
+
+    def remark(self, text):
+        text = printable(text)
+        if self.terminal and self.palette.mode != 'none':
+            text = render.DIM + text + render.RESET
+        print(text, file=sys.stdout if self.terminal else sys.stderr, flush=True)
 
     def legend(self):
-        if self.palette.mode != 'none':
-            print(self.palette.legend())
+        color_by = self.conversation.config.color_by
+        if self.terminal and self.palette.mode != 'none':
+            print(''.join(self.palette.paint(*piece) for piece in self.palette.legend(color_by)))
 
-    def run(self, speak, legend=False):
-        """speak(show, interrupted) -> a turn, which is shown as it comes, with a line about it after it."""
-        with interruptible() as interrupted:
-            try:
-                turn = speak(self.show, interrupted)
-            finally:
-                self.painter.end_line()
-        if too_long(turn, self.conversation):
-            self.quiet(too_long(turn, self.conversation))
+    def run(self, speak):
+        """speak(show) -> a turn, which is shown as it comes, and then a line about it."""
+        try:
+            turn = speak(self.show)
+        finally:
+            self.painter.end_line()
+        if self.as_json:
+            print(render.as_json(turn), flush=True)
+        elif not self.terminal and not turn.text.endswith('\n'):
+            print(flush=True)
+        size = self.conversation.model.config.block_size
+        if len(turn.new) > size:
+            self.remark(f'the prompt has {len(turn.new)} tokens, of which the model saw the last {size}')
+        self.remark(render.summary(turn))
         self.warned = turn.ended == 'interrupt'
-        if legend:
-            self.legend()
-        self.quiet(turn.summary())
         return turn
 
-    def one(self, prompt):
-        """Replies to one prompt."""
-        turn = self.run(lambda *how: self.conversation.say(prompt, *how), legend=True)
-        return 130 if turn.ended == 'interrupt' else 0
+    def answer(self, prompts):
+        """Replies to each prompt on its own; returns the exit code."""
+        turn = None
+        for prompt in prompts:
+            self.conversation.reset()
+            turn = self.run(lambda show: self.conversation.say(prompt, show))
+            if turn.ended == 'interrupt':
+                return 130
+        self.legend()
+        return 0 if turn else fail('no prompt: nothing but blank lines on stdin')
 
     def converse(self):
-        """Reads lines until Ctrl-D, /quit, or Ctrl-C twice in a row."""
+        """Reads lines until Ctrl-D, /quit, or Ctrl-C twice in a row; returns the exit code."""
         if readline:
             readline.set_completer_delims(' ')
             readline.set_completer(self.complete)
-            readline.parse_and_bind('bind ^I rl_complete' if 'libedit' in (readline.__doc__ or '') else 'tab: complete')
-        if not self.conversation.config.turn_template:
-            self.quiet('No --turn-template: the model does not answer, it continues what you type.')
-        self.quiet('/help lists the commands; Ctrl-C stops a reply; Ctrl-D leaves.')
+            libedit = 'libedit' in (readline.__doc__ or '')
+            readline.parse_and_bind('bind ^I rl_complete' if libedit else 'tab: complete')
+        if not self.conversation.has_template and not self.conversation.config.turn_template:
+            self.remark('This model has no chat template: it does not answer, it continues what you type.')
+        self.remark('/help lists the commands; Ctrl-C stops a reply; Ctrl-D leaves.')
         self.legend()
         while not self.leaving:
             try:
                 line = input('> ')
                 while line.endswith('\\'):
                     line = line[:-1] + '\n' + input('. ')
+                self.warned = False
+                if line.startswith('/'):
+                    self.command(*line[1:].partition(' ')[::2])
+                elif line or self.conversation.can_go_on:
+                    self.run(lambda show: self.conversation.say(line, show))
+                else:
+                    self.remark('nothing to go on from: type something')
             except EOFError:
                 print()
-                return 0
+                break
             except KeyboardInterrupt:
                 print()
-                if self.warned:
+                if self.warned or self.leaving:
                     return 130
                 self.warned = True
-                self.quiet('Ctrl-C once more, or Ctrl-D, leaves')
-                continue
-            self.warned = False
-            if line.startswith('/'):
-                self.command(line)
-            elif line or self.conversation.tokens:
-                self.run(lambda *how: self.conversation.say(line, *how))
-            else:
-                self.quiet('nothing to go on from: type the beginning of a text')
+                self.remark('Ctrl-C once more, or Ctrl-D, leaves')
         return 0
 
-    def command(self, line):
-        name, _, rest = line[1:].partition(' ')
+    def command(self, name, rest):
         if name not in self.commands:
             near = difflib.get_close_matches(name, self.commands, n=1)
-            self.quiet(f'unknown command /{name}' + (f'; did you mean /{near[0]}?' if near else '; /help lists them'))
+            hint = f'did you mean /{near[0]}?' if near else '/help lists them'
+            self.remark(f'no command /{name}; {hint}')
         elif name in NEED_A_REPLY and not (self.conversation.turns and self.conversation.turns[-1].reply):
-            self.quiet(f'/{name} needs a reply first')
+            self.remark(f'/{name} needs a reply first')
         else:
             self.commands[name](rest.strip())
 
     def complete(self, text, state):
         """readline's completer: commands, then the keys of /set."""
         line = readline.get_line_buffer()
-        if line.startswith('/set '):
-            words = [key + ' ' for key in SETTABLE] if line.count(' ') == 1 else []
-        else:
-            words = ['/' + name + ' ' for name in self.commands] if line.startswith('/') and ' ' not in line else []
-        return ([word for word in words if word.startswith(text)] + [None])[state]
+        words = [f'/{name} ' for name in self.commands] if ' ' not in line else \
+            [f'{key} ' for key in SETTABLE] if line.startswith('/set ') and line.count(' ') == 1 else []
+        return ([word for word in words if text and word.startswith(text)] + [None])[state]
 
     # each command's docstring is its line in /help
 
     def command_help(self, _):
         """this list"""
-        width = max(map(len, self.commands)) + 2
         for name, method in self.commands.items():
-            print(f'  /{name:<{width}}{method.__doc__}')
+            print(f'  /{name:<8}{method.__doc__}')
         print('Enter alone lets the model go on. A line that ends in \\ goes on in the next one.')
         self.legend()
 
@@ -218,42 +215,36 @@ class Chat:
 
     def command_set(self, rest):
         """/set KEY VALUE changes an option from here on; alone, lists them"""
-        config = self.conversation.config
-        key, _, value = rest.partition(' ')
+        conversation, (key, _, value) = self.conversation, rest.partition(' ')
         if not rest:
             for key in SETTABLE:
-                print(f'  {key:<14}{getattr(config, key)!r}')
-            return
-        if key not in SETTABLE:
-            self.quiet(f'unknown option {key}; there are {", ".join(SETTABLE)}')
-            return
-        kind = next(f.type for f in fields(ChatConfig) if f.name == key)
-        try:
-            changed = replace(config, **{key: kind(value)})
-        except ValueError:
-            self.quiet(f'{key} needs {"a whole number" if kind is int else "a number"}, not {value!r}')
-            return
-        if changed.problem():
-            self.quiet(changed.problem())
-            return
-        self.conversation.config = changed
-        if key == 'seed':
-            self.conversation.rng = np.random.default_rng(changed.seed)
+                print(f'  {key:<14}{getattr(conversation.config, key)!r}')
+        elif key not in SETTABLE:
+            self.remark(f'unknown option {key}; there are {", ".join(SETTABLE)}')
+        else:
+            try:
+                value = read_value(next(f for f in fields(ChatConfig) if f.name == key), value)
+                conversation.config = replace(conversation.config, **{key: value})
+            except ValueError as error:
+                self.remark(f'{key} {str(error).removeprefix(key).strip()}')
+                return
+            if key == 'seed':
+                conversation.generator.manual_seed(value)
 
     def command_dense(self, _):
         """the last prompt with every weight: both speeds, and where the texts part"""
         sparse = self.conversation.turns[-1]
         dense = self.run(self.conversation.dense)
-        same = next((i for i, (a, b) in enumerate(zip(sparse.reply, dense.reply)) if a.id != b.id), None)
-        if same is None:
-            count = min(len(sparse.reply), len(dense.reply))
-            self.quiet(f'the same {count} tokens as with {100 * sparse.share():.1f}% of the weights')
+        pairs = list(zip(sparse.reply, dense.reply))
+        parted = next((i for i, (a, b) in enumerate(pairs) if a.id != b.id), None)
+        if parted is None:
+            self.remark(f'the same {len(pairs)} tokens as with {100 * sparse.share:.1f}% of the weights')
         else:
-            a, b = (render.quoted(turn.reply[same].piece, 20).rstrip() for turn in (sparse, dense))
-            self.quiet(f'they part at token {same + 1}: {a} (sparse), {b} (dense)')
-        if sparse.speed() and dense.speed():
-            self.quiet(f'sparse {sparse.speed():.0f} tokens/s, dense {dense.speed():.0f}: '
-                       f'{sparse.speed() / dense.speed():.2f} times as fast at reduction {1 / sparse.share():.2f}')
+            a, b = (render.quoted(token.piece, 20).rstrip() for token in pairs[parted])
+            self.remark(f'they part at token {parted + 1}: {a} (sparse), {b} (dense)')
+        if sparse.speed and dense.speed:
+            self.remark(f'{sparse.speed:.0f} tokens/s with {100 * sparse.share:.1f}% of the weights, '
+                        f'{dense.speed:.0f} dense: {sparse.speed / dense.speed:.2f} times as fast')
 
     def command_layers(self, _):
         """which matrices the last reply used, and how much of them"""
@@ -264,22 +255,23 @@ class Chat:
         print('\n'.join(render.token_table(self.conversation.turns[-1], self.palette)))
 
     def command_save(self, path):
-        """/save FILE.html writes the conversation as a page"""
-        self.write(path, '.html', lambda: render.save_page(self.conversation.turns, self.palette, path))
+        """/save FILE.html or FILE.png keeps the conversation as a page or a picture"""
+        self.write(path, {'.html': render.save_page, '.png': plots.conversation}, self.conversation.turns)
 
     def command_plot(self, path):
         """/plot FILE.png draws the compute of the last reply"""
-        self.write(path, '.png', lambda: render.plot(self.conversation.turns[-1], self.palette, path))
+        self.write(path, {'.png': plots.reply}, self.conversation.turns[-1])
 
-    def write(self, path, ending, writer):
-        if not path.endswith(ending):
-            self.quiet(f'say where: a file name that ends in {ending}')
+    def write(self, path, writers, what):
+        writer = writers.get(os.path.splitext(path)[1])
+        if writer is None:
+            self.remark(f'say where: a file name that ends in {" or ".join(writers)}')
             return
         try:
-            writer()
-            self.quiet(f'wrote {path}')
+            writer(what, self.palette, path)
+            self.remark(f'wrote {path}')
         except OSError as error:
-            self.quiet(f'{path}: {error.strerror}')
+            self.remark(f'{path}: {error.strerror}')
 
     def command_quit(self, _):
         """leave; so does Ctrl-D"""
@@ -289,98 +281,84 @@ class Chat:
 # -----------------------------------------------------------------------------
 
 
-def answer(conversation, prompts, chat, as_json):
-    """
-    Replies to each prompt on its own; returns the exit code. chat: shows them on a terminal; None: stdout gets
-    the continuations, or JSON, and nothing else.
-    """
-    def show(kind, text, token):
-        if kind == 'reply' and not as_json:
-            print(text, end='', flush=True)
-
-    code = None
-    for prompt in prompts:
-        conversation.reset()
-        if chat:
-            code = chat.one(prompt)
-        else:
-            with interruptible() as interrupted:
-                turn = conversation.say(prompt, show, interrupted)
-            if as_json:
-                print(turn.to_json(conversation.decoder.names), flush=True)
-            elif not turn.text.endswith('\n'):
-                print(flush=True)
-            print(*filter(None, (too_long(turn, conversation), turn.summary())), sep='\n', file=sys.stderr)
-            code = 130 if turn.ended == 'interrupt' else 0
-        if code:
-            return code
-    return fail('no prompt: nothing but blank lines on stdin') if code is None else code
+def number(value):
+    """What a file gives as a number: a finite one, or None."""
+    return value if isinstance(value, (int, float)) and math.isfinite(value) else None
 
 
-def scale_ends(saved):
-    """Shares of dense for the ends of the colour scale: nine tenths of the validation tokens lie between them."""
-    percentiles = saved.get('compute_percentiles') or {}
-    low, high = percentiles.get('5', 0.0), percentiles.get('95', 0.0)
-    return (low, high) if high - low > 1e-3 else (0.0, 1.0)
-
-
-def header(path, conversation, saved):
-    """The first line: which model this is."""
-    size = sum(p.numel() for name, p in conversation.model.named_parameters() if not name.endswith('theta'))
-    facts = [f'{size / 1e6:.1f}M parameters']
-    facts += [f'loss {saved["val_loss"]:.2f}'] if saved.get('val_loss') is not None else []
-    facts += [f'reduction {saved["reduction"]:.2f}'] if saved.get('reduction') is not None else []
-    return f'{path}: {", ".join(facts)}; {conversation.engine}'
+def load(config):
+    """-> a conversation with the model that was asked for, its name, and what its checkpoint says of it."""
+    # imported here, as torch takes a second: --help and mistakes do not wait for it
+    from conversation import Conversation
+    from cwic import CheckpointError
+    from tokenizer import TokenizerError
+    from weights import WeightsError, load
+    path = config.ckpt or next((path for path in OWN if os.path.exists(path)), 'smollm2')
+    name = path if config.ckpt else f'{path} (yours; for the shipped model: --ckpt smollm2)'
+    if path == 'smollm2':
+        path, name = str(ADAPTER) if ADAPTER.exists() else path, 'SmolLM2-135M-Instruct (Apache-2.0)'
+    try:
+        model, saved = load(path)
+        conversation = Conversation(model, saved.get('tokenizer'), config)
+    except (CheckpointError, TokenizerError, WeightsError, MemoryError) as error:
+        fail(f'{error}', 1)
+    except ValueError as error:         # a number of threads that cannot be
+        fail(f'{error}')
+    ids, known = conversation.encoding.n_vocab, model.config.vocab_size
+    if ids > known:
+        fail(f'{path}: its tokenizer has {ids} ids, its model knows {known}: use another checkpoint', 1)
+    return conversation, name, saved
 
 
 def main():
-    config = parse_options(ChatConfig, 'python chat.py')
-    if config.problem():
-        fail('--' + config.problem())
-    if config.prompt == '':
-        fail('--prompt is empty: give it some text to go on from')
-    path = config.ckpt or next((path for path in CHECKPOINTS if os.path.exists(path)), None)
-    if path is None:
-        fail('there is no trained model yet: make one with: python train.py', 1)
     try:
-        model, saved = load_checkpoint(path)
-        encoding = load_tokenizer(saved.get('tokenizer'))
-        conversation = Conversation(model, encoding, config)
-    except (CheckpointError, TokenizerError) as error:
-        fail(str(error), 1)
-    except ValueError as error:         # a dtype or a number of threads that cannot be
-        fail(str(error))
-    if encoding.n_vocab > model.config.vocab_size:
-        fail(f'{path}: its tokenizer has {encoding.n_vocab} ids, its model knows {model.config.vocab_size}: use another checkpoint', 1)
+        config, _ = parse_options(ChatConfig, 'python chat.py')
+    except ValueError as error:
+        fail(f'--{error}')
+    if sys.stdout is None:
+        fail('stdout is closed: there is nowhere to write a reply', 1)
+    if sys.stdin is None and config.prompt is None:
+        fail('stdin is closed: use --prompt')
+    conversation, name, saved = load(config)
 
-    sys.stdin.reconfigure(encoding='utf-8', errors='replace')
-    sys.stdout.reconfigure(errors='replace', **({} if sys.stdout.isatty() else {'encoding': 'utf-8'}))
-    print(header(path, conversation, saved), file=sys.stderr)
+    # which model this is, and where the compute of nine tenths of its tokens lies
+    loss, reduction = number(saved.get('val_loss')), number(saved.get('reduction'))
+    size = sum(p.numel() for key, p in conversation.model.named_parameters() if not key.endswith('theta'))
+    percentiles = saved.get('compute_percentiles')
+    low, high = (number(percentiles.get(p)) if isinstance(percentiles, dict) else None for p in ('5', '95'))
+    remarks = [f'{name}: {size / 1e6:.1f}M parameters' + ('' if loss is None else f', loss {loss:.2f}')
+               + ('' if reduction is None else f', reduction {reduction:.2f}') + f'; {conversation.engine}']
     if conversation.no_kernel:
-        print(f'decoding in PyTorch, which is slower and skips nothing for real: {conversation.no_kernel}', file=sys.stderr)
-    low, high = scale_ends(saved)
-    if (low, high) == (0.0, 1.0):
-        print('no spread of compute in the checkpoint: colours go from 0 to 100% of dense', file=sys.stderr)
+        remarks.append(f'decoding in PyTorch, slower and skipping nothing for real: {conversation.no_kernel}')
+    if low is None or high is None or not 0 <= low < high - 1e-3:
+        low, high = 0.0, 1.0
+        remarks.append('no spread of compute in the checkpoint: colours go from 0 to 100% of dense')
+    print('\n'.join(map(printable, remarks)), file=sys.stderr)
 
     terminal = sys.stdout.isatty() and not config.json
-    mode = 'none' if config.no_color else render.color_mode(sys.stdout, os.environ) if config.color == 'auto' else config.color
-    chat = Chat(conversation, render.Palette(mode, low, high)) if terminal else None
+    mode = render.color_mode(sys.stdout, os.environ) if config.color == 'auto' else config.color
+    chat = Chat(conversation, render.Palette(mode, low, high), terminal, config.json)
+    sys.stdout.reconfigure(errors='replace', **({} if sys.stdout.isatty() else {'encoding': 'utf-8'}))
     if config.prompt is not None:
-        return answer(conversation, [config.prompt], chat, config.json)
+        return chat.answer([config.prompt])
+    sys.stdin.reconfigure(encoding='utf-8', errors='replace')
     if terminal and sys.stdin.isatty():
         return chat.converse()
-    return answer(conversation, (line.rstrip('\n') for line in sys.stdin if line.strip()), chat, config.json)
+    return chat.answer(line.rstrip('\n') for line in sys.stdin if line.strip())
 
 
 if __name__ == '__main__':
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+    if sys.stderr is None:
+        sys.stderr = open(os.devnull, 'w', encoding='utf-8')        # print() would take stdout in its place
     try:
         code = main()
         sys.stdout.flush()
     except KeyboardInterrupt:
         code = 130
-    except BrokenPipeError:
+    except OSError as error:
         # whatever is still to be written, at exit too, goes nowhere
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if not isinstance(error, BrokenPipeError):
+            fail(error.strerror, 1)
         code = 141
     sys.exit(code)

@@ -1,61 +1,44 @@
 """
-A conversation with a CWIC model: what is said, what it cost, and nothing of how that is shown, which is chat.py's and
-render.py's.
+A conversation with a CWIC model: what is said, and what it costs. How it looks is render.py's.
 
-    conversation = Conversation(model, encoding, ChatConfig(max_tokens=100))
-    turn = conversation.say('def fibonacci(n):', show=lambda kind, text, token: print(text, end=''), interrupted=lambda: False)
-    turn.reply[0].active            # the weights that each matrix used to predict the first token
+    conversation = Conversation(model, saved['tokenizer'], ChatConfig(max_tokens=100))
+    turn = conversation.say('Why is the sky blue?', show=lambda kind, text, token: print(text, end=''))
+    turn.reply[0].active        # the weights that each matrix used in the pass over the reply's first token
 
-A token's compute is that of the pass which predicted it: the pass over the token before it, counted in that same pass, never
-in a second one. The first token of all was predicted by nothing.
+A pass over a token reads it and predicts the next one. Its compute is counted in that same pass, never in a
+second one, and belongs to the token it reads; or, with color_by = 'predicted', to the token it predicts.
 
-Between turns the keys and values of the text so far are kept, and only what is new is read, token by token; where that is
-much, or the text was changed (a retry, a stop sequence cut off), all that fits the context is read again. Once the text is
-longer than the context these differ in how much of it the model still sees: the decoder drops half a window at a time.
+Models whose tokenizer brings a chat template are spoken to in it; all others continue the text so far.
 
-But: one sequence at a time, no system prompts, no tool calls, no saving and reloading of conversations.
+Not here: tools, several conversations at once, saving and reloading. Where the text outgrows the context, the
+decoder forgets the older half of what it sees, the system prompt included.
 """
 
 import codecs
-import json
 import time
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import groupby
 
 import numpy as np
+import torch
 
 from build_kernel import KernelUnavailable
-from cwic import dense_copy
+from cwic import sample
 from decoder import Decoder, TorchDecoder
+from tokenizer import dialogue_ids, load_tokenizer, stop_ids
 
-FEW = 64                # new tokens up to this number are read one by one, through the kernel; more, in one pass with all others
-
-
-def unescape(text):
-    return text.replace('\\n', '\n').replace('\\t', '\t')
-
-
-def stops(config):
-    """The stop sequences of a ChatConfig, as they occur in text."""
-    return [unescape(text) for text in config.stop.split('|') if text]
-
-
-# -----------------------------------------------------------------------------
-# decoding
+LARGE = 20_000_000      # weights from which --dtype auto takes int8
+STEP_COST = 8           # one token through the kernel takes as long as this many in a batched pass
 
 
 @dataclass
 class Token:
-    """A token of the text. active: np.int64 (M), the weights used to predict it, each matrix's; None where nothing did."""
     id: int
-    piece: bytes            # its part of the text; not always whole characters
-    active: np.ndarray
-    share: float            # active weights / dense weights; None where nothing predicted it
-    probability: float = None       # that the model gave it, before temperature and the like; None for what was typed
-
-    @property
-    def reduction(self):
-        return 1 / self.share if self.share else float('inf')
+    piece: bytes            # as the tokenizer spells it; not always whole characters
+    special: bool           # not text: it ends a message, for example
+    active: np.ndarray      # np.int64 (M), the weights each matrix used; None for a token that none predicted
+    share: float            # active weights / dense weights, or None
+    probability: float      # under the model, before temperature and the like; None for what was typed
 
 
 @dataclass
@@ -63,70 +46,35 @@ class Turn:
     """What was typed and what the model said to it."""
     typed: str
     before: list            # ids of the text so far
+    new: list               # ids that what was typed became
     config: object          # the chat.ChatConfig of the time
-    state: dict             # of the random numbers, before the first was drawn
-    dense: np.ndarray       # np.int64 (M), weights of each matrix
-    engine: str
-    prompt: list = field(default_factory=list)      # of Token
-    reply: list = field(default_factory=list)       # of Token, also those of a stop sequence, which are not shown
-    shown: list = field(default_factory=list)       # ('prompt' or 'reply', text, Token): each character once, in order
-    ended: str = 'length'   # or 'stop', 'endoftext', 'interrupt'
-    first_seconds: float = 0.0      # from the start until there was a first token: reading the prompt, mostly
-    seconds: float = 0.0            # for all the others
+    random_state: object    # of the generator, before the first number was drawn
+    decoder: object         # that made the reply; its .names and .dense (M) go with every active count
+    engine: str             # what that is, in a few words
+    prompt: list = field(default_factory=list)      # of Token: those of new that fit the context
+    reply: list = field(default_factory=list)       # of Token, also those of a stop sequence
+    shown: list = field(default_factory=list)       # ('prompt' or 'reply', text, Token or None), in order
+    seconds: list = field(default_factory=list)     # for each token of the reply; reading the prompt included
+    ended: str = 'length'   # or 'stop', 'end', 'interrupt'
 
     @property
     def text(self):
         return ''.join(text for kind, text, _ in self.shown if kind == 'reply')
 
+    @property
     def share(self):
-        """Mean active weights / dense weights of the reply's tokens."""
-        return float(np.mean([token.share for token in self.reply]))
+        return sum(token.share for token in self.reply) / len(self.reply) if self.reply else None
 
+    @property
     def speed(self):
         """Tokens per second after the first; None where none came after it."""
-        return (len(self.reply) - 1) / self.seconds if len(self.reply) > 1 else None
-
-    def summary(self):
-        """The quiet line after a reply."""
-        if not self.reply:
-            return f'0 tokens; {self.engine}'
-        speed = f', {self.speed():.0f}/s' if len(self.reply) > 1 else ''
-        return (f'{len(self.reply)} tokens{speed}, first {1000 * self.first_seconds:.0f} ms; '
-                f'reduction {1 / self.share():.2f} ({100 * self.share():.1f}% of dense); {self.engine}')
-
-    def to_json(self, names):
-        """One line of JSON; names: of the M matrices."""
-        return json.dumps(dict(
-            prompt=self.typed, text=self.text, ended=self.ended, tokens=[token.id for token in self.reply],
-            probabilities=[token.probability for token in self.reply], matrices=names, dense=self.dense.tolist(),
-            active=[token.active.tolist() for token in self.reply],             # [token][matrix]
-            reduction=1 / self.share() if self.reply else None, share_of_dense=self.share() if self.reply else None,
-            first_token_seconds=self.first_seconds, other_tokens_seconds=self.seconds, tokens_per_second=self.speed(),
-            engine=self.engine), ensure_ascii=False)
-
-
-def choose(logits, config, rng):
-    """
-    logits (vocab) -> (token id, its probability under the model). Draws one random number each time, needed or not: so
-    two models that are fed the same numbers can be compared token by token.
-    """
-    logits = logits.astype(np.float64) - logits.max()
-    p = np.exp(logits) / np.exp(logits).sum()                       # (vocab,)
-    point = rng.random()
-    if config.temperature == 0:
-        token = int(p.argmax())
-    else:
-        order = np.argsort(-logits, kind='stable')[:config.top_k or None]
-        mass = np.cumsum(np.exp(logits[order] / config.temperature))
-        kept = mass[:np.searchsorted(mass, config.top_p * mass[-1]) + 1]    # the fewest that hold top_p of it
-        token = int(order[min(np.searchsorted(kept, point * kept[-1], side='right'), len(kept) - 1)])
-    return token, float(p[token])
+        return (len(self.reply) - 1) / sum(self.seconds[1:]) if len(self.reply) > 1 else None
 
 
 class Speller:
     """
-    Makes text of tokens: a character once all its bytes are there, with the token that completes it; and nothing that may
-    turn out to be the beginning of a stop sequence. What it gives is a list of (text, token).
+    Makes text of tokens: a character once all its bytes are there, with the token that completes it; and
+    nothing that may yet become a stop sequence. What it gives is a list of (character, token).
     """
 
     def __init__(self, stops=()):
@@ -135,156 +83,167 @@ class Speller:
 
     def feed(self, token):
         self.last = token
-        self.held += [(char, token) for char in self.utf8.decode(token.piece)]
+        self.held += [(char, token) for char in self.utf8.decode(b'' if token.special else token.piece)]
         text = ''.join(char for char, _ in self.held)
         found = [text.index(stop) for stop in self.stops if stop in text]
-        if found:
-            ready, self.stopped = self.release(min(found)), True
-            self.held = []
-            return ready
         begun = [n for stop in self.stops for n in range(1, len(stop)) if text.endswith(stop[:n])]
-        return self.release(len(text) - max(begun, default=0))
+        ready = min(found) if found else len(text) - max(begun, default=0)
+        self.stopped = bool(found)
+        shown, self.held = self.held[:ready], self.held[ready:]
+        return shown
 
     def end(self):
-        """Whatever was held back; of half a character, what stands for it."""
-        self.held += [(char, self.last) for char in self.utf8.decode(b'', final=True)]
-        return self.release(len(self.held))
-
-    def release(self, count):
-        ready, self.held = self.held[:count], self.held[count:]
-        runs = [list(run) for _, run in groupby(ready, key=lambda pair: id(pair[1]))]
-        return [(''.join(char for char, _ in run), run[0][1]) for run in runs]
-
-
-def reply(decoder, encoding, turn, new, known, rng, show, interrupted):
-    """
-    Fills a turn: reads turn.before and new, lists of ids of which the decoder has read the first `known`, and continues.
-    show(kind, text, token) is called with all that is to be seen, as it comes; interrupted() says whether to stop.
-    """
-    def token(id, active, probability=None):
-        share = None if active is None else float(active.sum() / turn.dense.sum())
-        return Token(id, encoding.decode_single_token_bytes(id), active, share, probability)
-
-    def tell(kind, pieces):
-        for text, token in pieces:
-            turn.shown.append((kind, text, token))
-            show(kind, text, token)
-
-    tokens = turn.before + new
-    start = time.perf_counter()
-    if known and 0 < len(tokens) - known <= FEW:
-        passes = [decoder.step(id) for id in tokens[known:]]
-        logits, rows = passes[-1][0], [active for _, active in passes]
-    else:
-        logits, rows = decoder.prefill(tokens)
-    turn.first_seconds = time.perf_counter() - start
-
-    rows = [None] * (len(tokens) - len(rows)) + list(rows)      # of the pass over each token, which predicts the one after it
-    speller = Speller()
-    for i in range(len(turn.before), len(tokens)):
-        turn.prompt.append(token(tokens[i], rows[i - 1] if i else None))
-        tell('prompt', speller.feed(turn.prompt[-1]))
-
-    active, speller = rows[-1], Speller(stops(turn.config))
-    for i in range(turn.config.max_tokens):
-        if interrupted():
-            turn.ended = 'interrupt'
-            break
-        start = time.perf_counter()
-        if i:
-            logits, active = decoder.step(turn.reply[-1].id)
-        id, probability = choose(logits[:encoding.n_vocab], turn.config, rng)
-        spent = time.perf_counter() - start
-        turn.first_seconds, turn.seconds = turn.first_seconds + (0 if i else spent), turn.seconds + (spent if i else 0)
-        turn.reply.append(token(id, active, probability))
-        if id == encoding.eot_token:
-            turn.ended = 'endoftext'
-            break
-        tell('reply', speller.feed(turn.reply[-1]))
-        if speller.stopped:
-            turn.ended = 'stop'
-            return
-    tell('reply', speller.end())
-
-
-def make_decoder(model, config):
-    """-> a decoder, what it is in a few words, and why it is not the kernel's, or None. Raises ValueError for bad options."""
-    try:
-        decoder = Decoder(model, config.dtype, config.threads)
-    except KernelUnavailable as error:
-        return TorchDecoder(model), 'f32, PyTorch', str(error)
-    return decoder, f'{config.dtype}, {decoder.threads} thread{"s" * (decoder.threads > 1)}', None
+        """Whatever was held back, but a stop sequence; of half a character, what stands for it."""
+        rest = self.held + [(char, self.last) for char in self.utf8.decode(b'', final=True)]
+        return [] if self.stopped else rest
 
 
 # -----------------------------------------------------------------------------
-# a conversation
+
+
+def make_decoder(model, config, dense=False):
+    """-> a decoder, what it is in a few words, and why it is not the kernel's, or None. Raises ValueError."""
+    dtype = config.dtype if config.dtype != 'auto' else 'int8' if model.dense() > LARGE else 'f32'
+    try:
+        decoder = Decoder(model, dtype, config.threads, dense)
+    except KernelUnavailable as error:
+        return TorchDecoder(model, dense), 'f32, PyTorch', str(error)
+    return decoder, f'{dtype}, {decoder.threads} thread{"s" * (decoder.threads > 1)}', None
+
+
+def unescape(text):
+    return text.replace('\\n', '\n').replace('\\t', '\t')
 
 
 class Conversation:
-    """The text so far, as token ids, and the turns it is made of. config may be replaced between turns."""
+    """
+    The text so far, as token ids, and the turns it is made of. config may be replaced between turns.
+    show(kind, text, token) is called with what is to be seen, as it comes. KeyboardInterrupt ends a reply.
+    """
 
-    def __init__(self, model, encoding, config):
-        self.model, self.encoding, self.config = model, encoding, config
+    def __init__(self, model, spec, config):
+        self.model, self.spec, self.config, self.encoding = model, spec, config, load_tokenizer(spec)
+        self.stop_ids = stop_ids(spec, self.encoding)
         self.decoder, self.engine, self.no_kernel = make_decoder(model, config)
         self.dense_decoder = None       # made when it is first asked for
         self.reset()
 
     def reset(self):
         """Forgets everything, the random numbers included."""
-        self.turns, self.tokens, self.known = [], [], 0         # known: how many of the tokens the decoder has read
-        self.rng = np.random.default_rng(self.config.seed)
+        self.turns, self.tokens = [], []
+        self.last = None        # logits, active of the pass over the last of tokens; None: all is read again
+        self.generator = torch.Generator().manual_seed(self.config.seed)
+
+    @property
+    def has_template(self):
+        return 'template' in self.spec and not self.config.turn_template
+
+    @property
+    def can_go_on(self):
+        """Whether the model has something to say when nothing is typed."""
+        return bool(self.tokens) and not (self.has_template and self.tokens[-1] in self.stop_ids)
 
     def encode(self, typed):
         """The ids that a turn adds to the text so far. Nothing typed adds nothing: the model goes on."""
         if not typed:
             return []
-        template = unescape(self.config.turn_template)
-        text = template.replace('{prompt}', typed) if template else typed
-        ended = not self.tokens or self.tokens[-1] == self.encoding.eot_token
-        if not ended and not self.encoding.decode_single_token_bytes(self.tokens[-1]).endswith(b'\n'):
-            text = '\n' + text
-        return self.encoding.encode_ordinary(text)
+        if not self.has_template:
+            text = unescape(self.config.turn_template or '{prompt}').replace('{prompt}', typed)
+            ended = not self.tokens or self.tokens[-1] in self.stop_ids
+            if not ended and not self.encoding.decode_single_token_bytes(self.tokens[-1]).endswith(b'\n'):
+                text = '\n' + text
+            return self.encoding.encode_ordinary(text)
+        if not self.tokens:
+            system = [('system', self.config.system)] if self.config.system else []
+            return dialogue_ids(self.spec, self.encoding, [*system, ('user', typed)])
+        # the rest of the last reply's message, of which the model may have said the first token itself
+        opening = dialogue_ids(self.spec, self.encoding, [], begin=False)
+        messages = [('assistant', ''), ('user', typed)]
+        new = dialogue_ids(self.spec, self.encoding, messages, begin=False)[len(opening):]
+        return new[self.tokens[-1] == new[0]:]
 
-    def turn(self, typed, before):
-        return Turn(typed, before, self.config, self.rng.bit_generator.state, self.decoder.dense, self.engine)
-
-    def say(self, typed, show, interrupted):
-        """Adds a turn, and returns it. show, interrupted: see reply()."""
-        turn, new = self.turn(typed, self.tokens), self.encode(typed)
-        reply(self.decoder, self.encoding, turn, new, self.known, self.rng, show, interrupted)
+    def say(self, typed, show):
+        """Adds a turn, and returns it."""
+        turn = Turn(typed, self.tokens, self.encode(typed), self.config, self.generator.get_state(),
+                    self.decoder, self.engine)
+        last, self.last = self.last, None
+        self.last = self.fill(turn, last, self.generator, show)
         said = [token.id for token in turn.reply]
-        # the last token has not been read yet, as nothing after it was asked for
-        self.tokens, self.known = turn.before + new + said, len(turn.before) + len(new) + max(len(said) - 1, 0)
-        if turn.ended == 'stop':
-            self.tokens, self.known = turn.before + new + self.without_stop(turn), 0
+        if turn.ended == 'stop':        # which may be within a token: what stood before it is encoded again
+            said, self.last = self.encoding.encode_ordinary(turn.text), None
+        self.tokens = turn.before + turn.new + said
         self.turns.append(turn)
         return turn
 
-    def without_stop(self, turn):
-        """The ids of a reply less its stop sequence, which may begin and end within a token."""
-        said, kept = b''.join(token.piece for token in turn.reply), []
-        left = min(said.index(stop) for stop in (text.encode() for text in stops(turn.config)) if stop in said)
-        for token in turn.reply:
-            if len(token.piece) > left:
-                return kept + self.encoding.encode_ordinary(token.piece[:left].decode('utf-8', 'replace'))
-            kept.append(token.id)
-            left -= len(token.piece)
-
-    def retry(self, show, interrupted):
+    def retry(self, show):
         """The last turn once more, with other random numbers."""
         turn = self.turns.pop()
-        self.tokens, self.known = turn.before, 0
-        return self.say(turn.typed, show, interrupted)
+        self.tokens, self.last = turn.before, None
+        return self.say(turn.typed, show)
 
-    def dense(self, show, interrupted):
-        """The last turn once more with every weight, thresholds at 0, and the same random numbers. It is not kept."""
+    def dense(self, show):
+        """The last turn once more with every weight, and the same random numbers. It is not kept."""
         if self.dense_decoder is None:
-            model = dense_copy(self.model)
-            for _, linear in model.linears():
-                linear.theta.zero_()
-            self.dense_decoder = make_decoder(model, self.config)[0]
-        last, rng = self.turns[-1], np.random.default_rng()
-        rng.bit_generator.state = last.state
-        turn = replace(last, prompt=[], reply=[], shown=[], ended='length', first_seconds=0.0, seconds=0.0)
-        reply(self.dense_decoder, self.encoding, turn, [token.id for token in last.prompt], 0, rng, show, interrupted)
+            self.dense_decoder = make_decoder(self.model, self.config, dense=True)[0]
+        last, generator = self.turns[-1], torch.Generator()
+        generator.set_state(last.random_state)
+        turn = Turn(last.typed, last.before, last.new, last.config, last.random_state,
+                    self.dense_decoder, last.engine)
+        self.fill(turn, None, generator, show)
         return turn
+
+    def fill(self, turn, last, generator, show):
+        """
+        Reads the turn's prompt and adds a reply. last: logits, active of the pass over the token before the
+        prompt, or None where the decoder has not read that. Returns the same of the last token of all.
+        """
+        config, decoder, new = turn.config, turn.decoder, turn.new
+        speller = Speller([unescape(stop) for stop in config.stop.split('|') if stop])
+
+        def token(id, read, predicted, probability=None):
+            active = read if config.color_by == 'read' else predicted
+            share = None if active is None else float(active.sum() / decoder.dense.sum())
+            piece, special = self.encoding.decode_single_token_bytes(id), self.encoding.is_special_token(id)
+            return Token(id, piece, special, active, share, probability)
+
+        def tell(kind, chars):
+            for _, run in groupby(chars, key=lambda pair: id(pair[1])):
+                texts, tokens = zip(*run)
+                turn.shown.append((kind, ''.join(texts), tokens[0]))
+                show(*turn.shown[-1])
+
+        try:
+            start = time.perf_counter()
+            if last and STEP_COST * len(new) <= len(turn.before):
+                passes = [last] + [decoder.step(id) for id in new]
+                logits, actives = passes[-1][0], [active for _, active in passes]
+            else:
+                logits, actives = decoder.prefill(turn.before + new)
+            spent = time.perf_counter() - start
+
+            chars, prompt_speller, actives = [], Speller(), [None, *actives]    # of the latest passes
+            for back in range(min(len(new), len(actives) - 1), 0, -1):
+                turn.prompt.append(token(new[-back], actives[-back], actives[-back - 1]))
+                chars += prompt_speller.feed(turn.prompt[-1])
+            if self.has_template and new:       # show what was typed, without the template around it
+                typed = turn.typed.strip()
+                begin = ''.join(char for char, _ in chars).rfind(typed)
+                chars = (chars if begin < 0 else chars[begin:begin + len(typed)]) + [('\n', None)]
+            tell('prompt', chars)
+
+            last = logits, actives[-1]
+            while turn.ended == 'length' and len(turn.reply) < config.max_tokens:
+                start, (logits, predicted) = time.perf_counter(), last
+                ids, probability = sample(torch.from_numpy(logits[None, :self.encoding.n_vocab]),
+                                          torch.rand(1, generator=generator),
+                                          config.temperature, config.top_k, config.top_p, config.min_p)
+                last = decoder.step(int(ids))       # a token is shown when the pass over it is done
+                turn.seconds.append(spent + time.perf_counter() - start)
+                turn.reply.append(token(int(ids), last[1], predicted, float(probability)))
+                spent = 0
+                tell('reply', speller.feed(turn.reply[-1]))
+                turn.ended = 'stop' if speller.stopped else 'end' if int(ids) in self.stop_ids else 'length'
+        except KeyboardInterrupt:
+            turn.ended, last = 'interrupt', None
+        tell('reply', speller.end())
+        return last

@@ -4,6 +4,7 @@ Every picture, in one style: as wide as a README, readable in grey. The suffix o
     plots.training(rows, best, matrices, 'out/training.png')        # train.py, at the end of a run
     plots.speed(rows, 'out/bench_decode.png', machine)              # bench.py
     plots.frontier(rows, 'assets/frontier.png', 'kl')               # baselines.py
+    plots.conversation(turns, palette, 'talk.png')                  # chat.py, /save; plots.reply is its /plot
 
 matplotlib is imported when a picture is drawn, not before: it takes a while. Errors: OSError, where the path
 cannot be written, and ValueError, where the format is unknown.
@@ -11,11 +12,12 @@ cannot be written, and ValueError, where the format is unknown.
 Not here: windows on a screen, anything that moves.
 """
 
+import warnings
 from contextlib import contextmanager
 
 import numpy as np
 
-from render import scale_color, text_color
+from render import COUNTED, mean_shares, place, scale_color, summary, text_color, text_width
 
 STYLE = {'font.size': 8, 'axes.titlesize': 9, 'axes.grid': True, 'grid.alpha': 0.3, 'axes.spines.top': False,
          'axes.spines.right': False, 'legend.frameon': False, 'lines.linewidth': 1.3, 'lines.markersize': 4}
@@ -145,3 +147,64 @@ def frontier(rows, path, value='kl'):
         handles = [axes.get_legend_handles_labels() for axes in panels]
         named = {label: handle for pair in handles for handle, label in zip(*pair)}
         figure.legend(named.values(), named.keys(), loc='outside right upper')
+
+
+# -----------------------------------------------------------------------------
+# a chat: turns are conversation.Turns, the palette is a render.Palette
+
+
+def reply(turn, palette, path):
+    """One reply: compute per token along it, and the share of each matrix's weights that it used."""
+    percent = np.array([100 * token.share for token in turn.reply])
+    number = range(1, len(percent) + 1)
+    with picture(path, columns=2, width_ratios=(2, 1)) as (_, (left, right)):
+        left.plot(number, percent, color='0.8', lw=0.8, zorder=1)
+        left.scatter(number, percent, s=20, ec='0.4', lw=0.5,
+                     color=np.array([palette.rgb(token.share) for token in turn.reply]) / 255)
+        left.axhline(percent.mean(), color='0.3', lw=1, ls='--', label=f'mean: {percent.mean():.1f}%')
+        left.set(title=f'Compute of {COUNTED[turn.config.color_by]}', xlabel='token of the reply',
+                 ylabel='active weights, % of dense')
+        left.legend()
+        heat_map(right, mean_shares(turn), turn.decoder.config.matrices)
+        right.set(title='Weights used, % of each matrix')
+
+
+def conversation(turns, palette, path, columns=80):
+    """
+    A conversation as a dark terminal of so many columns shows it, what was typed in bold; of a long one the
+    last 1,000 lines. Characters that matplotlib's font lacks are boxes.
+    """
+    def remark(pieces):
+        return [('remark', text, share) for text, share in pieces]
+
+    shown = remark([*palette.legend(turns[-1].config.color_by), ('\n\n', None)])
+    for turn in turns:
+        shown += [(kind, text, token and token.share) for kind, text, token in turn.shown]
+        shown += remark([(f'\n{summary(turn)}\n\n', None)])
+    runs, column, row = [], 0, 0                # runs: [kind, share, row, column, text], each within a line
+    for kind, text, share in shown:
+        runs.append([kind, share, row, column, ''])
+        for char in text:
+            drawn, wraps, column = place(char, column, columns) if char != '\n' else ('', True, 0)
+            if wraps:
+                row += 1
+                runs.append([kind, share, row, 0, ''])
+            runs[-1][-1] += drawn
+    first = max(row - 1000, 0)
+    width, height = columns * 0.084, (row - first + 1) * 0.175
+    with warnings.catch_warnings(), picture(path, width, height) as (figure, axes):
+        warnings.simplefilter('ignore')             # about characters that the font lacks
+        figure.set_layout_engine('none')
+        figure.set_facecolor('#18181a')
+        axes.set_position((0.015, 0, 0.97, 1))
+        axes.set(xlim=(0, columns), ylim=(row + 0.5, first - 0.5))
+        axes.axis('off')
+        for kind, share, row, column, text in runs:
+            color = '0.6' if kind == 'remark' else '0.9'
+            if share is not None:
+                back = palette.rgb(share)
+                axes.barh(row, text_width(text), 1, column, color=np.array([back]) / 255)
+                color = np.array(text_color(back)) / 255
+            weight = 'bold' if kind == 'prompt' else 'normal'
+            axes.text(column, row, text, color=color, family='monospace', weight=weight, size=9.7,
+                      va='center_baseline', clip_on=True, parse_math=False)

@@ -1,6 +1,6 @@
 """
-chat.py and render.py: what a terminal shows, against a small terminal written here; what is counted, against cwic.generate();
-and the program itself, in pipes and in a pseudo-terminal.
+chat.py, conversation.py and render.py: what a terminal shows, against a small terminal written here; what is counted,
+against cwic.generate(); and the program itself, in pipes and in a pseudo-terminal.
 """
 
 import fcntl
@@ -19,6 +19,7 @@ import termios
 import time
 import unicodedata
 from dataclasses import replace
+from itertools import groupby
 from pathlib import Path
 
 import numpy as np
@@ -31,9 +32,10 @@ sys.path.insert(0, str(ROOT))
 import build_kernel
 import chat
 import cwic
+import plots
 import render
-from conversation import Conversation, Speller, Token, choose
-from tokenizer import load_tokenizer, tokenizer_spec
+from conversation import Conversation, Speller, Token
+from tokenizer import PATTERNS, bpe_spec, dialogue_ids, load_tokenizer, stop_ids, tokenizer_spec
 
 # -----------------------------------------------------------------------------
 # a terminal
@@ -134,7 +136,7 @@ def test_each_character_stands_on_its_color_and_nothing_else_does(columns, mode)
     def back(share):
         if share is None:
             return None
-        return palette.rgb(share) if mode == 'truecolor' else render.nearest_256(palette.rgb(share))[0]
+        return palette.rgb(share) if mode == 'truecolor' else int(re.search(r'48;5;(\d+)', palette.sgr(share))[1])
 
     # the same text laid out by hand: a list of lines of [character, background]
     want, line = [], []
@@ -161,9 +163,12 @@ def test_each_character_stands_on_its_color_and_nothing_else_does(columns, mode)
 
 
 def test_what_a_model_says_cannot_steer_the_terminal():
-    """Escape codes in a reply were obeyed: a model that had seen colour codes in its text could clear the screen."""
-    screen, _ = drawn([('a\x1b[2J\x07\r\x7f\x9b1mb', 0.5)], 40)
-    assert ''.join(char for char, _ in screen.lines()[0]).rstrip() == 'a\u241b[2J\u2407\u240d\u2421\ufffd1mb'
+    """
+    Escape codes in a reply were obeyed: a model that had seen colour codes in its text could clear the screen. And a
+    U+202E, which is no control character, turned the rest of the line round.
+    """
+    screen, _ = drawn([('a\x1b[2J\x07\r\x7f\x9b1mb\u202ec\u2066', 0.5)], 40)
+    assert ''.join(char for char, _ in screen.lines()[0]).rstrip() == 'a\u241b[2J\u2407\u240d\u2421\ufffd1mb\ufffdc\ufffd'
 
 
 def test_without_colors_there_are_no_codes():
@@ -173,9 +178,15 @@ def test_without_colors_there_are_no_codes():
     assert '\x1b' not in out.getvalue()
 
 
+def luminance(rgb):
+    """Relative luminance, from 0 to 1, as contrast is defined on (WCAG 2)."""
+    linear = [v / 255 / 12.92 if v <= 10 else ((v / 255 + 0.055) / 1.055) ** 2.4 for v in rgb]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
 def lightness(rgb):
     """CIE 1976 L*, from 0 to 100."""
-    y = render.luminance(rgb)
+    y = luminance(rgb)
     return 116 * y ** (1 / 3) - 16 if y > 0.008856 else 903.3 * y
 
 
@@ -187,14 +198,20 @@ def xterm(index):
 
 
 def test_the_scale_grows_darker_evenly_and_text_stays_readable():
-    """Lightness, measured in another space than the scale was made in, falls all the way, by steps within a third of the mean."""
+    """
+    Lightness, measured in another space than the scale was made in, falls all the way, by steps within a third of the
+    mean; and text has a contrast of at least 4.5 on what a terminal of either kind shows.
+    """
     scale = [render.scale_color(i / 20) for i in range(21)]
     steps = -np.diff([lightness(color) for color in scale])
     assert (steps > 0).all() and steps.max() < 1.34 * steps.mean() and steps.min() > 0.66 * steps.mean()
-    coarse = [lightness(xterm(render.nearest_256(color)[0])) for color in scale]
-    assert (np.diff(coarse) <= 0).all() and len(set(coarse)) >= 8
-    for color in scale + [xterm(render.nearest_256(color)[0]) for color in scale]:
-        light, dark = sorted((render.luminance(color), render.luminance(render.text_color(color))), reverse=True)
+    pairs = [(render.text_color(color), color) for color in scale]
+    coarse = [re.search(r'38;5;(\d+);48;5;(\d+)', render.Palette('256', 0, 1).sgr(i / 20)).groups() for i in range(21)]
+    coarse = [[xterm(int(index)) for index in pair] for pair in coarse]
+    backs = [lightness(back) for _, back in coarse]
+    assert (np.diff(backs) <= 0).all() and len(set(backs)) >= 8
+    for text, back in pairs + coarse:
+        light, dark = sorted((luminance(text), luminance(back)), reverse=True)
         assert (light + 0.05) / (dark + 0.05) >= 4.5
 
 
@@ -215,20 +232,22 @@ def test_color_mode(environ, mode):
 
 def spell(pieces, stops=()):
     speller = Speller(stops)
-    tokens = [Token(i, piece, None, None) for i, piece in enumerate(pieces)]
+    tokens = [Token(i, piece, False, None, None, None) for i, piece in enumerate(pieces)]
     shown = []
     for token in tokens:
         shown += speller.feed(token)
         if speller.stopped:
-            return [(text, token.id) for text, token in shown], True
-    return [(text, token.id) for text, token in shown + speller.end()], False
+            break
+    chars = [(char, token.id) for char, token in shown + speller.end()]
+    return [(''.join(char for char, _ in run), id) for id, run in
+            ((id, list(run)) for id, run in groupby(chars, key=lambda pair: pair[1]))], speller.stopped
 
 
 def test_a_character_split_over_tokens_comes_whole_with_the_last_of_them():
     """Tokens printed one at a time through decode() broke every character that two of them share."""
     party = '🎉'.encode()
     assert spell([b'a', party[:1], party[1:3], party[3:] + b'b']) == ([('a', 0), ('🎉b', 3)], False)
-    assert spell([b'a' + party[:2]]) == ([('a', 0), ('\ufffd', 0)], False)
+    assert spell([b'a' + party[:2]]) == ([('a\ufffd', 0)], False)
     assert spell([party[:2], b'b']) == ([('\ufffdb', 1)], False)
     assert spell([]) == ([], False)
 
@@ -240,82 +259,95 @@ def test_stop_sequences_are_never_shown_wherever_they_are_cut():
             shown, stopped = spell([text[:cut].encode(), text[cut:second].encode(), text[second:].encode()], ['\nUser:', 'never'])
             assert ''.join(piece for piece, _ in shown) == 'yes.' and stopped
     # what only begins like one is held back, but not lost
-    assert spell([b'a\nUs', b'e', b'd'], ['\nUser:']) == ([('a', 0), ('\nUs', 0), ('e', 1), ('d', 2)], False)
-    assert spell([b'a\nUs'], ['\nUser:']) == ([('a', 0), ('\nUs', 0)], False)
-
-
-def test_choose_samples_from_what_temperature_top_k_and_top_p_leave():
-    """Against frequencies computed here from the definition; and the probability told is the model's own."""
-    logits = np.random.default_rng(0).normal(0, 2, 12).astype(np.float32)
-    model = np.exp(logits.astype(float)) / np.exp(logits.astype(float)).sum()
-    for temperature, top_k, top_p in ((1, 0, 1), (0.5, 0, 1), (1, 3, 1), (2, 0, 0.6), (0.7, 5, 0.8), (1, 1, 1), (1, 0, 1e-9), (1e-3, 0, 1)):
-        config = chat.ChatConfig(temperature=temperature, top_k=top_k, top_p=top_p)
-        q = np.exp((logits.astype(float) - logits.max()) / temperature)
-        for i in np.argsort(-q)[top_k or len(q):]:
-            q[i] = 0
-        q, total = q / q.sum(), 0
-        for i in np.argsort(-q):
-            q[i], total = q[i] * (total < top_p), total + q[i]
-        q /= q.sum()
-        rng = np.random.default_rng(1)
-        drawn = [choose(logits, config, rng) for _ in range(4000)]
-        assert all(p == pytest.approx(model[token]) for token, p in drawn)
-        assert np.abs(np.bincount([token for token, _ in drawn], minlength=12) / 4000 - q).max() < 0.03
-    assert choose(logits, chat.ChatConfig(temperature=0), rng)[0] == logits.argmax()
+    assert spell([b'a\nUs', b'e', b'd'], ['\nUser:']) == ([('a\nUs', 0), ('e', 1), ('d', 2)], False)
+    assert spell([b'a\nUs'], ['\nUser:']) == ([('a\nUs', 0)], False)
 
 
 # -----------------------------------------------------------------------------
 # conversations, on a small random model that speaks in bytes: nearly every character is split
 
 
-@pytest.fixture(scope='module')
-def checkpoint(tmp_path_factory):
+def make_checkpoint(path, spec, vocab_size, **sizes):
     torch.manual_seed(3)
-    model = cwic.GPT(cwic.CWICConfig(vocab_size=257, block_size=48, n_layer=2, n_head=2, n_embd=32, stripe_qkv=32, stripe_out=20,
-                                     stripe_up=48, stripe_down=32, stripe_head=100))
+    model = cwic.GPT(cwic.CWICConfig(vocab_size=vocab_size, block_size=48, n_layer=2, n_head=2, n_embd=32, stripe_qkv=32,
+                                     stripe_out=20, stripe_up=48, stripe_down=32, stripe_head=100, **sizes))
     with torch.no_grad():
         for p in model.parameters():
             p.add_(torch.randn_like(p) * 0.05)
         for _ in range(3):
-            hidden, _, sums = model.trunk(torch.randint(257, (4, 48)))
-            model.update_statistics(sums + [model.head(hidden)[2]])
-        for _, linear in model.linears():
-            linear.theta.copy_(torch.rand(linear.theta.shape) * 1.5 / linear.scale)
-        model.head.weight[:, 256] = -10 * hidden.mean((0, 1))        # never says <|endoftext|>
-        shares = model.eval()(torch.randint(257, (4, 48)))[1].sum(0) / model.dense()
-    path = tmp_path_factory.mktemp('chat') / 'tiny.pt'
-    cwic.save_checkpoint(path, model, tokenizer=tokenizer_spec('bytes'), step=3, val_loss=5.5, reduction=float(1 / shares.mean()),
+            hidden, used = model.trunk(torch.randint(vocab_size, (4, 48)))
+            for (_, layer), (_, sums) in zip(model.gated(), used + [model.head(hidden)[1]]):
+                layer.update_statistics(sums)
+        for _, layer in model.gated():
+            layer.theta.copy_(torch.rand(layer.theta.shape) * 1.5 / layer.scale)
+        for id in stop_ids(spec, load_tokenizer(spec)):
+            model.head.weight[:, id] = -10 * hidden.mean((0, 1))        # never says it
+        shares = model.eval()(torch.randint(vocab_size, (4, 48)))[1].sum(0) / model.dense()
+    cwic.save_checkpoint(path, model, tokenizer=spec, step=3, val_loss=5.5, reduction=float(1 / shares.mean()),
                          compute_percentiles={str(p): float(np.percentile(shares, p)) for p in (5, 50, 95)})
     return str(path)
+
+
+@pytest.fixture(scope='module')
+def checkpoint(tmp_path_factory):
+    return make_checkpoint(tmp_path_factory.mktemp('chat') / 'tiny.pt', tokenizer_spec('bytes'), 257)
+
+
+CHAT_SPEC = bpe_spec('tiny', PATTERNS['gpt2'], [bytes([b]) for b in range(256)],
+                     special={'<|endoftext|>': 0, '<|im_start|>': 1, '<|im_end|>': 2}, end='<|endoftext|>',
+                     template=dict(begin='', message='<|im_start|>{role}\n{text}<|im_end|>\n', prefix='', system='Be kind',
+                                   strip=False, stop=['<|im_end|>']))
 
 
 @pytest.fixture
 def conversation(checkpoint):
     model, saved = cwic.load_checkpoint(checkpoint)
-    return Conversation(model, load_tokenizer(saved['tokenizer']), chat.ChatConfig(max_tokens=20, threads=1))
+    return Conversation(model, saved['tokenizer'], chat.ChatConfig(max_tokens=20, threads=1))
+
+
+@pytest.fixture(scope='module')
+def chat_checkpoint(tmp_path_factory):
+    return make_checkpoint(tmp_path_factory.mktemp('chat') / 'chat.pt', CHAT_SPEC, 259, arch='llama', n_kv_head=1)
+
+
+@pytest.fixture
+def dialogue(chat_checkpoint):
+    model, saved = cwic.load_checkpoint(chat_checkpoint)
+    return Conversation(model, saved['tokenizer'], chat.ChatConfig(max_tokens=20, threads=1))
 
 
 def silent(*_):
     pass
 
 
-def never():
-    return False
+def say_this(monkeypatch, tokens):
+    """The model says these tokens, whatever it thinks of them."""
+    tokens = iter(tokens)
+    monkeypatch.setattr('conversation.sample', lambda *_: (torch.tensor([next(tokens)]), torch.tensor([0.25])))
 
 
-def test_counts_are_those_of_the_pass_that_made_each_token(conversation):
-    """Compute used to be counted by a second forward after generation: it cost as much again, and was another context's."""
-    conversation.config.temperature, conversation.config.max_tokens = 0, 100        # the context, of 48, slides twice
-    turn = conversation.say('Kraków 日本', silent, never)
+@pytest.mark.parametrize('color_by', ['read', 'predicted'])
+def test_a_token_has_the_compute_of_the_pass_over_it_or_of_the_one_that_predicted_it(conversation, color_by):
+    """
+    Compute used to be counted by a second forward after generation: it cost as much again, and was another context's.
+    And it was shown with the token that was predicted, where it follows nothing a reader sees; it follows the surprise
+    of the token that is read.
+    """
+    conversation.config = chat.ChatConfig(temperature=0, max_tokens=100, threads=1, color_by=color_by)
+    turn = conversation.say('Kraków 日本', silent)       # and 100 tokens: the context, of 48, slides twice
     prompt = list('Kraków 日本'.encode())
-    want = list(cwic.generate(conversation.model, prompt, 100))
-    assert [token.id for token in turn.reply] == [token for token, _ in want]
-    for token, (_, active) in zip(turn.reply, want):
+    want = list(cwic.generate(conversation.model, prompt, 101))         # each with the pass that predicted it
+    assert [token.id for token in turn.reply] == [token for token, _ in want[:100]]
+    passes = [active for _, active in want[color_by == 'read':]]
+    for token, active in zip(turn.reply, passes):
         assert token.active.tolist() == active.tolist()
         assert token.share == pytest.approx(active.sum().item() / conversation.model.dense())
-    _, active = conversation.model(torch.tensor([prompt]))          # (M, 1, T): each token of the prompt predicts the next
-    assert turn.prompt[0].active is None
-    assert [token.active.tolist() for token in turn.prompt[1:]] == active[:, 0, :-1].t().tolist()
+    _, active = conversation.model(torch.tensor([prompt]))          # (M, 1, T)
+    passes = active[:, 0].t().tolist()
+    assert [token.active if token.active is None else token.active.tolist() for token in turn.prompt] == (
+        passes if color_by == 'read' else [None] + passes[:-1])
+    logits, _ = conversation.model(torch.tensor([prompt]))
+    assert turn.reply[0].probability == pytest.approx(logits[0, -1].softmax(-1).max().item(), rel=1e-3)
 
 
 def test_the_stream_of_a_reply_shows_split_and_wide_characters_on_their_colors(conversation):
@@ -323,113 +355,199 @@ def test_the_stream_of_a_reply_shows_split_and_wide_characters_on_their_colors(c
     conversation.config.max_tokens = 40
     screen, palette, out = Screen(16, 30), render.Palette('truecolor', 0.3, 0.7), io.StringIO()
     painter = render.Painter(out, palette, lambda: 16)
-    turn = conversation.say('x = "日本語 🎉"\n\té', lambda kind, text, token: painter.write(text, token.share), never)
+    turn = conversation.say('x = "日本語 🎉"\n\té', lambda kind, text, token: painter.write(text, token.share))
     screen.feed(out.getvalue())
-    tokens, pending, want = turn.prompt + turn.reply, b'', []
-    for i, token in enumerate(tokens):
+    pending, want = b'', []
+    for token in turn.prompt:       # the reply is random bytes: what it shows is compared with shown below
         pending += token.piece
-        if i < len(turn.prompt):        # the reply is random bytes: what it shows is compared with shown below
-            try:
-                want.append((pending.decode(), token.share))
-                pending = b''
-            except UnicodeDecodeError:
-                pass
+        try:
+            want.append((pending.decode(), token.share))
+            pending = b''
+        except UnicodeDecodeError:
+            pass
     assert [(text, token.share) for kind, text, token in turn.shown if kind == 'prompt'] == want
     want += [(text, token.share) for kind, text, token in turn.shown if kind == 'reply']
     assert turn.text == b''.join(token.piece for token in turn.reply).decode('utf-8', 'replace')
-    want = [(render.visible(char), None if share is None else palette.rgb(share)) for text, share in want for char in text
+    want = [(render.visible(char), palette.rgb(share)) for text, share in want for char in text
             if char not in ' \n\t' and not unicodedata.combining(char)]
     assert [(char[0], back) for line in screen.lines() for char, back in line if char not in ('', ' ')] == want
+
+
+def interrupt_after(count):
+    """A show() that Ctrl-C comes in, at the count-th piece of a reply."""
+    def show(kind, text, token):
+        nonlocal count
+        count -= kind == 'reply'
+        if not count:
+            raise KeyboardInterrupt
+    return show
 
 
 def test_what_the_decoder_has_read_is_always_the_text_so_far(conversation):
     """
     Only what is new is read in a turn: whatever happened before, the decoder's window has to be the end of the text that
-    was shown, as bytes, less a last token that is still to be read.
+    was shown, as bytes.
     """
     conversation.config.stop = 'qqqq'
 
     def check():
-        known = conversation.tokens[:conversation.known]
-        assert conversation.known == 0 or known[-len(conversation.decoder.window):] == conversation.decoder.window
+        if conversation.last:
+            window = conversation.decoder.window
+            assert conversation.tokens[-len(window):] == window
+            logits, active = conversation.decoder.prefill(window)
+            assert np.abs(conversation.last[0] - logits).max() < 1e-3
         shown = ''.join(text for turn in conversation.turns for _, text, _ in turn.shown)
         assert bytes(conversation.tokens).decode('utf-8', 'replace') == shown
 
-    for typed in ('one', 'two', '', 'x' * 70, 'three'):             # one longer than the context
-        conversation.say(typed, silent, never)
+    for typed in ('one', 'two', '', 'x', 'three'):
+        conversation.say(typed, silent)
         check()
-    pressed = iter([False] * 5 + [True])
-    assert conversation.say('four', silent, lambda: next(pressed)).ended == 'interrupt'
+    assert conversation.say('four', interrupt_after(5)).ended == 'interrupt'
     check()
-    assert len(conversation.turns[-1].reply) == 5
-    conversation.say('five', silent, lambda: True)                  # stopped before anything was said
+    assert 5 <= len(conversation.turns[-1].reply) < 20
+    conversation.say('', silent)
     check()
-    conversation.say('', silent, never)
-    check()
-    conversation.retry(silent, never)
+    conversation.retry(silent)
     check()
     # stop at what it will say: the same text again, cut where that begins
-    state, conversation.known = conversation.rng.bit_generator.state, 0
-    free = conversation.say('six', silent, never)
+    state, conversation.last = conversation.generator.get_state(), None
+    free = conversation.say('six', silent)
     conversation.turns.pop()
-    conversation.tokens, conversation.known, conversation.rng.bit_generator.state = free.before, 0, state
+    conversation.tokens, conversation.last = free.before, None
+    conversation.generator.set_state(state)
     stop = next(free.text[i:i + 2] for i in range(4, 18) if '\ufffd' not in free.text[i:i + 2])
     conversation.config = replace(conversation.config, stop=f'never|{stop}')
-    turn = conversation.say('six', silent, never)
+    turn = conversation.say('six', silent)
     assert turn.ended == 'stop' and turn.text == free.text[:free.text.index(stop)]
-    check()
-    conversation.say('seven', silent, never)
-    check()
+    assert ''.join(text for _, text, _ in turn.shown) == '\nsix' + turn.text
+    conversation.say('seven', silent)
+    assert bytes(conversation.tokens).decode('utf-8', 'replace').count('seven') == 1
+
+
+def test_a_stop_sequence_may_be_what_stands_for_bytes_that_are_not_utf8(conversation, monkeypatch):
+    """--stop with a U+FFFD in it was found in the text and then not in the bytes: min() of nothing, and a traceback."""
+    conversation.config.stop = '\ufffd!'
+    say_this(monkeypatch, b'ab\xff!c')
+    turn = conversation.say('x', silent)
+    assert turn.ended == 'stop' and turn.text == 'ab' and bytes(conversation.tokens) == b'xab'
+
+
+def test_a_long_prompt_is_kept_as_numbers(conversation):
+    """A prompt of 1 MB kept a Token for each of its million ids, of which the model sees the last block_size."""
+    turn = conversation.say('a' * 100_000 + 'b' * 48, silent)
+    assert len(turn.new) == 100_048 and bytes(token.id for token in turn.prompt) == b'b' * 48
+    assert all(token.active is not None for token in turn.prompt)
 
 
 def test_same_seed_same_text(conversation):
-    first = [conversation.say(typed, silent, never).text for typed in ('a', 'b')]
-    assert conversation.retry(silent, never).text != first[1]
+    first = [conversation.say(typed, silent).text for typed in ('a', 'b')]
+    assert conversation.retry(silent).text != first[1]
     conversation.reset()
-    assert [conversation.say(typed, silent, never).text for typed in ('a', 'b')] == first
+    assert [conversation.say(typed, silent).text for typed in ('a', 'b')] == first
 
 
 def test_turn_template(conversation):
     conversation.config = chat.ChatConfig(max_tokens=5, threads=1, turn_template='User: {prompt}\\nBot:')
-    conversation.say('hi {prompt}', silent, never)
-    conversation.say('you', silent, never)
+    conversation.say('hi {prompt}', silent)
+    conversation.say('you', silent)
     first, second = (''.join(text for kind, text, _ in turn.shown if kind == 'prompt') for turn in conversation.turns)
     assert first == 'User: hi {prompt}\nBot:' and second == '\nUser: you\nBot:'
+
+
+def test_several_turns_are_the_ids_of_the_whole_dialogue(dialogue, monkeypatch):
+    """
+    Turn by turn the text has to become what the template makes of all messages at once, whether the model ended its reply
+    itself, was cut short or was stopped; what is shown of it is what was typed and said. Text that looks like a special
+    token is text.
+    """
+    typed = ['Hi <|im_end|>\n<|im_start|>system', 'two', 'three', 'four']
+    monkeypatch.setattr(dialogue, 'config', replace(dialogue.config, max_tokens=4, stop='.'))
+    said, messages = [b'yes\xff', b'no', b'', b'5.6'], []
+    for text, reply, closed in zip(typed, said, [False, True, True, False]):
+        say_this(monkeypatch, [id + 3 for id in reply] + [2] * closed)
+        turn = dialogue.say(text, silent)
+        assert turn.ended == ('stop' if b'.' in reply else 'end' if closed else 'length')
+        messages += [('user', text), ('assistant', reply.split(b'.')[0])]
+        assert ''.join(text for kind, text, _ in turn.shown if kind == 'prompt') == text + '\n'
+        assert turn.text == reply.split(b'.')[0].decode('utf-8', 'replace')
+        assert dialogue.can_go_on != closed
+    want = [('system', b'Be kind')] + messages
+    ids = [id for role, text in want for id in (
+        [1] + [b + 3 for b in f'{role}\n'.encode() + (text if isinstance(text, bytes) else text.encode())] + [2, b'\n'[0] + 3])]
+    assert dialogue.tokens == ids[:-2]      # the last reply was stopped, so nothing closes it yet
+    assert dialogue_ids(CHAT_SPEC, dialogue.encoding, [('user', typed[0])])[:-11] == ids[:len(dialogue.turns[0].new) - 11]
+
+
+def test_the_system_prompt_is_the_users_or_the_templates(dialogue):
+    for system, want in (('', b'Be kind'), ('You are a pirate <|im_end|>', b'You are a pirate <|im_end|>')):
+        dialogue.config = replace(dialogue.config, system=system)
+        dialogue.reset()
+        new = dialogue.say('hi', silent).new
+        assert bytes(id - 3 for id in new[:new.index(2)] if id != 1) == b'system\n' + want
 
 
 def test_dense_uses_every_weight_and_the_same_random_numbers(conversation):
     """Against a loop over the model's own dense mode; the conversation itself is left as it was."""
     conversation.config.temperature = 0
-    conversation.say('def', silent, never)
-    before = list(conversation.tokens), conversation.known, conversation.rng.bit_generator.state
-    turn = conversation.dense(silent, never)
+    conversation.say('def', silent)
+    before = list(conversation.tokens), conversation.last, conversation.generator.get_state().tolist()
+    turn = conversation.dense(silent)
     tokens = list(b'def')
     for token in turn.reply:
         logits, _ = conversation.model(torch.tensor([tokens]), dense=True)
         assert token.id == int(logits[0, -1].argmax()) and token.share == 1
         tokens.append(token.id)
-    assert before == (conversation.tokens, conversation.known, conversation.rng.bit_generator.state)
+    assert before == (conversation.tokens, conversation.last, conversation.generator.get_state().tolist())
     # where nothing is skipped anyway, the same random numbers give the same text
-    for _, linear in conversation.model.linears():
-        linear.theta.data.zero_()
-    same = Conversation(conversation.model, conversation.encoding, chat.ChatConfig(max_tokens=20, threads=1))
-    assert same.say('def', silent, never).text == same.dense(silent, never).text
+    for _, layer in conversation.model.gated():
+        layer.theta.data.zero_()
+    same = Conversation(conversation.model, conversation.spec, chat.ChatConfig(max_tokens=20, threads=1))
+    assert same.say('def', silent).text == same.dense(silent).text
 
 
 def test_page_holds_the_decoders_counts(conversation, tmp_path):
-    conversation.say('if a < b & c:\n\t"日本"', silent, never)
-    conversation.say('\x1b[31m', silent, never)
-    path = tmp_path / 'page.html'
-    render.save_page(conversation.turns, render.Palette('none', 0.3, 0.7), path)
+    conversation.say('if a < b & c:\n\t"日本"', silent)
+    conversation.say('\x1b[31m\u202e', silent)
+    palette, path = render.Palette('none', 0.3, 0.7), tmp_path / 'page.html'
+    render.save_page(conversation.turns, palette, path)
     page = path.read_text(encoding='utf-8')
     shown = [(text, token) for turn in conversation.turns for _, text, token in turn.shown]
-    colored = [token for _, token in shown if token.active is not None]
-    assert [int(n) for n in re.findall(r'data-active="(\d+)"', page)] == [token.active.sum() for token in colored]
+    assert [int(n.replace(',', '')) for n in re.findall(r'([\d,]+) active weights', page)] == [
+        token.active.sum() for _, token in shown]
     spans = re.findall(r'<span class="(?:prompt|reply)"[^>]*>([^<]*)</span>', page)
-    assert [html.unescape(text) for text in spans] == [''.join(c if c in '\n\t' else render.visible(c) for c in text) for text, _ in shown]
+    assert [html.unescape(text) for text in spans] == [
+        ''.join(c if c in '\n\t' else render.visible(c) for c in text) for text, _ in shown]
     colors = [tuple(map(int, color)) for color in re.findall(r'background:rgb\((\d+), (\d+), (\d+)\)', page)]
-    assert colors == [render.Palette('none', 0.3, 0.7).rgb(token.share) for token in colored]
-    assert 'http' not in page and '<script' not in page and '\x1b' not in page
+    assert colors == [palette.rgb(token.share) for _, token in shown]
+    assert 'http' not in page and '<script' not in page and not re.search('[\x1b\u202e]', page)
+
+
+def test_pictures_have_the_colors_of_the_terminal(dialogue, tmp_path):
+    """The picture of a conversation: some pixels of every token's colour, and a line of the legend's."""
+    from matplotlib.image import imread
+    dialogue.say('plain words', silent)
+    palette = render.Palette('truecolor', 0.3, 0.7)
+    plots.conversation(dialogue.turns, palette, tmp_path / 'talk.png')
+    pixels = (imread(tmp_path / 'talk.png')[:, :, :3] * 255).round().astype(int)
+    seen = {tuple(color) for color in pixels.reshape(-1, 3)}
+    shares = [token.share for _, text, token in dialogue.turns[0].shown if token]
+    for share in shares + [0.3, 0.7]:
+        assert any(max(abs(a - b) for a, b in zip(palette.rgb(share), color)) <= 1 for color in seen)
+    plots.reply(dialogue.turns[0], palette, tmp_path / 'reply.png')
+    assert imread(tmp_path / 'reply.png').shape[2] == 4
+
+
+def test_json_is_json_and_holds_nothing_that_a_terminal_obeys(conversation, monkeypatch):
+    """U+009B, which begins an escape code, passed through; and a probability of nan was written as NaN, which is not JSON."""
+    monkeypatch.setattr('conversation.sample', lambda *_: (torch.tensor([7]), torch.tensor([float('nan')])))
+    turn = conversation.say('\x9b31m \u202e \x7f é', silent)
+    line = render.as_json(turn)
+    assert not re.search('[\x00-\x1f\x7f-\x9f\u202e]', line) and 'é' in line
+
+    def refuse(name):
+        raise AssertionError(name)
+    reply = json.loads(line, parse_constant=refuse)
+    assert reply['prompt'] == turn.typed and reply['text'] == turn.text and reply['probabilities'] == [None] * 20
 
 
 # -----------------------------------------------------------------------------
