@@ -1,4 +1,4 @@
-"""The prepare.py scripts, run as a user runs them (subprocess), against texts read and split here by other means."""
+"""The prepare.py scripts against texts read and split here by other means; load_dataset against damage."""
 
 import http.client
 import importlib.util
@@ -16,44 +16,66 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import cwic
 from data import common
-from data.common import DataError
-from data.python import prepare as python_prepare
-from tokenizer import load_tokenizer
+from data.common import DataError, load_dataset
+from data.fineweb import prepare as fineweb_script
+from data.python import prepare as python_script
+from data.shakespeare import prepare as shakespeare_script
+from data.text import prepare as text_script
+from tokenizer import end_id, load_tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
-SCRIPT = {name: ROOT / 'data' / name / 'prepare.py' for name in ('python', 'text', 'shakespeare', 'fineweb')}
 END = '<|endoftext|>'
+# the process is killed where it gives a file its name
+DIE_AT = '''
+replace = os.replace
+os.replace = lambda a, b: os.kill(os.getpid(), 9) if str(b).endswith("{}") else replace(a, b)
+'''
 
 
-def prepare(name, *args, before='', **kwargs):
-    """data/NAME/prepare.py with args in a process of its own; before: Python code to run first in that process"""
-    code = f'import os, runpy, sys\nsys.argv = sys.argv[1:]\n{before}\nrunpy.run_path(sys.argv[0], run_name="__main__")'
-    command = [sys.executable, '-c', code] if before else [sys.executable]
-    return subprocess.run([*command, str(SCRIPT[name]), *map(str, args)], capture_output=True, text=True,
-                          encoding='utf-8', timeout=60, **kwargs)
+@pytest.fixture
+def prepare(monkeypatch, capsys):
+    """
+    Runs the program of a prepare.py with args in this process -> what it prints. With an exit code, and parts
+    of the line that it ends in -> that line.
+    """
+    def prepare(script, *args, code=0, parts=()):
+        monkeypatch.setattr(sys, 'argv', ['prepare.py', *map(str, args)])
+        left_with = 0
+        try:
+            common.run(script.main)
+        except SystemExit as e:
+            left_with = e.code
+        printed, error = capsys.readouterr()
+        assert left_with == code and error.count('\n') == (code != 0), error
+        assert all(part in error for part in parts), error
+        return error if code else printed
+    return prepare
+
+
+def prepare_and_die(script, *args, before='', **env):
+    """The same in a process of its own; before: Python code that runs there first, so that it gets killed."""
+    code = 'import os, runpy, sys\nsys.argv = sys.argv[1:]\n' + before
+    code += '\nrunpy.run_path(sys.argv[0], run_name="__main__")'
+    command = [sys.executable, '-c', code, script.__file__, *map(str, args)]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=60, env={**os.environ, **env})
+    assert result.returncode == -signal.SIGKILL, result.stderr
 
 
 def read(folder):
-    """-> meta, text of train, text of val, with the separators"""
+    """-> meta, documents of train, documents of val"""
     meta = json.loads((folder / 'meta.json').read_text(encoding='utf-8'))
     encoding = load_tokenizer(meta['tokenizer'])
     assert meta['vocab_size'] == encoding.n_vocab
-    texts = []
+    splits = []
     for split in ('train', 'val'):
-        ids = np.fromfile(folder / f'{split}.bin', dtype=np.uint16)
-        assert len(ids) == meta[f'{split}_tokens']
-        # END by itself, so that a literal one in the text would not be taken for it
-        documents, document = [], []
-        for i in ids.tolist():
-            if i == encoding.n_vocab - 1:
-                documents.append(encoding.decode(document))
-                document = []
-            else:
-                document.append(i)
-        assert not document and meta[f'{split}_bytes'] == sum(len(d.encode('utf-8')) for d in documents)
-        texts.append(documents)
-    return meta, *texts
+        ids = np.fromfile(folder / f'{split}.bin', np.uint16 if encoding.n_vocab <= 65536 else np.uint32)
+        ends = np.flatnonzero(ids == end_id(meta['tokenizer'], encoding))
+        assert len(ids) == meta[f'{split}_tokens'] and ends[-1] == len(ids) - 1
+        splits.append([encoding.decode(document[:-1].tolist()) for document in np.split(ids, ends[:-1] + 1)])
+        assert meta[f'{split}_bytes'] == sum(len(document.encode('utf-8')) for document in splits[-1])
+    return meta, *splits
 
 
 def content(folder):
@@ -61,22 +83,30 @@ def content(folder):
 
 
 def content_after_kill(folder):
-    return {name: data for name, data in content(folder).items() if not name.endswith('.tmp')}
+    return {name: data for name, data in content(folder).items() if not name.endswith(('.partial', '.part'))}
 
 
-def one_line(result, code, *parts):
-    assert result.returncode == code, result.stderr
-    assert result.stderr.count('\n') == 1 and 'Traceback' not in result.stderr, result.stderr
-    for part in parts:
-        assert part in result.stderr
+def lines(seed, count):
+    rng = random.Random(seed)
+    words = 'être ou ne pas être that is the question 数 def return x = 3.14 🙂'.split()
+    return ''.join(' '.join(rng.choices(words, k=rng.randrange(1, 12))) + '\n' for _ in range(count))
+
+
+def write(folder, **texts):
+    """Files NAME.txt -> their paths"""
+    for name, text in texts.items():
+        (folder / f'{name}.txt').write_text(text, encoding='utf-8')
+    return [folder / f'{name}.txt' for name in texts]
 
 
 # ---- python ----
 
 @pytest.fixture(scope='module')
 def python_data(tmp_path_factory):
+    """As a user runs it, from another folder"""
     folder = tmp_path_factory.mktemp('data') / 'python'
-    result = prepare('python', '--out', folder, cwd=tmp_path_factory.mktemp('elsewhere'))
+    command = [sys.executable, python_script.__file__, '--out', str(folder)]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=folder.parent)
     assert result.returncode == 0, result.stderr
     return folder, result.stdout
 
@@ -94,16 +124,15 @@ def test_python_corpus_is_the_standard_library_without_its_tests(python_data):
                     name_of.setdefault(f.read(), []).append(path.relative_to(lib).as_posix())
             except (SyntaxError, UnicodeDecodeError):
                 pass
-    names = [[name_of[document] for document in documents] for documents in (train, val)]
     # a few files of the library are copies of one another, then any name that is not left out will do
-    wanted = [[[name for name in same if not {'test', 'tests', 'idle_test', 'encodings'} & set(name.split('/'))]
-               for same in split] for split in names]
-    flat = [same for split in wanted for same in split]
-    assert all(flat) and len(flat) > 300
+    left_out = {'test', 'tests', 'idle_test', 'encodings'}
+    names = [[[name for name in name_of[text] if not left_out & set(name.split('/'))] for text in split]
+             for split in (train, val)]
+    assert all(map(all, names)) and len(names[0]) > 300
     for name in ('argparse.py', 'asyncio/tasks.py', 'json/decoder.py', 'unittest/case.py', 'doctest.py'):
-        assert [name] in flat
+        assert [name] in names[0] + names[1]
     # documents come in the order of their names, which makes the files the same on every file system
-    for split in wanted:
+    for split in names:
         assert all(min(a) < max(b) for a, b in zip(split, split[1:]))
     assert 8e6 < meta['train_bytes'] + meta['val_bytes'] < 14e6
     assert 'train + val' in stdout and f"{meta['train_tokens']:,}" in stdout and str(folder) in stdout
@@ -116,267 +145,287 @@ def test_python_split_shares_no_file_and_no_content(python_data):
     assert 3.5 < meta['val_bytes'] / meta['val_tokens'] < 4.1     # GPT-2's pattern at this size: 3.60
 
 
-def test_python_train_bin_is_the_concatenated_sources(python_data):
-    meta = json.loads((python_data[0] / 'meta.json').read_text(encoding='utf-8'))
-    encoding = load_tokenizer(meta['tokenizer'])
-    sources = python_prepare.find_sources(Path(sysconfig.get_path('stdlib')))
-    for split, wanted in (('train', False), ('val', True)):
-        text = ''.join(text + END for name, text in sources if python_prepare.in_val(name) == wanted)
-        ids = np.fromfile(python_data[0] / f'{split}.bin', dtype=np.uint16)
-        assert encoding.decode_bytes(ids.tolist()) == text.encode('utf-8')
-
-
-def test_python_twice_is_the_same_to_the_byte(python_data, tmp_path):
+def test_python_twice_is_the_same_to_the_byte(python_data, prepare, tmp_path):
+    """The first time had another hash seed, in a process of its own: the order of a set would differ."""
     first = content(python_data[0])
     assert set(first) == {'train.bin', 'val.bin', 'meta.json'}      # and no temporary file
-    # another hash seed: an order that came from a set would differ
-    assert prepare('python', '--out', tmp_path / 'again', env=os.environ | {'PYTHONHASHSEED': '7'}).returncode == 0
+    prepare(python_script, '--out', tmp_path / 'again')
     assert content(tmp_path / 'again') == first
 
 
 def test_python_side_of_a_file_depends_on_its_name_alone():
     """Pinned: if these move, committed tokenizer and validation text are no longer disjoint."""
-    val = {name for name in ('argparse.py', 'enum.py', 'traceback.py', 'timeit.py', 'ast.py', 'json/encoder.py',
-                             'json/decoder.py', 'html/parser.py', 'random.py') if python_prepare.in_val(name)}
-    assert val == {'enum.py', 'traceback.py', 'timeit.py', 'json/encoder.py', 'html/parser.py'}
+    val = {'enum.py', 'traceback.py', 'timeit.py', 'json/encoder.py', 'html/parser.py'}
+    train = {'argparse.py', 'ast.py', 'json/decoder.py', 'random.py'}
+    assert {name for name in val | train if common.in_val(name, 0.08)} == val
+    assert python_script.VAL_FRACTION == 0.08
 
 
 def test_python_sources_that_are_left_out(tmp_path, monkeypatch):
-    monkeypatch.setattr(python_prepare, 'MIN_BYTES', 0)
+    """From a library and the packages installed beside it; what repeats, in whichever, comes once."""
+    monkeypatch.setattr(python_script, 'MIN_BYTES', 0)
     files = {'b.py': 'b = 1\n', 'pkg/a.py': 'ü = 2\n', 'pkg/copy_of_b.py': 'b = 1\n', 'empty.py': ' \n',
              'notes.txt': 'no', 'test/t.py': 't', 'pkg/tests/t.py': 't', 'encodings/cp1250.py': 't',
-             '_sysconfigdata_x.py': '/a/path', 'sitecustomize.py': 't', 'crlf.py': 'x = 1\r\ny = 2\r\n'}
+             '_sysconfigdata_x.py': '/a/path', 'sitecustomize.py': 't', 'crlf.py': 'x = 1\r\ny = 2\r\n',
+             'site-packages/torch/t.py': 't = 1\n', 'site-packages/pip/_vendor/t.py': 't = 2\n',
+             'site-packages/copy_of_b.py': 'b = 1\n', 'site-packages/table.py': f'x = "{"0" * 400_000}"\n',
+             'site-packages/numpy/tests/t.py': 't', 'site-packages/a.py': 'a = 1\n',
+             'large.py': '#' * 400_001}
     for name, text in files.items():
-        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).parent.mkdir(exist_ok=True, parents=True)
         (tmp_path / name).write_bytes(text.encode('utf-8'))
     (tmp_path / 'latin.py').write_bytes('# coding: latin-1\nx = "é"\n'.encode('latin-1'))
     (tmp_path / 'broken.py').write_bytes(b'x = "\xff\xfe"\n')
     (tmp_path / 'unknown.py').write_bytes(b'# coding: klingon\n')
-    assert python_prepare.find_sources(tmp_path) == [
-        ('b.py', 'b = 1\n'), ('crlf.py', 'x = 1\ny = 2\n'), ('latin.py', '# coding: latin-1\nx = "é"\n'),
-        ('pkg/a.py', 'ü = 2\n')]
+    library = [('b.py', 'b = 1\n'), ('crlf.py', 'x = 1\ny = 2\n'), ('large.py', '#' * 400_001),
+               ('latin.py', '# coding: latin-1\nx = "é"\n'), ('pkg/a.py', 'ü = 2\n')]
+    packages = [('a.py', 'a = 1\n'), ('torch/t.py', 't = 1\n')]
+    assert python_script.find_sources(tmp_path) == library
+    assert python_script.find_sources(tmp_path, [tmp_path / 'site-packages']) == library + packages
 
 
-def test_python_without_sources_is_one_clear_line(tmp_path):
+def test_python_packages_are_those_of_this_environment(tmp_path, monkeypatch, prepare):
+    site = tmp_path / 'site-packages'
+    site.mkdir()
+    for i in range(60):
+        (site / f'm{i}.py').write_text(lines(i, 20), encoding='utf-8')
+    monkeypatch.setattr(python_script, 'MIN_BYTES', 0)
+    monkeypatch.setattr(sys, 'path', [str(tmp_path), str(site)])
+    monkeypatch.setattr(sysconfig, 'get_path', lambda name: str(tmp_path))
+    prepare(python_script, '--packages', '--out', tmp_path / 'out')
+    meta, train, val = read(tmp_path / 'out')
+    assert sorted(train + val) == sorted(lines(i, 20) for i in range(60)) and 1 <= len(val) <= 12
+    assert meta['source'].endswith('and packages')
+
+
+def test_python_without_sources_is_one_clear_line(tmp_path, monkeypatch, prepare):
     for lib in (tmp_path, tmp_path / 'python311.zip'):      # stripped, zipped
-        result = prepare('python', '--out', tmp_path / 'out', before='import sysconfig; get = sysconfig.get_path\n'
-                         f'sysconfig.get_path = lambda name: {str(lib)!r} if name == "stdlib" else get(name)')
-        one_line(result, 1, 'no Python sources', 'data/text/prepare.py')
+        monkeypatch.setattr(sysconfig, 'get_path', lambda name, lib=lib: str(lib))
+        prepare(python_script, '--out', tmp_path / 'out', code=1, parts=['no Python sources', 'data/text/'])
         assert not (tmp_path / 'out').exists()
 
 
-def test_training_a_tokenizer_without_the_package_is_one_clear_line():
-    code = 'import runpy, sys\nsys.modules["tokenizers"] = None\nsys.argv = sys.argv[1:]\n' \
-           'runpy.run_path(sys.argv[0], run_name="__main__")'
-    script = ROOT / 'data' / 'python' / 'train_tokenizer.py'
-    result = subprocess.run([sys.executable, '-c', code, str(script)], capture_output=True, text=True, timeout=60)
-    one_line(result, 1, 'pip install tokenizers')
+def test_training_a_tokenizer_without_the_package_is_one_clear_line(monkeypatch, prepare):
+    from data.python import train_tokenizer
+    monkeypatch.setitem(sys.modules, 'tokenizers', None)
+    prepare(train_tokenizer, code=1, parts=['pip install tokenizers'])
 
 
 # ---- writing ----
 
 @pytest.mark.parametrize('moment', ['while writing', 'between the names'])
-def test_a_kill_leaves_the_old_data_or_none_never_a_mixture(tmp_path, moment):
+def test_a_kill_leaves_the_old_data_or_none_never_a_mixture(tmp_path, prepare, moment):
     """
-    train.bin of one run with meta.json of another trains without complaint on wrong ids. A kill while the new files
-    are written must leave the old set; one while they get their names must leave no meta.json to be believed.
+    train.bin of one run with meta.json of another trains without complaint on wrong ids. A kill while the new
+    files are written must leave the old set; one while they get their names must leave no meta.json to be
+    believed. What the killed process left unfinished goes at the next run.
     """
-    (tmp_path / 'a.txt').write_text('the old text\n' * 900, encoding='utf-8')
-    (tmp_path / 'b.txt').write_text('another, newer text\n' * 900, encoding='utf-8')
+    old_text, new_text = write(tmp_path, a='the old text\n' * 900, b='another, newer text\n' * 900)
     out = tmp_path / 'out'
-    assert prepare('text', tmp_path / 'a.txt', '--out', out).returncode == 0
+    prepare(text_script, old_text, '--out', out)
     old = content(out)
 
-    die = 'os.kill(os.getpid(), 9)'
-    before = {'while writing': f'import json\njson.dumps = lambda *args: {die}',
-              'between the names': 'replace = os.replace\n'
-              f'os.replace = lambda a, b: {die} if str(b).endswith("val.bin") else replace(a, b)'}[moment]
-    assert prepare('text', tmp_path / 'b.txt', '--out', out, before=before).returncode == -signal.SIGKILL
+    name = {'while writing': 'val.bin.part', 'between the names': 'val.bin'}[moment]
+    prepare_and_die(text_script, new_text, '--out', out, before=DIE_AT.format(name))
     left = content_after_kill(out)
     if moment == 'while writing':
-        assert left == old
+        assert left == old and len(content(out)) == 5
     else:
         assert set(left) == {'train.bin', 'val.bin'} and left['val.bin'] == old['val.bin']
 
-    assert prepare('text', tmp_path / 'b.txt', '--out', out).returncode == 0
-    assert ''.join(read(out)[1]).startswith('another, newer text\n')
+    prepare(text_script, new_text, '--out', out)
+    assert ''.join(read(out)[1]).startswith('another, newer text\n') and set(content(out)) == set(old)
 
 
-def test_an_error_while_writing_leaves_the_old_data_and_no_temporary_file(tmp_path):
-    (tmp_path / 'a.txt').write_text('the old text\n' * 900, encoding='utf-8')
-    assert prepare('text', tmp_path / 'a.txt', '--out', tmp_path / 'out').returncode == 0
-    old = content(tmp_path / 'out')
-    (tmp_path / 'a.txt').write_text('a newer text\n' * 900, encoding='utf-8')
-    for error, code in (('OSError(28, "No space left on device")', 1), ('KeyboardInterrupt()', 130)):
-        result = prepare('text', tmp_path / 'a.txt', '--out', tmp_path / 'out', before=f'def full(fd): raise {error}\n'
-                         'os.fsync = full')
-        one_line(result, code, 'No space left' if code == 1 else 'interrupted')
-        assert content(tmp_path / 'out') == old
+def test_an_error_while_writing_leaves_the_old_data_and_no_temporary_file(tmp_path, prepare, monkeypatch):
+    """A disk that fills up, as far as the system can pretend: files may not grow beyond 2,000 bytes."""
+    import resource
+    old_text, new_text = write(tmp_path, a='the old text\n' * 900, b='a newer text\n' * 900)
+    prepare(text_script, old_text, '--out', tmp_path / 'out')
+    old, limits = content(tmp_path / 'out'), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, limits[1]))
+    try:
+        prepare(text_script, new_text, '--out', tmp_path / 'out', code=1, parts=['too large', 'is whole'])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert content(tmp_path / 'out') == old
+
+    def interrupt(fd):
+        raise KeyboardInterrupt
+    monkeypatch.setattr(cwic.os, 'fsync', interrupt)
+    prepare(text_script, new_text, '--out', tmp_path / 'out', code=130, parts=['interrupted'])
+    assert content(tmp_path / 'out') == old
 
 
-def test_ids_must_fit_16_bits(tmp_path):
-    """65,536 ids are the most that uint16 tells apart; one more would come back as id 0."""
+def test_a_reader_that_is_gone_or_a_full_device_behind_stdout(tmp_path):
+    """`prepare.py | head -1` and `> /dev/full` once ended in a traceback; the data is there all the same."""
+    book, = write(tmp_path, book=lines(0, 500))
+    command = [sys.executable, text_script.__file__, str(book), '--out', str(tmp_path / 'out')]
+    gone, stdout = os.pipe()
+    os.close(gone)
+    result = subprocess.run(command, stdout=stdout, stderr=subprocess.PIPE, text=True, timeout=60)
+    assert (result.returncode, result.stderr) == (141, '')
+    with open('/dev/full', 'w', encoding='utf-8') as full:
+        result = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, timeout=60)
+    assert result.returncode == 1 and result.stderr.count('\n') == 1 and 'No space left' in result.stderr
+    assert read(tmp_path / 'out')[0]['source'] == 'book.txt'
+
+
+def test_ids_beyond_16_bits(tmp_path, prepare):
+    """65,536 ids are the most that uint16 tells apart: one more, and the last would come back as id 0."""
     characters = [chr(b) for b in range(256) if chr(b).isprintable() and chr(b) != ' ']
     characters += [chr(256 + i) for i in range(256 - len(characters))]
     merges = [(a, b) for a in characters for b in characters]
-    (tmp_path / 'a.txt').write_text('some text\n' * 1000, encoding='utf-8')
-    for count, fits in ((2 ** 16 - 257, True), (2 ** 16 - 256, False)):
+    book, = write(tmp_path, book='some text\n' * 1000)
+    for count, dtype in ((2 ** 16 - 257, np.uint16), (2 ** 16 - 256, np.uint32)):
         tokens = characters + [a + b for a, b in merges[:count]] + [END]
-        (tmp_path / 'encoder.json').write_text(json.dumps({t: i for i, t in enumerate(tokens)}), encoding='utf-8')
-        (tmp_path / 'vocab.bpe').write_text('\n'.join(f'{a} {b}' for a, b in merges[:count]), encoding='utf-8')
-        result = prepare('text', tmp_path / 'a.txt', '--tokenizer', tmp_path, '--out', tmp_path / 'out')
-        if fits:
-            assert result.returncode == 0, result.stderr
-            assert np.fromfile(tmp_path / 'out' / 'val.bin', dtype=np.uint16)[-1] == 65535
-        else:
-            one_line(result, 1, 'a vocabulary of 65,537 does not fit', 'choose a smaller tokenizer')
+        ids = json.dumps({token: i for i, token in enumerate(tokens)})
+        (tmp_path / 'encoder.json').write_text(ids, encoding='utf-8')
+        (tmp_path / 'vocab.bpe').write_text('\n'.join(map(' '.join, merges[:count])), encoding='utf-8')
+        prepare(text_script, book, '--tokenizer', tmp_path, '--out', tmp_path / 'out')
+        _, (train,), (val,) = read(tmp_path / 'out')
+        assert train + val == 'some text\n' * 1000
+        _, val, meta = load_dataset(tmp_path / 'out', 16)
+        assert val.dtype == dtype and val[-1] == meta['vocab_size'] - 1 == 256 + count
 
 
 # ---- text ----
 
-def lines(seed, count):
-    rng = random.Random(seed)
-    words = 'être ou ne pas être that is the question 数 def return x = 3.14 🙂'.split()
-    return ''.join(' '.join(rng.choices(words, k=rng.randrange(1, 12))) + '\n' for _ in range(count))
-
-
 @pytest.mark.parametrize('tokenizer', ['python4k', 'bytes'])
-def test_text_of_one_file_is_cut_after_a_line(tmp_path, tokenizer):
+def test_text_of_one_file_is_cut_after_a_line(tmp_path, prepare, tokenizer):
     text = lines(0, 2000)
-    (tmp_path / 'book.txt').write_text(text, encoding='utf-8')
-    result = prepare('text', 'book.txt', '--tokenizer', tokenizer, '--val_fraction=0.2', '--out', 'out', cwd=tmp_path)
-    assert result.returncode == 0, result.stderr
+    prepare(text_script, *write(tmp_path, book=text), '--out', tmp_path / 'out', '--tokenizer', tokenizer,
+            '--val_fraction=0.2')
     meta, (train,), (val,) = read(tmp_path / 'out')
     assert train + val == text and train.endswith('\n')
     assert 0.19 < len(val) / len(text) <= 0.2
     assert meta['source'] == 'book.txt'
 
 
-def test_text_of_one_long_line_is_cut_all_the_same(tmp_path):
+def test_text_of_one_long_line_is_cut_all_the_same(tmp_path, prepare):
     text = lines(0, 2000).replace('\n', ' ') + '\n'
-    (tmp_path / 'line.txt').write_text(text, encoding='utf-8')
-    assert prepare('text', tmp_path / 'line.txt', '--out', tmp_path / 'out').returncode == 0
+    prepare(text_script, *write(tmp_path, line=text), '--out', tmp_path / 'out')
     _, (train,), (val,) = read(tmp_path / 'out')
     assert train + val == text and 0.09 < len(val) / len(text) <= 0.101
 
 
-def test_text_of_one_file_with_marked_documents_is_cut_between_two(tmp_path):
+def test_text_of_one_file_with_marked_documents_is_cut_between_two(tmp_path, prepare):
     documents = [lines(i, 30) for i in range(40)]
-    (tmp_path / 'stories.txt').write_text(f'\n{END}\n'.join(documents + documents[:3]) + END, encoding='utf-8')
-    assert prepare('text', tmp_path / 'stories.txt', '--out', tmp_path / 'out').returncode == 0
+    stories = f'\n{END}\n'.join(documents + documents[:3]) + END
+    prepare(text_script, *write(tmp_path, stories=stories), '--out', tmp_path / 'out')
     meta, train, val = read(tmp_path / 'out')
     assert train + val == documents         # the repeated ones, which would have come in val, are gone
     assert 0.05 < meta['val_bytes'] / (meta['train_bytes'] + meta['val_bytes']) <= 0.1
 
 
-def test_text_of_many_files_is_split_by_file(tmp_path):
-    texts = {f'{i}.txt': lines(i, 20 + 5 * i) for i in range(30)}
-    for name, text in texts.items():
-        (tmp_path / name).write_text(text, encoding='utf-8')
-    (tmp_path / 'again.txt').write_text(texts['3.txt'], encoding='utf-8')
-    assert prepare('text', *texts, 'again.txt', '--out', 'out', cwd=tmp_path).returncode == 0
+def test_text_of_many_files_is_split_by_file(tmp_path, prepare):
+    texts = {f't{i}': lines(i, 20 + 5 * i) for i in range(30)}
+    paths = write(tmp_path, **texts, again=texts['t3'])
+    prepare(text_script, *paths, '--out', tmp_path / 'out')
     meta, train, val = read(tmp_path / 'out')
     assert not set(train) & set(val) and sorted(train + val) == sorted(texts.values())
-    assert 0.03 < meta['val_bytes'] / (meta['train_bytes'] + meta['val_bytes']) <= 0.1
-    assert meta['source'] == '0.txt, 1.txt, 2.txt and 28 more'
-    # which files are kept for validation depends neither on the order they are named in nor on where they are
-    assert prepare('text', *(tmp_path / name for name in sorted(texts)), '--out', tmp_path / 'other').returncode == 0
+    assert 0.05 < meta['val_bytes'] / (meta['train_bytes'] + meta['val_bytes']) <= 0.1
+    assert meta['source'] == 't0.txt, t1.txt, t2.txt and 28 more'
+    # which files are kept for validation does not depend on the order they are named in
+    prepare(text_script, *paths[::-1], '--out', tmp_path / 'other')
     assert sorted(read(tmp_path / 'other')[2]) == sorted(val)
 
 
-def test_text_of_two_large_files_keeps_the_smaller_one_for_validation(tmp_path):
-    (tmp_path / 'a.txt').write_text(lines(0, 900), encoding='utf-8')
-    (tmp_path / 'b.txt').write_text(lines(1, 300), encoding='utf-8')
-    assert prepare('text', tmp_path / 'b.txt', tmp_path / 'a.txt', '--out', tmp_path / 'out').returncode == 0
-    assert read(tmp_path / 'out')[1:] == ([lines(0, 900)], [lines(1, 300)])
+def test_text_of_few_large_files_is_cut_from_each(tmp_path, prepare):
+    """Two files of 1.26 and 1.12 MB became a train set of 53%: the smaller one was kept for validation."""
+    texts = [lines(0, 900), lines(1, 800), f'{lines(2, 300)}{END}{lines(3, 300)}{END}{lines(4, 50)}']
+    prepare(text_script, *write(tmp_path, a=texts[0], b=texts[1], c=texts[2]), '--out', tmp_path / 'out')
+    meta, train, val = read(tmp_path / 'out')
+    assert [train[0] + val[0], train[1] + val[1], END.join(train[2:] + val[2:])] == texts
+    assert train[2:] == texts[2].split(END)[:2]
+    assert 0.06 < meta['val_bytes'] / (meta['train_bytes'] + meta['val_bytes']) <= 0.1
 
 
-def test_text_with_windows_line_ends_and_byte_order_mark(tmp_path):
+def test_text_with_windows_line_ends_and_byte_order_mark(tmp_path, prepare):
     text = lines(0, 500)
     (tmp_path / 'a.txt').write_bytes(b'\xef\xbb\xbf' + text.replace('\n', '\r\n').encode('utf-8'))
-    assert prepare('text', tmp_path / 'a.txt', '--out', tmp_path / 'out').returncode == 0
+    prepare(text_script, tmp_path / 'a.txt', '--out', tmp_path / 'out')
     _, (train,), (val,) = read(tmp_path / 'out')
     assert train + val == text
 
 
-def test_text_errors_are_one_line_with_the_remedy(tmp_path):
-    (tmp_path / 'good.txt').write_text(lines(0, 500), encoding='utf-8')
-    (tmp_path / 'empty.txt').write_text(' \n', encoding='utf-8')
-    (tmp_path / 'tiny.txt').write_text('too little\n' * 10, encoding='utf-8')
-    (tmp_path / 'latin.txt').write_bytes('café\n'.encode('latin-1') * 500)
-    (tmp_path / 'blocked').write_text('a file where the directory should go', encoding='utf-8')
-    offline = 'import tiktoken\ndef offline(name): raise ConnectionError("no route")\ntiktoken.get_encoding = offline'
+def test_text_errors_are_one_line_with_the_remedy(tmp_path, prepare, monkeypatch):
+    """UTF-16, with a byte order mark or without, was once taken for latin1."""
+    monkeypatch.chdir(tmp_path)
+    write(Path(), good=lines(0, 500), empty=' \n', tiny='too little\n' * 10, blocked='where --out should go')
+    Path('latin.txt').write_bytes('café\n'.encode('latin-1') * 500)
+    for name in ('utf-16', 'utf-16-le', 'utf-16-be'):
+        Path(f'{name}.txt').write_bytes(('caf\n' * 500).encode(name))
+
+    def offline(name):
+        raise ConnectionError('no route')
+    monkeypatch.setattr('tiktoken.get_encoding', offline)
     for code, parts, args in [
             (1, ['missing.txt', 'No such file'], ['missing.txt']),
-            (1, ['cannot read'], [tmp_path]),
+            (1, ['cannot read', 'Is a directory'], ['.']),
             (1, ['no text'], ['empty.txt']),
             (1, ['too little text'], ['tiny.txt']),
-            (1, ['latin.txt is not UTF-8', '0xe9 at 3', 'iconv'], ['good.txt', 'latin.txt']),
-            (1, ["unknown tokenizer 'klingon'", 'python4k, bytes, gpt2'], ['good.txt', '--tokenizer', 'klingon']),
-            (1, ['gpt2', 'go online once, or put vocab.bpe'], ['good.txt', '--tokenizer', 'gpt2']),
-            (1, ['blocked'], ['good.txt', '--out', 'blocked/out']),
+            (1, ['too little text: 0 val tokens'], ['good.txt', '--val_fraction', '0']),
+            (1, ['latin.txt is not UTF-8', '0xe9 at 3', 'iconv -f latin1'], ['good.txt', 'latin.txt']),
+            (1, ['utf-16.txt is not UTF-8', 'iconv -f utf-16'], ['good.txt', 'utf-16.txt']),
+            (1, ['utf-16-le.txt is not UTF-8', 'iconv -f utf-16'], ['utf-16-le.txt']),
+            (1, ['utf-16-be.txt is not UTF-8', 'iconv -f utf-16'], ['utf-16-be.txt']),
+            (1, ["unknown tokenizer 'klingon'", 'bytes, gpt2'], ['good.txt', '--tokenizer', 'klingon']),
+            (1, ['gpt2'], ['good.txt', '--tokenizer', 'gpt2']),
+            (1, ['blocked.txt', 'Not a directory'], ['good.txt', '--out', 'blocked.txt/out']),
             (2, ['FILE'], []),
-            (2, ['--val_fraction', "'1.5'"], ['good.txt', '--val_fraction', '1.5']),
-            (2, ['--val_fraction', "'many'"], ['good.txt', '--val_fraction=many']),
+            (2, ['--val_fraction must be at most 1, not 1.5'], ['good.txt', '--val_fraction', '1.5']),
+            (2, ['--val_fraction must be a finite number, not many'], ['good.txt', '--val_fraction=many']),
             (2, ['tokeniser', 'tokenizer'], ['good.txt', '--tokeniser', 'bytes'])]:
-        result = prepare('text', '--out', 'out', *args, cwd=tmp_path, before=offline)
-        one_line(result, code, *parts)
-        assert not (tmp_path / 'out').exists()
+        prepare(text_script, '--out', 'out', *args, code=code, parts=parts)
+        assert not Path('out').exists()
 
 
 # ---- shakespeare ----
 
 @pytest.fixture
-def shakespeare(tmp_path, monkeypatch):
-    """the script as a module whose own directory is a temporary one; opened: the addresses that were asked for"""
-    spec = importlib.util.spec_from_file_location('shakespeare_prepare', SCRIPT['shakespeare'])
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    module.opened = []
-    monkeypatch.setattr(module, 'HERE', tmp_path / 'shakespeare')
-    monkeypatch.setattr(sys, 'argv', ['prepare.py'])
-    (tmp_path / 'shakespeare').mkdir()
-    return module
+def serve(tmp_path, monkeypatch):
+    """The script's folder is a temporary one; serve(answer of the network) -> the addresses asked for"""
+    monkeypatch.setattr(shakespeare_script, 'HERE', tmp_path)
+
+    def serve(answer):
+        def urlopen(url, timeout):
+            opened.append(url)
+            if isinstance(answer, Exception):
+                raise answer
+            return io.BytesIO(answer)
+        opened = []
+        monkeypatch.setattr(shakespeare_script.urllib.request, 'urlopen', urlopen)
+        return opened
+    return serve
 
 
-def serve(module, monkeypatch, answer):
-    def urlopen(url, timeout):
-        module.opened.append(url)
-        if isinstance(answer, Exception):
-            raise answer
-        return io.BytesIO(answer)
-    monkeypatch.setattr(module.urllib.request, 'urlopen', urlopen)
-
-
-def test_shakespeare_is_downloaded_once(shakespeare, monkeypatch):
-    text = ('To be, or not to be: that is the question.\n' * 26000)[:shakespeare.SIZE]
-    serve(shakespeare, monkeypatch, text.encode('ascii'))
+def test_shakespeare_is_downloaded_once(tmp_path, prepare, serve):
+    text = ('To be, or not to be: that is the question.\n' * 26000)[:shakespeare_script.SIZE]
+    opened = serve(text.encode('ascii'))
     for _ in range(2):
-        shakespeare.main()
-        meta, (train,), (val,) = read(shakespeare.HERE)
+        prepare(shakespeare_script)
+        meta, (train,), (val,) = read(tmp_path)
         assert train + val == text and meta['vocab_size'] == 257
-        assert meta['val_bytes'] == pytest.approx(shakespeare.SIZE / 10, abs=50)
-    assert shakespeare.opened == [shakespeare.URL]
-    assert set(content(shakespeare.HERE)) == {'input.txt', 'train.bin', 'val.bin', 'meta.json'}
+        assert meta['val_bytes'] == pytest.approx(shakespeare_script.SIZE / 10, abs=50)
+    assert opened == [shakespeare_script.URL]
+    assert set(content(tmp_path)) == {'input.txt', 'train.bin', 'val.bin', 'meta.json'}
 
 
 @pytest.mark.parametrize('answer', [ConnectionError('no route'), http.client.IncompleteRead(b'half'),
                                     b'<html>please log in to the airport wifi</html>'])
-def test_shakespeare_that_cannot_be_had_says_what_to_fetch(shakespeare, monkeypatch, capsys, answer):
+def test_shakespeare_that_cannot_be_had_says_what_to_fetch(tmp_path, prepare, serve, answer):
     """A login page, saved as the text, was trained on; a file cut short stayed in place of the whole one."""
-    serve(shakespeare, monkeypatch, answer)
-    with pytest.raises(SystemExit) as e:
-        common.run(shakespeare.main)
-    error = capsys.readouterr().err
-    assert e.value.code == 1 and error.count('\n') == 1
-    assert f'fetch {shakespeare.URL}' in error and str(shakespeare.HERE / 'input.txt') in error
-    assert content(shakespeare.HERE) == {}
+    serve(answer)
+    parts = [f'fetch {shakespeare_script.URL}', str(tmp_path / 'input.txt')]
+    prepare(shakespeare_script, code=1, parts=parts)
+    assert content(tmp_path) == {}
 
 
 # ---- fineweb ----
 
 FAKE_DATASETS = '''
-"""Stands in for the `datasets` package: 9,000 documents, some of them twice, served in order; FAKE_AT breaks it."""
+"""Stands in for the `datasets` package: 9,000 documents, some twice, served in order; FAKE_AT breaks it."""
 import os, random
 
 def document(i):
@@ -407,91 +456,187 @@ def load_dataset(path, name, split, streaming):
 
 
 @pytest.fixture
-def fineweb(tmp_path):
+def fineweb(tmp_path, monkeypatch, prepare):
+    """
+    Runs the script with that package -> the documents that it asked for. at, how: it is killed there, or
+    loses its connection ('raise').
+    """
     (tmp_path / 'fake').mkdir()
     (tmp_path / 'fake' / 'datasets.py').write_text(FAKE_DATASETS, encoding='utf-8')
+    spec = importlib.util.spec_from_file_location('datasets', tmp_path / 'fake' / 'datasets.py')
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    monkeypatch.setitem(sys.modules, 'datasets', module)
 
-    def fineweb(*args, at=0, how='', **kwargs):
-        env = os.environ | {'PYTHONPATH': str(tmp_path / 'fake'), 'FAKE_AT': str(at), 'FAKE_HOW': how,
-                            'FAKE_LOG': str(tmp_path / 'log')}
-        (tmp_path / 'log').write_text('', encoding='utf-8')
-        result = prepare('fineweb', '--tokenizer', 'python4k', '--val_fraction', '0.05', *args, env=env, **kwargs)
-        result.asked = [int(line) for line in (tmp_path / 'log').read_text(encoding='utf-8').split()]
-        return result
+    def fineweb(*args, at=0, how='', before='', **expected):
+        log = tmp_path / 'log'
+        log.write_text('', encoding='utf-8')
+        args = ['--tokenizer', 'python4k', '--val_fraction', '0.05', '--out', tmp_path / 'out', *args]
+        env = {'FAKE_AT': str(at), 'FAKE_HOW': how, 'FAKE_LOG': str(log)}
+        if how == 'kill' or before:
+            prepare_and_die(fineweb_script, *args, before=before, PYTHONPATH=str(tmp_path / 'fake'), **env)
+        else:
+            for name, value in env.items():
+                monkeypatch.setenv(name, value)
+            prepare(fineweb_script, *args, **expected)
+        return [int(line) for line in log.read_text(encoding='utf-8').split()]
+    fineweb.documents = [module.document(i) for i in range(9000)]
     return fineweb
 
 
-@pytest.fixture
-def fake_documents(tmp_path, fineweb):
-    spec = importlib.util.spec_from_file_location('fake_datasets', tmp_path / 'fake' / 'datasets.py')
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return [module.document(i) for i in range(9000)]
-
-
-def test_fineweb_holds_every_document_once_in_order(fineweb, fake_documents, tmp_path):
-    result = fineweb('--out', tmp_path / 'out')
-    assert result.returncode == 0, result.stderr
+def test_fineweb_holds_every_document_once_in_order(fineweb, tmp_path):
+    fineweb()
     assert set(content(tmp_path / 'out')) == {'train.bin', 'val.bin', 'meta.json'}
     meta, train, val = read(tmp_path / 'out')
     assert len(train) + len(val) == 9000 and 0.03 < len(val) / 9000 < 0.07
     # the split is by content, so a document and its repetition are on the same side
     assert not set(train) & set(val)
     for split in (train, val):
-        assert split == [document for document in fake_documents if document in set(split)]
+        kept = set(split)
+        assert split == [document for document in fineweb.documents if document in kept]
 
 
 @pytest.mark.parametrize('how', ['kill', 'raise'])
 def test_fineweb_goes_on_after_a_kill_or_a_lost_connection(fineweb, tmp_path, how):
-    """The result is the same to the byte as without the interruptions, and what was finished is not asked for again."""
-    assert fineweb('--out', tmp_path / 'whole').returncode == 0
+    """The result is the same to the byte as without them, and what was finished is not asked for again."""
+    fineweb('--out', tmp_path / 'whole')
+    lost = dict(code=1, parts=['RuntimeError: connection lost after five tries', 'the same command goes on'])
     for at, first in ((1500, 0), (5000, 0), (8500, 4000)):
-        result = fineweb('--out', tmp_path / 'out', at=at, how=how)
-        assert result.asked[0] == first
-        if how == 'kill':
-            assert result.returncode == -signal.SIGKILL
-        else:
-            one_line(result, 1, 'RuntimeError: connection lost after five tries', 'the same command goes on')
-        assert not (tmp_path / 'out' / 'meta.json').exists()
+        asked = fineweb(at=at, how=how, **(lost if how == 'raise' else {}))
+        assert asked[0] == first and not (tmp_path / 'out' / 'meta.json').exists()
     # a kill between tokens and record: more tokens in the file than the record knows of
     with open(tmp_path / 'out' / 'train.bin.part', 'ab') as f:
         f.write(b'\x01\x02\x03')
-    result = fineweb('--out', tmp_path / 'out')
-    assert result.returncode == 0 and result.asked[0] == 8000
-    assert content_after_kill(tmp_path / 'out') == content(tmp_path / 'whole')
+    assert fineweb()[0] == 8000
+    assert content(tmp_path / 'out') == content(tmp_path / 'whole')
 
 
 def test_fineweb_killed_between_the_final_names_finishes_at_the_next_run(fineweb, tmp_path):
-    assert fineweb('--out', tmp_path / 'whole').returncode == 0
-    die = 'replace = os.replace\n' \
-          'os.replace = lambda a, b: os.kill(os.getpid(), 9) if str(b).endswith("val.bin") else replace(a, b)'
-    assert fineweb('--out', tmp_path / 'out', before=die).returncode == -signal.SIGKILL
-    assert set(content_after_kill(tmp_path / 'out')) == {'train.bin', 'val.bin.part', 'progress.json'}
-    result = fineweb('--out', tmp_path / 'out')
-    assert result.returncode == 0 and result.asked == []
-    assert content_after_kill(tmp_path / 'out') == content(tmp_path / 'whole')
+    fineweb('--out', tmp_path / 'whole')
+    fineweb(before=DIE_AT.format('val.bin'))
+    assert set(content(tmp_path / 'out')) == {'train.bin', 'val.bin.part', 'meta.json.part', 'progress.json'}
+    assert fineweb() == []
+    assert content(tmp_path / 'out') == content(tmp_path / 'whole')
 
 
 def test_fineweb_stops_at_max_tokens_and_reads_no_further(fineweb, tmp_path):
-    result = fineweb('--out', tmp_path / 'out', '--max_tokens', '30000')
-    assert result.returncode == 0, result.stderr
+    asked = fineweb('--max_tokens', '30000')
     tokens = read(tmp_path / 'out')[0]['train_tokens']
-    assert 30000 <= tokens < 30000 + 2000 * 30 and len(result.asked) in (2000, 4000)
+    assert 30000 <= tokens < 30000 + 2000 * 30 and len(asked) in (2000, 4000)
 
 
-def test_fineweb_errors_are_one_line_with_the_remedy(fineweb, tmp_path):
-    out = ['--out', tmp_path / 'out']
-    one_line(fineweb(*out, before='sys.modules["datasets"] = None'), 1, 'pip install datasets')
-    offline = 'import datasets\ndef offline(*args, **kwargs): raise ValueError("no such host\\n\\nat all")\n' \
-              'datasets.load_dataset = offline'
-    one_line(fineweb(*out, before=offline), 1, 'ValueError: no such host at all', 'check the network')
-    one_line(fineweb(*out, '--max_token', '5'), 2, 'max_tokens')
-    assert fineweb(*out, at=5000, how='kill').returncode == -signal.SIGKILL
-    one_line(fineweb(*out, '--tokenizer', 'bytes'), 1, "'tokenizer': 'python4k'", 'the same options')
+def test_fineweb_errors_are_one_line_with_the_remedy(fineweb, tmp_path, monkeypatch):
+    def offline(*args, **kwargs):
+        raise ValueError('no such host\n\nat all')
+    with monkeypatch.context() as m:
+        m.setattr('datasets.load_dataset', offline)
+        fineweb(code=1, parts=['ValueError: no such host at all', 'check the network'])
+        m.setitem(sys.modules, 'datasets', None)
+        fineweb(code=1, parts=['pip install datasets'])
+    fineweb('--max_token', '5', code=2, parts=['max_tokens'])
+    fineweb(at=5000, how='kill')
+    fineweb('--tokenizer', 'bytes', code=1, parts=["'tokenizer': 'python4k'", 'the same options'])
     os.truncate(tmp_path / 'out' / 'train.bin.part', 10)
-    one_line(fineweb(*out), 1, 'train.bin.part is shorter', 'start over')
+    fineweb(code=1, parts=['train.bin.part is shorter', 'start over'])
     (tmp_path / 'out' / 'progress.json').write_text('{"sett', encoding='utf-8')
-    one_line(fineweb(*out), 1, 'progress.json is damaged', 'start over')
+    fineweb(code=1, parts=['progress.json is damaged', 'start over'])
     (tmp_path / 'out' / 'progress.json').unlink()
-    assert fineweb(*out).returncode == 0
-    one_line(fineweb(*out), 1, 'prepared already')
+    fineweb()
+    fineweb(code=1, parts=['prepared already'])
+
+
+# ---- reading ----
+
+def dataset(folder, **meta):
+    """A whole data set of 3 x 1,000 tokens of 257 kinds; meta: fields to be otherwise, None: left out"""
+    rng = np.random.default_rng(0)
+    for split, count in (('train', 2000), ('val', 1000)):
+        rng.integers(0, 257, count).astype(np.uint16).tofile(folder / f'{split}.bin')
+    meta = {'tokenizer': {'kind': 'bytes'}, 'vocab_size': 257, 'train_tokens': 2000, 'val_tokens': 1000,
+            'train_bytes': 2000, 'val_bytes': 1000, 'source': 'noise', **meta}
+    meta = {key: value for key, value in meta.items() if value is not None}
+    (folder / 'meta.json').write_text(json.dumps(meta), encoding='utf-8')
+
+
+def refused(folder, block_size=16):
+    with pytest.raises(DataError) as e:
+        load_dataset(folder, block_size)
+    assert '\n' not in str(e.value) and len(str(e.value)) < 300
+    return str(e.value)
+
+
+def test_a_data_set_comes_back_as_it_was_written(tmp_path, prepare):
+    text = lines(0, 500)
+    prepare(text_script, *write(tmp_path, book=text), '--out', tmp_path)
+    train, val, meta = load_dataset(tmp_path, 256)
+    encoding = load_tokenizer(meta['tokenizer'])
+    assert encoding.decode(train[:-1].tolist()) + encoding.decode(val[:-1].tolist()) == text
+    assert train[-1] == val[-1] == end_id(meta['tokenizer'], encoding)
+    assert meta == json.loads((tmp_path / 'meta.json').read_text(encoding='utf-8'))
+    dataset(tmp_path, window=100)
+    assert load_dataset(tmp_path, 100)[2]['window'] == 100
+
+
+@pytest.mark.parametrize('meta, words', [
+    ({'vocab_size': None}, 'no valid vocab_size'), ({'vocab_size': 257.0}, 'no valid vocab_size'),
+    ({'vocab_size': True}, 'no valid vocab_size'), ({'vocab_size': 0}, 'no valid vocab_size'),
+    ({'tokenizer': 'bytes'}, 'no valid tokenizer'), ({'val_bytes': -1}, 'no valid val_bytes'),
+    ({'source': None}, 'no valid source'),
+    ({'window': 0}, 'no valid window'), ({'window': '16'}, 'no valid window'),
+    ({'train_tokens': 1999}, 'train.bin has 2,000 tokens, and meta.json says otherwise'),
+    ({'val_tokens': 10 ** 30}, 'val.bin has 1,000 tokens'),
+    ({'window': 300}, 'train.bin has 2,000 tokens'),        # 6 and two thirds
+    ({'vocab_size': 256}, 'train.bin has the id 256 in a vocabulary of 256'),
+    ({'vocab_size': 70000}, 'train.bin has 1,000 tokens'),  # read as 32 bits
+])
+def test_meta_that_does_not_fit_is_one_line(tmp_path, meta, words):
+    """`{}` in meta.json was a KeyError, and ids beyond the vocabulary an IndexError deep in the model."""
+    dataset(tmp_path, **meta)
+    assert words in refused(tmp_path)
+
+
+@pytest.mark.parametrize('name, data', [
+    ('meta.json', b'{}'), ('meta.json', b'[]'), ('meta.json', b'{"vocab'), ('meta.json', b'[' * 100_000),
+    ('meta.json', b'\xff\xfe'), ('val.bin', b'123'), ('val.bin', b''), ('train.bin', None)])
+def test_damaged_files_are_one_line(tmp_path, name, data):
+    dataset(tmp_path)
+    (tmp_path / name).unlink()
+    if data is not None:
+        (tmp_path / name).write_bytes(data)
+    assert 'is damaged' in refused(tmp_path) and 'prepare it again' in refused(tmp_path)
+
+
+def test_data_that_is_too_short_for_the_context(tmp_path):
+    dataset(tmp_path)
+    assert 'too few for --block_size 1000' in refused(tmp_path, 1000)
+    assert len(load_dataset(tmp_path, 999)[1]) == 1000
+    dataset(tmp_path, window=100)
+    assert 'windows of 100 tokens' in refused(tmp_path, 101)
+
+
+def test_an_id_beyond_the_vocabulary_is_found_wherever_it_is(tmp_path, monkeypatch):
+    """Of large files only pieces are looked at; of files up to their sum, every token."""
+    monkeypatch.setattr(common, 'PIECES', 8)
+    monkeypatch.setattr(common, 'PIECE', 256)
+    for place in range(0, 2000, 111):
+        dataset(tmp_path)
+        ids = np.memmap(tmp_path / 'train.bin', np.uint16, 'r+')
+        ids[place] = 300
+        ids.flush()
+        assert 'the id 300' in refused(tmp_path)
+
+
+def test_data_that_is_not_there_says_how_to_make_it(monkeypatch, tmp_path):
+    for name, command in (('nowhere', 'python data/text/prepare.py FILE... and then train with --data text'),
+                          ('fineweb', 'python data/fineweb/prepare.py'), ('packages', '--packages')):
+        monkeypatch.setattr(common, 'DATA', tmp_path)
+        (tmp_path / 'fineweb').mkdir(exist_ok=True)
+        (tmp_path / 'fineweb' / 'prepare.py').touch()
+        assert f'data/{name} is not there' in refused(name) and command in refused(name)
+
+
+def test_python_is_prepared_when_it_is_asked_for(monkeypatch, tmp_path, capfd):
+    (tmp_path / 'python').mkdir()
+    (tmp_path / 'python' / 'prepare.py').write_text('print("preparing")\nexit(1)', encoding='utf-8')
+    monkeypatch.setattr(common, 'DATA', tmp_path)
+    assert 'see the line above' in refused('python') and 'preparing' in capfd.readouterr().out

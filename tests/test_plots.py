@@ -1,0 +1,82 @@
+"""plots.py: what stands in the pictures, read back from the figures as they are saved."""
+
+import numpy as np
+import pytest
+from matplotlib.figure import Figure
+
+import plots
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """The figures saved so far."""
+    figures, save = [], Figure.savefig
+
+    def savefig(self, *args, **more):
+        figures.append(self)
+        save(self, *args, **more)
+    monkeypatch.setattr(Figure, 'savefig', savefig)
+    return figures
+
+
+def points(axes, label):
+    """What a line of this name goes through: (points, 2)"""
+    handles = dict(zip(*axes.get_legend_handles_labels()[::-1]))
+    line = handles[label][0] if isinstance(handles[label], tuple) else handles[label]
+    return np.stack(line.get_data(), axis=1)
+
+
+@pytest.mark.parametrize('layers', [2, 30])
+def test_training_shows_the_run_and_what_best_uses(layers, drawn, tmp_path):
+    """The picture once showed the last evaluation, not that of best.pt."""
+    val_loss = {100: 4.5, 200: 4.8}
+    rows = [[step, step / 2, 5 - step / 100, val_loss.get(step), 1 + step / 150, 3.0, 1e-3]
+            for step in range(10, 201, 10)]
+    shares = list(np.linspace(0.1, 0.6, 4 * layers + 1))
+    best = {'step': 100, 'val_loss': 4.5, 'active_share': shares}
+    plots.training(rows, best, ('qkv', 'out', 'gate', 'neurons'), tmp_path / 'training.png')
+    left, middle, right = drawn[0].axes[:3]
+    assert points(left, 'validation').tolist() == [[100, 4.5], [200, 4.8]]
+    assert points(left, 'best.pt').tolist() == [[100, 4.5]]
+    assert np.allclose(points(middle, 'reduction')[:, 1], [row[4] for row in rows])
+    grid = right.images[0].get_array()          # (layers + 1, 4), in %
+    assert np.allclose(grid.compressed(), 100 * np.array(shares)) and grid.shape == (layers + 1, 4)
+    numbers = [f'{100 * share:.0f}' for share in shares] if layers == 2 else []
+    assert [text.get_text() for text in right.texts] == numbers
+    assert [label.get_text() for label in right.get_xticklabels()] == ['qkv', 'out', 'gate', 'neurons']
+    width, _ = drawn[0].get_size_inches()
+    assert width == 9 and (tmp_path / 'training.png').read_bytes().startswith(b'\x89PNG')
+
+
+def test_frontier_draws_the_median_and_the_extremes_of_seeds(drawn, tmp_path):
+    kl = {2: [0.1, 0.3, 0.15], 3: [0.5]}
+    rows = [dict(subject='small', method='CWIC', target=target, reduction=target + 0.1 * seed, kl=value)
+            for target, values in kl.items() for seed, value in enumerate(values)]
+    rows += [dict(subject='chat', method='TEAL', target=2, reduction=2.0, kl=0.7, val_loss=3.0),
+             dict(subject='chat', method='CATS', target=3, reduction=None, kl=None)]        # it cannot
+    plots.frontier(rows, tmp_path / 'frontier.svg')
+    small, chat = drawn[0].axes
+    assert np.allclose(points(small, 'CWIC'), [[2.1, 0.15], [3, 0.5]]) and small.get_title() == 'small'
+    bars = small.containers[0].lines[2][0].get_segments()
+    assert np.allclose([bar[:, 1] for bar in bars], [[0.1, 0.3], [0.5, 0.5]])
+    assert points(chat, 'TEAL').tolist() == [[2, 0.7]]
+    assert [text.get_text() for text in drawn[0].legends[0].get_texts()] == ['CWIC', 'TEAL']
+    plots.frontier(rows, tmp_path / 'frontier.svg', 'val_loss')
+    assert points(drawn[1].axes[0], 'TEAL').tolist() == [[2, 3.0]] and len(drawn[1].axes) == 1
+
+
+def test_speed_draws_every_case(drawn, tmp_path):
+    rows = [dict(what='decode', engine='cwic', dtype=dtype, threads=threads, reduction=reduction,
+                 tok_s=100 * reduction, tok_s_min=90 * reduction, tok_s_max=120 * reduction,
+                 roofline=0.9 / reduction)
+            for dtype in ('f32', 'int8') for threads in (1, 2) for reduction in (1, 3, 6)]
+    rows += [dict(rows[0], engine='llama.cpp', dtype=dtype, threads=2, tok_s=speed)
+             for dtype, speed in (('Q8_0', 139), ('Q4_0', 140), ('f32', 50))]
+    plots.speed(rows, tmp_path / 'speed.png', 'a machine')
+    left, right = drawn[0].axes
+    for label in ('f32, 1 thread', 'f32, 2 threads', 'int8, 1 thread', 'int8, 2 threads'):
+        assert points(left, label).tolist() == [[1, 100], [3, 300], [6, 600]]
+        assert np.allclose(points(right, label)[:, 1], [0.9, 0.3, 0.15])
+    names = [(text.get_text(), text.get_position()[1]) for text in left.texts]
+    assert [name for name, _ in names] == ['llama.cpp f32', 'llama.cpp Q8_0', 'llama.cpp Q4_0']
+    assert np.diff([place for _, place in names]).min() > 20          # of 720: they do not overlap
