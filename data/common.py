@@ -27,7 +27,7 @@ from tokenizer import TokenizerError, end_id
 DATA = Path(__file__).resolve().parent
 MIN_TOKENS = 256                    # less than that in either split trains or measures nothing
 META = {'tokenizer': dict, 'vocab_size': int, 'train_tokens': int, 'val_tokens': int, 'train_bytes': int,
-        'val_bytes': int, 'source': str}
+        'val_bytes': int, 'source': str, 'window': int}
 PIECES, PIECE = 64, 2 ** 20         # of a token file, in which ids are compared with the vocabulary
 
 
@@ -144,9 +144,11 @@ def prepare(name):
         if subprocess.run([sys.executable, script]).returncode:
             raise DataError('data/python could not be prepared: see the line above')
         return
-    command = f'python data/{name}/prepare.py' if script.exists() else (
-        'python data/python/prepare.py --packages' if name == 'packages' else
-        'python data/text/prepare.py FILE... and then train with --data text')
+    command = 'python data/text/prepare.py FILE... and then train with --data text'
+    if name == 'packages':
+        command = 'python data/python/prepare.py --packages'
+    elif script.exists():
+        command = f'python data/{name}/prepare.py'
     raise DataError(f'data/{name} is not there, or not prepared; run: {command}')
 
 
@@ -154,8 +156,7 @@ def check_tokens(ids, split, meta):
     """Raises ValueError where ids (tokens,) are not what meta says of them."""
     if len(ids) != meta[f'{split}_tokens'] or len(ids) % meta.get('window', 1):
         raise ValueError(f'{split}.bin has {len(ids):,} tokens, and meta.json says otherwise')
-    # all of a file of up to 64M tokens; of a larger one so many, spread out, which takes a fraction of a
-    # second
+    # every token of a file of up to 64M; of a larger one so many, spread out, in a fraction of a second
     for start in np.linspace(0, max(len(ids) - PIECE, 0), PIECES).astype(np.int64):
         largest = int(ids[start:start + PIECE].max())
         if largest >= meta['vocab_size']:
@@ -172,8 +173,9 @@ def load_dataset(name, block_size):
         prepare(name)
     try:
         meta = json.loads((folder / 'meta.json').read_text(encoding='utf-8'))
-        for key, kind in {**META, **({'window': int} if 'window' in meta else {})}.items():
-            if type(meta.get(key)) is not kind or kind is int and meta[key] < 1:
+        for key, kind in META.items():
+            value = meta.get(key, 1 if key == 'window' else None)
+            if type(value) is not kind or kind is int and value < 1:
                 raise ValueError(f'meta.json has no valid {key}')
         dtype = token_dtype(meta['vocab_size'])
         train, val = (np.memmap(folder / f'{split}.bin', dtype, 'r') for split in ('train', 'val'))
