@@ -1,27 +1,34 @@
 """
-Tokenizers: text to token ids and back, always through tiktoken.Encoding.
+Tokenizers: text to token ids and back, always through tiktoken.Encoding; and chat templates: a dialogue to token ids.
 
     python4k     byte-level BPE of 4,096 ids, trained on Python code, kept in data/python/python4k.tiktoken
     bytes        one id per byte, 257 ids
     gpt2         GPT-2's 50,257 ids; tiktoken downloads them once
-    DIRECTORY    a tokenizer in GPT-2's own files: vocab.bpe + encoder.json, or merges.txt + vocab.json
+    DIRECTORY    the files that come with a model: tokenizer.json, or vocab.bpe + encoder.json, or merges.txt + vocab.json
 
 tokenizer_spec(name) turns one of these names into a spec: a plain JSON-able dict that holds everything it takes to
 encode and decode. Specs are stored in meta.json and in checkpoints, so that both work offline and for ever;
 load_tokenizer(spec) makes the tiktoken.Encoding.
 
-    encoding = load_tokenizer(tokenizer_spec('python4k'))
+    spec = tokenizer_spec('python4k')
+    encoding = load_tokenizer(spec)
     ids = encoding.encode_ordinary('def fibonacci(n):')      # a literal <|endoftext|> is plain text to it
     encoding.decode_bytes(ids)                               # bytes: one token may be half a character
 
-Every single byte is a token, so any text round-trips. The last id is always <|endoftext|>, which ends a document.
+Beside its name, a spec of kind 'bpe' holds
+    pattern     how text is cut into pieces before any merging, one of PATTERNS
+    ranks       the tokens in the order of their merges, in base64. They take the ids that no special token has, in this order
+    special     {text: id}. Left out: <|endoftext|> alone, which has the last id
+    end         the special token that ends a document. Left out: <|endoftext|>
+    lacks       the bytes, in hexadecimal, that the vocabulary lacks and text loses. Left out: none, any text round-trips
+    template    how a dialogue is written, for models that have learned one; see known_template
 
-Left out: other special tokens, chat templates, training (see data/python/train_tokenizer.py); a way around GPT-2's
-pattern, which makes tiktoken give up on a million blanks in a row (the other two take any text).
+Not here: training (see data/python/train_tokenizer.py), SentencePiece, other templates than SmolLM2's and Llama 3's.
 """
 
 import base64
 import json
+import re
 from pathlib import Path
 
 import tiktoken
@@ -40,50 +47,148 @@ PYTHON_PATTERN = r"(?: |[^\s\p{L}\p{N}])?\p{L}+| ?\p{N}{1,3}| ?[^\s\p{L}\p{N}]+|
 # the pattern of GPT-2's release, with the possessive quantifiers that tiktoken adds for speed (same cuts)
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
 
+# SmolLM2 first cuts digits apart, then the rest as GPT-2 does: both in one pattern (same cuts)
+SMOLLM_PATTERN = r"\p{N}|'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?![^\s\p{N}])|\s"
+
+LLAMA3_PATTERN = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+                  r"|\s*[\r\n]+|\s+(?!\S)|\s+")
+
+# these and no others: the pattern of a stranger's checkpoint could hang the regex engine, or crash it
+PATTERNS = {'python4k': PYTHON_PATTERN, 'gpt2': GPT2_PATTERN, 'smollm': SMOLLM_PATTERN, 'llama3': LLAMA3_PATTERN}
+LONGEST_BLANK = 10_000      # a look-ahead after a million blanks overflows that engine's stack
+
 # nothing merges, so where the cuts fall is of no consequence
 BYTES_PATTERN = r'[\s\S]{1,64}'
+
+SMOLLM_SYSTEM = 'You are a helpful AI assistant named SmolLM, trained by Hugging Face'
+LLAMA3_PREFIX = 'Cutting Knowledge Date: December 2023\nToday Date: 26 Jul 2024\n\n'     # what its template says without a clock
 
 
 class TokenizerError(Exception):
     """A tokenizer that cannot be had or read; the message is one line for the user, remedy included."""
 
 
-def bpe_spec(name, pattern, tokens):
-    """tokens: list of bytes, each token's place in it is its id and the rank of its merge -> spec dict"""
+class Encoding(tiktoken.Encoding):
+    """tiktoken's, for vocabularies that lack some bytes and for blanks of any length. special: {text: id}."""
+
+    def __init__(self, name, pattern, ranks, special, lacks=b''):
+        n_vocab = len(ranks) + len(special)
+        # tiktoken wants an id for every byte: those beyond the vocabulary are dropped again
+        beyond = {bytes([byte]): n_vocab + i for i, byte in enumerate(lacks)}
+        super().__init__(name, pat_str=pattern, mergeable_ranks=ranks | beyond, special_tokens=special)
+        self.special, self.max_token_value = special, n_vocab - 1       # tiktoken's n_vocab is the latter plus 1
+
+    def encode_ordinary(self, text):
+        ids = []
+        for part in re.split(rf'((?<!\s)\s{{{LONGEST_BLANK},}})', text):
+            size = LONGEST_BLANK if part.isspace() else len(part) + 1
+            for start in range(0, len(part), size):
+                ids += super().encode_ordinary(part[start:start + size])
+        return [id for id in ids if id <= self.max_token_value]
+
+
+def bpe_spec(name, pattern, tokens, **more):
+    """tokens: list of bytes, in the order of their merges; more: further fields -> spec dict"""
     return {'kind': 'bpe', 'name': name, 'pattern': pattern,
-            'ranks': ' '.join(base64.b64encode(token).decode('ascii') for token in tokens)}
+            'ranks': ' '.join(base64.b64encode(token).decode('ascii') for token in tokens), **more}
 
 
 def load_tokenizer(spec):
     """
-    spec: dict made by tokenizer_spec (or read back from meta.json or a checkpoint) -> tiktoken.Encoding whose
-    last id, n_vocab - 1, is <|endoftext|>. Never touches the network or a file. Raises TokenizerError.
+    spec: dict made by tokenizer_spec (or read back from meta.json or a checkpoint) -> Encoding with ids from 0 to
+    n_vocab - 1. Never touches the network or a file. Raises TokenizerError.
     """
-    def damaged(reason):
-        return TokenizerError(f'unusable tokenizer ({reason}): prepare the data again, or use another checkpoint')
-
-    kind = spec.get('kind') if isinstance(spec, dict) else None
-    if kind == 'bytes':
-        name, pattern, tokens = 'bytes', BYTES_PATTERN, [bytes([b]) for b in range(256)]
-    elif kind == 'bpe':
-        name, pattern, ranks = spec.get('name'), spec.get('pattern'), spec.get('ranks')
-        if not all(isinstance(field, str) for field in (name, pattern, ranks)):
-            raise damaged("'name', 'pattern' and 'ranks' must be strings")
-        try:
-            tokens = [base64.b64decode(token, validate=True) for token in ranks.split(' ')]
-        except ValueError as e:    # binascii.Error is one, and so is a character outside ASCII
-            raise damaged(f'ranks are not base64: {e}') from e
-    else:
-        raise damaged(f"kind 'bpe' or 'bytes' expected, found {kind!r}")
-
-    ranks = {token: rank for rank, token in enumerate(tokens)}
-    missing = sum(bytes([b]) not in ranks for b in range(256))
-    if missing or len(ranks) != len(tokens) or b'' in ranks:
-        raise damaged(f'{missing} of the 256 bytes missing, {len(tokens) - len(ranks)} tokens repeated')
     try:
-        return tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens={ENDOFTEXT: len(ranks)})
-    except ValueError as e:
-        raise damaged('bad split pattern: ' + ' '.join(str(e).split())) from e
+        if spec['kind'] == 'bytes':
+            return Encoding('bytes', BYTES_PATTERN, {bytes([b]): b for b in range(256)}, {ENDOFTEXT: 256})
+        if spec['kind'] != 'bpe' or not isinstance(spec['name'], str) or spec['pattern'] not in PATTERNS.values():
+            raise ValueError('of an unknown kind, or with a pattern that may not be safe')
+        tokens = [base64.b64decode(token, validate=True) for token in spec['ranks'].split(' ')]
+        special, lacks = spec.get('special', {ENDOFTEXT: len(tokens)}), bytes.fromhex(spec.get('lacks', ''))
+        total, taken = len(tokens) + len(special), set(special.values())
+        if len(taken) != len(special) or not all(type(id) is int and 0 <= id < total for id in taken):
+            raise ValueError('special ids are repeated, or beyond the vocabulary')
+        ranks = dict(zip(tokens, (id for id in range(total) if id not in taken), strict=True))
+        if len(ranks) != len(tokens) or b'' in ranks or {b for b in range(256) if bytes([b]) not in ranks} != set(lacks):
+            raise ValueError('tokens are missing, empty or repeated')
+        encoding = Encoding(spec['name'], spec['pattern'], ranks, special, lacks)
+        stop_ids(spec, encoding)
+        if 'template' in spec:
+            for messages in ([], [('system', '')]):     # whatever is wrong with the template shows here
+                dialogue_ids(spec, encoding, messages)
+        return encoding
+    except (ValueError, KeyError, TypeError, AttributeError) as e:
+        reason = ' '.join(f'{type(e).__name__}: {e}'.split())[:200]
+        raise TokenizerError(f'unusable tokenizer ({reason!a}): prepare the data again, or use another checkpoint') from e
+
+
+# -----------------------------------------------------------------------------
+# documents and dialogues: the only places where special tokens come from
+
+
+def end_id(spec, encoding):
+    """-> the id that ends a document"""
+    return encoding.special[spec.get('end', ENDOFTEXT)]
+
+
+def stop_ids(spec, encoding):
+    """-> the set of ids that end a reply, end_id among them"""
+    return {end_id(spec, encoding)} | {encoding.special[text] for text in spec.get('template', {'stop': ()})['stop']}
+
+
+def written_ids(encoding, pieces):
+    """
+    pieces: strings, in turn a template's and a user's; only the template's are searched for special tokens -> ids.
+    Plain text of both that meets is encoded in one go, as it was when the model learned it.
+    """
+    special = re.compile('(' + '|'.join(re.escape(text) for text in sorted(encoding.special, key=len, reverse=True)) + ')')
+    ids, plain = [], ''
+    for i, piece in enumerate(pieces):
+        # re.split puts what it splits at, here special tokens, in the odd places
+        for j, part in enumerate([piece] if i % 2 else special.split(piece)):
+            if j % 2:
+                ids, plain = ids + encoding.encode_ordinary(plain) + [encoding.special[part]], ''
+            else:
+                plain += part
+    return ids + encoding.encode_ordinary(plain)
+
+
+def dialogue_ids(spec, encoding, messages, begin=True, reply=True):
+    """
+    messages: [(role, text)], role 'system', 'user' or 'assistant' -> ids, as spec['template'] has it.
+    begin: this is the start of a conversation. reply: end with what opens the assistant's reply.
+    """
+    template, messages = spec['template'], list(messages)
+    before, after = template['message'].split('{text}')
+    pieces = [template['begin'] if begin else '']
+    if begin and (template['prefix'] or template['system']) and (not messages or messages[0][0] != 'system'):
+        messages.insert(0, ('system', template['system']))
+    for i, (role, text) in enumerate(messages):
+        text = text.strip() if template['strip'] else text
+        pieces[-1] += before.replace('{role}', role)
+        pieces += [template['prefix'] + text if begin and i == 0 and role == 'system' else text, after]
+    if reply:
+        pieces[-1] += before.replace('{role}', 'assistant')
+    return written_ids(encoding, pieces)
+
+
+def known_template(jinja, special):
+    """
+    jinja: the chat template that a model's files hold, or '' -> the template of a spec; None for one that we do not know.
+    Its fields: what a conversation begins with; how a message is written; what stands before the first system message, and
+    its text where none is given; whether blanks around texts are removed; the tokens that end a reply.
+    """
+    if '<|im_start|>' in jinja and '<|im_end|>' in special:
+        return {'begin': '', 'message': '<|im_start|>{role}\n{text}<|im_end|>\n', 'prefix': '',
+                'system': SMOLLM_SYSTEM if SMOLLM_SYSTEM in jinja else '', 'strip': False, 'stop': ['<|im_end|>']}
+    if '<|start_header_id|>' in jinja and '<|eot_id|>' in special:
+        return {'begin': '<|begin_of_text|>', 'message': '<|start_header_id|>{role}<|end_header_id|>\n\n{text}<|eot_id|>',
+                'prefix': LLAMA3_PREFIX if 'Cutting Knowledge Date' in jinja else '', 'system': '', 'strip': True, 'stop': ['<|eot_id|>']}
+    return None
+
+
+# -----------------------------------------------------------------------------
+# from the files that tokenizers come in
 
 
 def spec_from_file(path, name, pattern):
@@ -101,43 +206,91 @@ def spec_from_file(path, name, pattern):
 
 
 def gpt2_byte_of():
-    """-> dict of the character that stands for a byte in GPT-2's files, to that byte"""
+    """-> dict of the character that stands for a byte in the files of byte-level BPE, to that byte"""
     # printable bytes stand for themselves, the others got the characters from U+0100 on
     printable = [b for b in range(256) if 33 <= b <= 126 or 161 <= b <= 172 or 174 <= b <= 255]
     others = [b for b in range(256) if b not in printable]
     return {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
 
 
-def gpt2_spec_from_dir(folder):
+def byte_level_spec(name, vocab, merges, special, jinja=''):
     """
-    folder: str or Path of a directory with vocab.bpe + encoder.json (the names in GPT-2's release) or
-    merges.txt + vocab.json (the same two files, as released with the weights elsewhere) -> spec dict.
-    Raises TokenizerError where they are missing or do not belong together.
+    name: of the pattern; vocab: {token: id}, in gpt2_byte_of's characters; merges: 'a b' or [a, b], in their order; special:
+    {text: id}; jinja: see known_template -> spec dict. Raises ValueError, KeyError or TypeError.
     """
-    folder = Path(folder)
-    for merges_name, vocab_name in (('vocab.bpe', 'encoder.json'), ('merges.txt', 'vocab.json')):
-        if (folder / merges_name).is_file() and (folder / vocab_name).is_file():
-            break
-    else:
-        raise TokenizerError(f'no tokenizer in {folder}: put vocab.bpe and encoder.json there '
-                             '(or merges.txt and vocab.json)')
-
     byte_of = gpt2_byte_of()
+    ordinary = sorted(vocab.keys() - special.keys(), key=vocab.get)
+    merged = [''.join(merge).replace(' ', '') for merge in merges]
+    order = [vocab[token] for token in merged]      # one token may be merged from several pairs
+    # tiktoken takes a token's id for the rank of its merge, so the two must agree on the order
+    if order != sorted(order) or {token for token in ordinary if len(token) > 1} != set(merged):
+        raise ValueError('ids and merges differ in order or number')
+    if sorted((vocab | special).values()) != list(range(len(vocab | special))):
+        raise ValueError('ids are repeated or missing')
+    tokens = [bytes(byte_of[character] for character in token) for token in ordinary]
+    spec, template = bpe_spec(name, PATTERNS[name], tokens), known_template(jinja, special)
+    if special != {ENDOFTEXT: len(tokens)}:
+        spec |= {'special': special, 'end': ENDOFTEXT if ENDOFTEXT in special else '<|end_of_text|>',
+                 'lacks': bytes(byte for character, byte in byte_of.items() if character not in vocab).hex()}
+    return spec | ({'template': template} if template else {})
+
+
+def spec_from_json(folder):
+    """tokenizer.json, and the chat template in the files beside it -> spec dict. Raises as byte_level_spec does."""
+    said = json.loads((folder / 'tokenizer.json').read_text(encoding='utf-8'))
+    model, splits, steps = said['model'], said['pre_tokenizer'] or {}, []
+    if model.get('type', 'BPE') != 'BPE' or model.get('byte_fallback') or said.get('normalizer') or model.get('unk_token'):
+        raise ValueError('SentencePiece, or something else than byte-level BPE')
+    for step in splits.get('pretokenizers', [splits]):
+        if step.get('type') == 'ByteLevel' and not step['add_prefix_space']:
+            steps += ['gpt2'] * step.get('use_regex', True)
+        elif step.get('type') == 'Digits' and step['individual_digits']:
+            steps += ['digits']
+        else:
+            steps += [step.get('pattern', step).get('Regex', step) if step.get('behavior') == 'Isolated' else step]
+    known = {'gpt2': ['gpt2'], 'smollm': ['digits', 'gpt2'], 'llama3': [LLAMA3_PATTERN]}
+    name = next((name for name in known if known[name] == steps), None)
+    if name is None:
+        raise ValueError(f"text is cut in another way than by GPT-2, SmolLM2 or Llama 3: {steps!r:.200}")
+    texts = [(folder / file).read_text(encoding='utf-8') for file in ('tokenizer_config.json', 'chat_template.jinja') if (folder / file).is_file()]
+    return byte_level_spec(name, model['vocab'], model['merges'], {token['content']: token['id'] for token in said['added_tokens']}, ''.join(texts))
+
+
+def spec_from_vocab(folder, merges_name, vocab_name):
+    """the two files of GPT-2's release -> spec dict. Raises as byte_level_spec does."""
+    vocab = json.loads((folder / vocab_name).read_text(encoding='utf-8'))
+    lines = (folder / merges_name).read_text(encoding='utf-8').split('\n')
+    merges = [line for line in lines[lines[0].startswith('#version'):] if line]
+    return byte_level_spec('gpt2', vocab, merges, {ENDOFTEXT: vocab[ENDOFTEXT]})
+
+
+def spec_from_gguf(metadata):
+    """metadata: {key: value} of a GGUF file -> spec dict. Raises TokenizerError."""
     try:
-        vocab = json.loads((folder / vocab_name).read_text(encoding='utf-8'))
-        lines = (folder / merges_name).read_text(encoding='utf-8').split('\n')
-        first = 1 if lines[0].startswith('#version') else 0
-        merges = [''.join(line.split(' ')) for line in lines[first:] if line]
-        # tiktoken takes a token's id for the rank of its merge, so the two files must agree on the order
-        singles = sorted(byte_of, key=lambda character: vocab[character])
-        written = singles + merges + [ENDOFTEXT]
-        if [vocab.get(token) for token in written] != list(range(len(vocab))):
-            raise ValueError('ids and merges differ in order or number')
-        tokens = [bytes(byte_of[character] for character in token) for token in written[:-1]]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
-        raise TokenizerError(f'{merges_name} and {vocab_name} in {folder} are damaged or not a pair '
-                             f'({type(e).__name__}: {e}): fetch both again') from e
-    return bpe_spec('gpt2', GPT2_PATTERN, tokens)
+        kind, cut = metadata['tokenizer.ggml.model'], metadata.get('tokenizer.ggml.pre')
+        names = {'gpt-2': 'gpt2', 'smollm': 'smollm', 'llama-bpe': 'llama3'}
+        if kind != 'gpt2' or cut not in names:
+            raise ValueError(f'{kind!r:.40} with {cut!r:.40}, not byte-level BPE of GPT-2, SmolLM2 or Llama 3')
+        tokens = metadata['tokenizer.ggml.tokens']
+        special = {text: id for id, (text, kind) in enumerate(zip(tokens, metadata['tokenizer.ggml.token_type'], strict=True)) if kind != 1}
+        return byte_level_spec(names[cut], {text: id for id, text in enumerate(tokens)}, metadata['tokenizer.ggml.merges'], special,
+                               metadata.get('tokenizer.chat_template', ''))
+    except (ValueError, KeyError, TypeError, AttributeError) as e:
+        raise TokenizerError(f'a tokenizer that is damaged, or of another kind ({type(e).__name__}: {e})') from e
+
+
+def spec_from_dir(folder):
+    """folder: str or Path of a directory with the files that a model came with -> spec dict. Raises TokenizerError."""
+    folder = Path(folder)
+    try:
+        if (folder / 'tokenizer.json').is_file():
+            return spec_from_json(folder)
+        for names in (('vocab.bpe', 'encoder.json'), ('merges.txt', 'vocab.json')):
+            if all((folder / name).is_file() for name in names):
+                return spec_from_vocab(folder, *names)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
+        raise TokenizerError(f'the tokenizer in {folder} is damaged or of another kind ({type(e).__name__}: {e}): fetch its files again') from e
+    raise TokenizerError(f'no tokenizer in {folder}: put tokenizer.json there, or vocab.bpe and encoder.json, or merges.txt and vocab.json')
 
 
 def tokenizer_spec(name):
@@ -154,6 +307,6 @@ def tokenizer_spec(name):
                                  'encoder.json of GPT-2 in a directory and name that directory as the tokenizer') from e
         return bpe_spec(name, GPT2_PATTERN, [encoding.decode_single_token_bytes(i) for i in range(encoding.eot_token)])
     if Path(name).is_dir():
-        return gpt2_spec_from_dir(name)
+        return spec_from_dir(name)
     raise TokenizerError(f"unknown tokenizer '{name}': choose python4k, bytes, gpt2, or a directory that holds "
-                         'vocab.bpe and encoder.json')
+                         'tokenizer.json, or vocab.bpe and encoder.json')

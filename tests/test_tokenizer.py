@@ -10,7 +10,7 @@ import tiktoken
 from tiktoken.load import data_gym_to_mergeable_bpe_ranks
 
 import tokenizer
-from tokenizer import ENDOFTEXT, TokenizerError, gpt2_spec_from_dir, load_tokenizer, tokenizer_spec
+from tokenizer import ENDOFTEXT, TokenizerError, spec_from_dir, load_tokenizer, tokenizer_spec
 
 
 def naive_bpe(piece, ranks):
@@ -175,7 +175,7 @@ def test_gpt2_files_against_tiktokens_own_reader(tmp_path, monkeypatch, names):
     monkeypatch.setenv('TIKTOKEN_CACHE_DIR', '')
     folder = write_gpt2_dir(tmp_path / 'gpt2', GPT2_MERGES, *names)
     ranks = data_gym_to_mergeable_bpe_ranks(str(folder / names[0]), str(folder / names[1]))
-    encoding = load_tokenizer(gpt2_spec_from_dir(folder))
+    encoding = load_tokenizer(spec_from_dir(folder))
     assert {encoding.decode_single_token_bytes(i): i for i in range(encoding.eot_token)} == ranks
     assert encoding.n_vocab == 256 + len(GPT2_MERGES) + 1
     pieces = ['cut', ' the', ' way', ' GPT', '-', '2', ' does', '\n', '\n', 'it', "'s", ' 1234', ' café', ' ', ' x',
@@ -201,7 +201,7 @@ def test_damaged_gpt2_files_are_one_clear_line(tmp_path, damage):
     folder = write_gpt2_dir(tmp_path / 'gpt2', GPT2_MERGES)
     damage(folder)
     with pytest.raises(TokenizerError, match='fetch both again|put vocab.bpe and encoder.json') as e:
-        gpt2_spec_from_dir(folder)
+        spec_from_dir(folder)
     assert '\n' not in str(e.value)
 
 
@@ -216,9 +216,9 @@ def test_gpt2_without_network_says_which_files_to_fetch(monkeypatch):
 
 def test_gpt2_by_tiktoken_is_stored_whole(monkeypatch, tmp_path):
     """get_encoding gives an Encoding of the same small vocabulary here; the spec must hold all of its tokens."""
-    small = load_tokenizer(gpt2_spec_from_dir(write_gpt2_dir(tmp_path / 'gpt2', GPT2_MERGES)))
+    small = load_tokenizer(spec_from_dir(write_gpt2_dir(tmp_path / 'gpt2', GPT2_MERGES)))
     monkeypatch.setattr(tiktoken, 'get_encoding', {'gpt2': small}.__getitem__)
-    assert tokenizer_spec('gpt2') == gpt2_spec_from_dir(tmp_path / 'gpt2')
+    assert tokenizer_spec('gpt2') == spec_from_dir(tmp_path / 'gpt2')
 
 
 def test_the_gpt2_pattern_is_tiktokens():

