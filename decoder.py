@@ -3,80 +3,110 @@ Decodes one token at a time through the C kernel, reading only the weights that 
 
     model, _ = load_checkpoint('out/best.pt')
     decoder = Decoder(model, dtype='bf16', threads=2)
-    logits, active = decoder.prefill(tokens)            # the prompt, in one batched pass of PyTorch: active (T, M)
-    logits, active = decoder.step(token)                # one token, in C: active (M), the weights each matrix used
+    logits, active = decoder.prefill(tokens)            # a prompt: active (T, M), the weights that each matrix used
+    logits, active = decoder.step(token)                # one token more: active (M)
 
 Weights may be kept as f32, as bf16 (half the bytes, so about half the time), or as int8 with a scale for each (input,
 stripe). Thresholds are f32 always, and the constant part of each output, mu @ W + b, is made from the f32 weights.
 
-A Decoder is a snapshot: it does not notice when the model changes later. The prompt is read by the model itself, in f32.
+A Decoder is a snapshot: it does not notice when the model changes later, and no longer needs it.
 
-But: one sequence, no batches, CPU only. TorchDecoder does the same without a compiler, and slower than a dense model.
+Not here: batches of sequences, GPUs. TorchDecoder does the same without a compiler, and slower than a dense model.
 """
 
+import math
 import os
 
 import numpy as np
 import torch
 
 import build_kernel
-from cwic import GPT, KVCache
+from cwic import KVCache, Neurons, rotary_tables
 
-DTYPES = {'f32': (0, torch.float32), 'bf16': (1, torch.bfloat16), 'int8': (2, torch.int8)}      # as in sparse_kernel.c
-MAX_TILE = 2048         # columns; the kernel takes no wider tile
-PIECES = 4              # that a matrix should at least come in, for threads to share evenly
-MIN_PART = 64           # inputs in a part: with fewer, what is read at once gets too short
+FORMATS = {'f32': torch.float32, 'bf16': torch.bfloat16, 'int8': torch.int8}    # of weights, numbered as in sparse_kernel.c
+MAX_TILE = 4096         # columns that are computed together: their sums stay in the first-level cache
+MIN_TASKS = 4           # that a matrix is cut into, for threads to share it evenly
+MIN_INPUTS = 64         # of a task: with fewer, what is read at once gets too short
 
 # -----------------------------------------------------------------------------
 # packing: weights in the order in which the kernel reads them
 
 
-def quantise(weight, stripe):
-    """weight (in, out) -> int8 (in, out), scale (n, in): one scale for each input and stripe, weight = scale * int8."""
-    parts = weight.split(stripe, dim=1)
-    scale = torch.stack([part.abs().amax(1) / 127 for part in parts])                   # (n, in)
-    small = [part / s.clamp_min(1e-30)[:, None] for part, s in zip(parts, scale)]
-    return torch.cat(small, dim=1).round().to(torch.int8), scale
+class Arena:
+    """
+    One block of memory for all that the kernel reads: large enough that numpy asks for huge pages, on which the processor
+    finds addresses faster. What is taken from it starts on a cache line.
+    """
+
+    def __init__(self, size):
+        block = torch.from_numpy(np.empty(size + 64, np.uint8))
+        self.rest = block[-block.data_ptr() % 64:]
+
+    def empty(self, shape, dtype):
+        size = math.prod(shape) * dtype.itemsize
+        taken, self.rest = self.rest[:size], self.rest[-(-size // 64) * 64:]
+        return taken.view(dtype).view(shape)
 
 
-def as_array(tensor, dtype=np.float32):
-    """A contiguous array of its own: numpy puts large ones on huge pages, which the processor finds faster."""
-    array = np.empty(tuple(tensor.shape), dtype)
-    torch.from_numpy(array).copy_(tensor.detach())
-    return array
+def row_scale(rows, dtype):
+    """rows f32 (in, columns) -> scale f32 (in), by which the largest of each row becomes 127; None but for int8."""
+    if dtype == 'int8':
+        return (torch.maximum(rows.amax(1), -rows.amin(1)) / 127).clamp_min(1e-30)
 
 
-class Packed:
-    """A StripedLinear as the kernel's Linear. struct: for ffi.new; arrays: what its pointers point to."""
+def pack_rows(rows, scale, packed):
+    """Writes rows f32 (in, columns) into packed (in, columns) of any format; packed * scale is what they were."""
+    packed.copy_(rows if scale is None else (rows / scale[:, None]).round_())
 
-    def __init__(self, ffi, linear, dtype):
-        n_in, n_out, stripe = linear.n_in, linear.n_out, linear.stripe
-        weight, thresholds, mu = linear.weight.detach(), linear.thresholds().detach(), linear.mu
-        n = -(-n_out // stripe)
-        checked = (('weight', weight, (n_in, n_out)), ('thresholds', thresholds, (n, n_in)), ('mu', mu, (n_in,)))
-        for name, tensor, shape in checked:
-            if tuple(tensor.shape) != shape or tensor.dtype != torch.float32:
-                raise ValueError(f'{name} must be f32 {shape}, not {tensor.dtype} {tuple(tensor.shape)}')
-        base = mu @ weight if linear.bias is None else mu @ weight + linear.bias.detach()
-        tile = -(-stripe // -(-stripe // MAX_TILE))                                     # equal tiles, none too wide
-        pieces = -(-stripe // tile) * n
-        parts = max(1, min(-(-PIECES // pieces), n_in // MIN_PART))
-        scale = None
-        if dtype == 'int8':
-            weight, scale = quantise(weight, stripe)
-        # tile after tile, each row by row: (in, width) of one tile lie together
-        tiles = [t.reshape(-1) for s in weight.split(stripe, dim=1) for t in s.split(tile, dim=1)]
-        flat = torch.cat(tiles).to(DTYPES[dtype][1])
-        kind = {'f32': np.float32, 'bf16': np.uint16, 'int8': np.int8}[dtype]
-        flat = as_array(flat.view(torch.uint16) if dtype == 'bf16' else flat, kind)
-        self.room = pieces * parts * tile
-        self.arrays = [flat, as_array(thresholds), as_array(mu), as_array(base)]
-        if scale is not None:
-            self.arrays.append(as_array(scale))
-        pointers = [ffi.from_buffer('float[]', array) for array in self.arrays[1:]]
-        self.struct = dict(n_in=n_in, n_out=n_out, stripe=stripe, tile=tile, parts=parts, weight=ffi.from_buffer(flat),
-                           thresholds=pointers[0], mu=pointers[1], base=pointers[2],
-                           scale=ffi.NULL if scale is None else pointers[3])
+
+class PackedMatrix:
+    """
+    A StripedLinear or Neurons as the kernel's Matrix: sizes, and the tensors that its pointers point to, by name. All but
+    the weights may be changed later. dense: with thresholds that skip nothing. empty(shape, dtype=): what memory comes from.
+    Raises ValueError where the layer is not f32.
+    """
+
+    @torch.no_grad()
+    def __init__(self, layer, dtype='f32', dense=False, empty=torch.empty):
+        if any(tensor.dtype != torch.float32 for tensor in layer.state_dict().values()):
+            raise ValueError('a model must be f32 to be packed')
+        n_in, thresholds, mu = layer.n_in, layer.thresholds(), layer.mu
+        if dense:
+            thresholds, mu = torch.full_like(thresholds, -1), torch.zeros_like(mu)
+        if isinstance(layer, Neurons):
+            both = layer.adapter_up(layer.up).t(), layer.adapter_down(layer.down)           # (neurons, d) each
+            n_out = stripe = tile = both[0].shape[1]
+            weight, scales = empty((n_in, 2, n_out), dtype=FORMATS[dtype]), [row_scale(rows, dtype) for rows in both]
+            for i, (rows, scale) in enumerate(zip(both, scales)):
+                pack_rows(rows, scale, weight[:, i])
+            scale, base = (scales[0] * scales[1] if dtype == 'int8' else None), torch.zeros(n_out)
+        else:
+            unpacked, n_out, stripe = layer.adapter(layer.weight), layer.n_out, layer.stripe
+            tile = math.ceil(stripe / math.ceil(stripe / MAX_TILE))                         # equal ones, none too wide
+            weight, scales, start = empty((n_in * n_out,), dtype=FORMATS[dtype]), [], 0
+            for columns in unpacked.split(stripe, dim=1):                                   # (in, stripe)
+                scales.append(row_scale(columns, dtype))
+                for rows in columns.split(tile, dim=1):                                     # (in, tile)
+                    pack_rows(rows, scales[-1], weight[start:start + rows.numel()].view(rows.shape))
+                    start += rows.numel()
+            scale = torch.stack(scales) if dtype == 'int8' else None
+            base = (0 if layer.bias is None else layer.bias) + (mu @ unpacked if mu.any() else torch.zeros(n_out))
+        tiles = math.ceil(stripe / tile) * math.ceil(n_out / stripe)
+        splits = max(1, min(math.ceil(MIN_TASKS / tiles), n_in // MIN_INPUTS))
+        self.sizes = dict(n_in=n_in, n_out=n_out, stripe=stripe, tile=tile, splits=splits)
+        self.sums = tiles * splits * tile           # numbers that its tasks leave behind
+        self.arrays = dict(weight=weight)
+        for name, values in dict(scale=scale, thresholds=thresholds, mu=mu, base=base).items():
+            if values is not None:
+                self.arrays[name] = empty(tuple(values.shape), dtype=torch.float32).copy_(values)
+
+    def struct(self, ffi):
+        """For ffi.new('Matrix *', ...), as long as self lives."""
+        return {**self.sizes, **{name: pointer(ffi, tensor) for name, tensor in self.arrays.items()}}
+
+
+def pointer(ffi, tensor):
+    return ffi.cast('void *', tensor.data_ptr())
 
 
 # -----------------------------------------------------------------------------
@@ -85,25 +115,24 @@ class Packed:
 class TorchDecoder:
     """
     A Decoder in plain PyTorch, for where no kernel can be built: the same methods and results, computed by the model.
-    names: M matrices; dense: the weights each has, np.int64 (M).
+    names: M matrices; dense: the weights each has, np.int64 (M). With dense=True thresholds play no part.
     """
 
-    def __init__(self, model):
-        self.model, self.config = model.eval(), model.config
-        self.names = [name for name, _ in model.linears()]
-        self.dense = np.array([linear.dense for _, linear in model.linears()], np.int64)
-        self.reset()
-
-    def reset(self):
-        """Forgets the sequence so far."""
-        self.cache, self.window = KVCache(self.config), []
+    def __init__(self, model, dense=False):
+        self.model, self.config, self.all_weights = model.eval(), model.config, dense
+        self.names = [name for name, _ in model.gated()]
+        self.dense = np.array([layer.dense for _, layer in model.gated()], np.int64)
+        self.cache, self.window = KVCache(model.config), []
 
     @torch.no_grad()
     def forward(self, tokens):
-        """tokens, which follow those in the cache -> logits of the last one np.float32 (vocab), active np.int64 (T, M)."""
-        logits, active = self.model(torch.tensor([tokens]), self.cache)
-        self.window += tokens
+        """tokens, which follow those in the cache -> logits np.float32 (vocab) of the last one, active np.int64 (T, M)."""
+        logits, active = self.model(torch.tensor([tokens]), self.cache, self.all_weights)
         return logits[0, -1].numpy(), active[:, 0].t().numpy().astype(np.int64)
+
+    def reset(self):
+        """Forgets the sequence so far."""
+        self.cache.length, self.window = 0, []
 
     def check(self, tokens):
         for token in tokens:
@@ -121,23 +150,23 @@ class TorchDecoder:
             raise ValueError('a prompt needs at least one token')
         self.check(tokens)
         self.reset()
-        return self.forward(tokens)
+        logits, active = self.forward(tokens)
+        self.window = tokens
+        return logits, active
 
     def step(self, token):
         """
         Reads one more token. Returns logits np.float32 (vocab) and active np.int64 (M). Where the context is full the
         window first becomes its own last half, this token included, and is read again from position 0.
         """
+        token = int(token)
         self.check([token])
-        if self.cache.length == self.config.block_size:
-            keep = max(self.config.block_size // 2, 1)
-            logits, active = self.prefill((self.window + [int(token)])[-keep:])
-            return logits, active[-1]
-        return self.one(int(token))
-
-    def one(self, token):
-        logits, active = self.forward([token])
-        return logits, active[0]
+        if len(self.window) == self.config.block_size:
+            logits, active = self.prefill((self.window + [token])[-max(self.config.block_size // 2, 1):])
+        else:
+            logits, active = self.forward([token])
+            self.window.append(token)
+        return logits, active[-1]
 
 
 class Decoder(TorchDecoder):
@@ -146,61 +175,63 @@ class Decoder(TorchDecoder):
     Raises build_kernel.KernelUnavailable, and ValueError for a dtype or a number of threads that cannot be.
     """
 
-    def __init__(self, model, dtype='f32', threads=None):
-        if dtype not in DTYPES:
-            raise ValueError(f'dtype must be one of {", ".join(DTYPES)}, not {dtype}')
+    def __init__(self, model, dtype='f32', threads=None, dense=False):
+        if dtype not in FORMATS:
+            raise ValueError(f'dtype must be one of {", ".join(FORMATS)}, not {dtype}')
         kernel = build_kernel.load()
-        self.lib, ffi, c = kernel.lib, kernel.ffi, model.config
-        super().__init__(model)
-        self.ffi, self.dtype = ffi, dtype
-        self.packed = packed = {name: Packed(ffi, linear, dtype) for name, linear in model.linears()}
-        self.keep = []                                          # what C points to has to outlive its struct
+        super().__init__(model, dense)
+        self.lib, self.ffi, self.dtype, self.model, c = kernel.lib, kernel.ffi, dtype, None, model.config
+        layers = dict(model.gated())
+        weights = sum(layer.dense * FORMATS[dtype].itemsize for layer in layers.values())
+        others = sum(2 * layer.theta.numel() + layer.n_in + layer.dense // layer.n_in for layer in layers.values())
+        arena = Arena(weights + 4 * others + 64 * 5 * len(layers))
+        self.packed = {name: PackedMatrix(layer, dtype, dense, arena.empty) for name, layer in layers.items()}
+        struct = {name: packed.struct(self.ffi) for name, packed in self.packed.items()}
+        self.keep = []                          # what C points to has to outlive the pointers
 
-        def pointer(tensor):
-            self.keep.append(as_array(tensor))
-            return ffi.from_buffer('float[]', self.keep[-1])
+        def keep(tensor):
+            self.keep.append(tensor.detach().clone().contiguous())
+            return pointer(self.ffi, self.keep[-1])
 
-        def norm(ln):
-            return dict(gain=pointer(ln.weight), bias=ffi.NULL if ln.bias is None else pointer(ln.bias))
+        def norm(module):
+            bias = getattr(module, 'bias', None)
+            return dict(gain=keep(module.weight), bias=self.ffi.NULL if bias is None else keep(bias))
 
-        def matrices(i):
-            return {name: packed[f'{i}.{name}'].struct for name in ('qkv', 'out', 'up', 'down')}
+        def block(i, module):
+            matrices = {field: struct[f'{i}.{name}'] for field, name in zip(('qkv', 'out', 'up', 'down'), c.matrices)}
+            return dict(ln_1=norm(module.ln_1), ln_2=norm(module.ln_2), **matrices)
 
-        blocks = ffi.new('Block[]', [dict(ln_1=norm(block.ln_1), ln_2=norm(block.ln_2), **matrices(i))
-                                     for i, block in enumerate(model.blocks)])
-        self.c_model = ffi.new('Model *', dict(
-            dtype=DTYPES[dtype][0], vocab_size=c.vocab_size, block_size=c.block_size, n_layer=c.n_layer, n_head=c.n_head,
-            n_embd=c.n_embd, wte=pointer(model.head.weight.t()), wpe=pointer(model.wpe.weight), blocks=blocks,
-            ln_f=norm(model.ln_f), head=packed['head'].struct))
-        room = {name: np.zeros(size, np.float32) for name, size in
-                dict(x=c.n_embd, mixed=c.n_embd, qkv=3 * c.n_embd, hidden=4 * c.n_embd).items()}
-        self.state = ffi.new('State *', {name: ffi.from_buffer('float[]', array) for name, array in room.items()})
-        self.keep += [blocks, room]
-        self.hire(min(os.cpu_count() or 1, 8) if threads is None else threads)
+        blocks = self.ffi.new('Block[]', [block(i, module) for i, module in enumerate(model.blocks)])
+        sizes = {name: getattr(c, name) for name in ('vocab_size', 'block_size', 'n_layer', 'n_head', 'n_kv_head', 'n_embd',
+                                                     'n_hidden', 'norm_eps')}
+        if c.arch == 'gpt2':
+            positions = dict(arch=self.lib.GPT2, wpe=keep(model.wpe.weight))
+        else:
+            positions = dict(zip(('cos', 'sin'), map(keep, rotary_tables(c, torch.arange(c.block_size)))), arch=self.lib.LLAMA)
+        self.c_model = self.ffi.new('Model *', dict(
+            **sizes, **positions, dtype=list(FORMATS).index(dtype), blocks=blocks, ln_f=norm(model.ln_f), head=struct['head']))
+        working = dict(x=c.n_embd, h=c.n_embd, qkv=(c.n_head + 2 * c.n_kv_head) * c.head_dim, mixed=c.n_embd, hidden=c.n_hidden)
+        self.state = self.ffi.new('State *', dict({name: keep(torch.zeros(size)) for name, size in working.items()},
+                                                  k=pointer(self.ffi, self.cache.k), v=pointer(self.ffi, self.cache.v)))
+        self.keep.append(blocks)
+        self.set_threads(min(os.cpu_count() or 1, 8) if threads is None else threads)
 
-    def hire(self, threads):
-        """Changes the number of threads, from 1 to 1024; a system short of them may give fewer: see .threads."""
+    def set_threads(self, threads):
+        """How many threads work, from 1 to 1024; a system short of them may give fewer: see .threads."""
         if not 1 <= threads <= 1024:
             raise ValueError(f'threads must be 1 to 1024, not {threads}')
-        widest = max([linear.n_in for _, linear in self.model.linears()] + [self.config.block_size])
-        team = self.lib.team_new(threads, widest, max(p.room for p in self.packed.values()))
+        longest = max([packed.sizes['n_in'] for packed in self.packed.values()] + [self.config.block_size])
+        team = self.lib.team_new(threads, longest, max(packed.sums for packed in self.packed.values()))
         if team == self.ffi.NULL:
             raise MemoryError('no memory for the threads of the kernel')
         self.team = self.ffi.gc(team, self.lib.team_free)
         self.threads = self.lib.team_size(team)
 
-    def one(self, token):
-        c, ffi, cache = self.config, self.ffi, self.cache
-        shape = (c.n_layer, 1, c.n_head, c.block_size, c.n_embd // c.n_head)
-        for tensor in (cache.k, cache.v):       # the only pointers that are not of our own making
-            if tuple(tensor.shape) != shape or tensor.dtype != torch.float32 or not tensor.is_contiguous():
-                raise ValueError(f'the cache must be contiguous f32 {shape}')
-        self.state.k = ffi.cast('float *', cache.k.data_ptr())
-        self.state.v = ffi.cast('float *', cache.v.data_ptr())
-        logits, active = np.empty(c.vocab_size, np.float32), np.empty(len(self.names), np.int64)
-        if self.lib.decode_token(self.team, self.c_model, self.state, token, cache.length,
-                         ffi.from_buffer('float[]', logits), ffi.from_buffer('int64_t[]', active)):
-            raise ValueError(f'token {token} at position {cache.length} was refused')
-        cache.length += 1
-        self.window.append(token)
+    def forward(self, tokens):
+        logits, active = np.empty(self.config.vocab_size, np.float32), np.empty((len(tokens), len(self.names)), np.int64)
+        for token, row in zip(tokens, active):
+            if self.lib.decode_token(self.team, self.c_model, self.state, token, self.cache.length,
+                                     self.ffi.from_buffer('float[]', logits), self.ffi.from_buffer('int64_t[]', row)):
+                raise ValueError(f'token {token} at position {self.cache.length} was refused')
+            self.cache.length += 1
         return logits, active

@@ -1,16 +1,17 @@
 /*
-One token through a CWIC model, in C11: what cwic.py does in eval mode, reading only the weights that the token uses.
+Decodes a CWIC model in C11: what cwic.py computes in eval mode, but reading only the weights that a token uses.
 
-Decoding one token is reading weights: each is used once, for one multiply and one add, so a token takes as long as its
-weights take to arrive from memory. A weight that is not read is time saved, but only if memory likes the order of what is
-left: so the weights are packed tile by tile, every tile row by row, and a skipped input is a skipped row of a tile.
+Decoding a token is mostly waiting for weights: each is used for one multiplication and one addition, so a token takes as
+long as its weights take to arrive from memory. A weight that is not read is time saved, if memory likes the order of those
+that remain. So weights are stored input by input: all weights of one input lie side by side, and a token that skips the
+input skips that whole row.
 
-To build it: python build_kernel.py. decoder.py packs a model for it, and every pointer it is given was checked there.
+Build it with: python build_kernel.py. decoder.py packs a model for it and checks all shapes before it makes a pointer.
 
-Top to bottom: the structs, the team of threads, the small maths, the thresholded matvec (where the time goes), the step.
+In this order: the structs, the small maths, the product of a vector with the rows that it uses (where the time goes),
+attention and the whole step, the team of threads.
 
-But: one sequence at a time; no batches (prefill is PyTorch's work), no f16, no GPU. NaN and infinity in an input travel on
-to the outputs, as in PyTorch (see compact). A team does not survive fork(): make a new one in the child.
+Not here: more than one sequence, f16, GPUs, Windows. Threads do not survive fork(): make a new team in the child.
 */
 
 #include <math.h>
@@ -18,42 +19,42 @@ to the outputs, as in PyTorch (see compact). A team does not survive fork(): mak
 #include <stdlib.h>
 #include <string.h>
 
-#if !defined(_WIN32) && !defined(PLAIN)         // PLAIN: as the tests build it too, without threads and intrinsics
+#if !defined(PLAIN)             // PLAIN: a build without threads and intrinsics, the short way through this file
 #define THREADS
 #include <pthread.h>
 #include <sched.h>
 #include <stdatomic.h>
-#endif
-
-#if defined(__AVX512F__) && !defined(PLAIN)
-#define INTRINSICS
+#if defined(__AVX512F__)
+#define AVX512
 #include <immintrin.h>
+#endif
 #endif
 
 #if defined(__GNUC__)
-#define PREFETCH(address) __builtin_prefetch(address, 0, 2)     // into the second-level cache, which has room for it
+#define INLINE static inline __attribute__((always_inline))     // a constant dtype then leaves one loop for each format
+#define PREFETCH(address) __builtin_prefetch(address)
 #else
+#define INLINE static inline
 #define PREFETCH(address) ((void)0)
 #endif
-
-#define MAX_TILE 2048           // columns of the widest tile: their sums stay in the first-level cache
 
 // ---------------------------------------------------------------------------------------------------------------------
 // the structs. build_kernel.py takes the declarations up to "end of interface" from here
 
 enum { F32, BF16, INT8 };       // formats of weights; everything else is f32
+enum { GPT2, LLAMA };           // kinds of models
 
-typedef struct {                // one striped linear layer
+typedef struct {                // a matrix with thresholds: a StripedLinear, or Llama's Neurons
     size_t n_in, n_out;
     size_t stripe;              // columns that share their thresholds; n = ceil(n_out / stripe), the last may be narrower
-    size_t tile;                // columns stored together: a stripe is cut into tiles, its last one may be narrower
-    size_t parts;               // a tile's inputs are cut into parts, so that there are pieces for all threads
-    const void *weight;         // (n_in, width) for each tile in turn; the tile that starts at column j is at j * n_in
-    const float *scale;         // (n, n_in) for INT8, where a weight is scale * its byte; otherwise NULL
+    size_t tile;                // columns computed together: a stripe is cut into tiles, its last may be narrower
+    size_t splits;              // the inputs of each tile are split so often, to make tasks for all threads
+    const void *weight;         // (n_in, width) for each tile in turn; Neurons (n_in, 2, n_out): a column of up, a row of down
+    const float *scale;         // (n, n_in) for INT8, where a weight is scale * its byte; Neurons: the product of both scales
     const float *thresholds;    // (n, n_in)
     const float *mu;            // (n_in) the usual value of each input
     const float *base;          // (n_out) mu @ W + b: the output when every input is as usual
-} Linear;
+} Matrix;
 
 typedef struct {
     const float *gain, *bias;   // (n_embd) each; bias may be NULL
@@ -61,238 +62,68 @@ typedef struct {
 
 typedef struct {
     Norm ln_1, ln_2;
-    Linear qkv, out, up, down;
+    Matrix qkv, out, up, down;  // of Llama, up is the gate, and down are the neurons
 } Block;
 
 typedef struct {
-    int dtype;
-    size_t vocab_size, block_size, n_layer, n_head, n_embd;
-    const float *wte;           // (vocab_size, n_embd): the head, transposed, so that a token is one row
-    const float *wpe;           // (block_size, n_embd)
+    int arch, dtype;
+    size_t vocab_size, block_size, n_layer, n_head, n_kv_head, n_embd, n_hidden;
+    float norm_eps;
+    const float *wpe;           // (block_size, n_embd); Llama has none
+    const float *cos, *sin;     // (block_size, head_dim / 2): Llama's rotations
     const Block *blocks;        // (n_layer)
     Norm ln_f;
-    Linear head;
+    Matrix head;                // its columns are the embeddings of the tokens, too
 } Model;
 
-typedef struct {                // what a sequence has left behind, and room for the work on its next token
-    float *k, *v;               // (n_layer, n_head, block_size, head_dim)
-    float *x, *mixed;           // (n_embd) the residual stream; what attention gathered
-    float *qkv;                 // (3 * n_embd)
-    float *hidden;              // (4 * n_embd)
+typedef struct {                // what a sequence has left behind, and working memory
+    float *k, *v;               // (n_layer, n_kv_head, block_size, head_dim)
+    float *x, *h;               // (n_embd) the residual stream, and the same normalised
+    float *qkv;                 // ((n_head + 2 * n_kv_head) * head_dim)
+    float *mixed;               // (n_embd) what attention gathered
+    float *hidden;              // (n_hidden)
 } State;
 
-typedef struct Team Team;
+typedef struct Team Team;       // threads
 
-// widest: the largest n_in, n_embd or block_size to come; room: the largest tiles * parts * tile. NULL: no memory
-Team *team_new(int threads, size_t widest, size_t room);
+// longest: the largest n_in or block_size to come; sums: the largest tiles * splits * tile. NULL: no memory
+Team *team_new(int threads, size_t longest, size_t sums);
 int team_size(const Team *team);        // threads it really has
 void team_free(Team *team);
 
-// y (n_out) for the input x (n_in); active (1): weights used. 0, or -1 where sizes are impossible
-int matvec(Team *team, const Linear *linear, int dtype, const float *x, float *y, int64_t *active);
+// y (n_out) for the input x (n_in); active (1): weights used. 0, or -1 where sizes are impossible.
+// neurons: x (n_in) is z, what the gate says; h (n_out) is what their up is applied to. Otherwise h is NULL
+int multiply_alone(Team *team, const Matrix *matrix, int dtype, const float *x, const float *h, float *y, int64_t *active);
 
 // one token at a position: logits (vocab_size), active (4 * n_layer + 1): weights used by each matrix. 0, or -1 where sizes
 // are impossible, or token or position out of range
 int decode_token(Team *team, const Model *model, const State *state, size_t token, size_t position,
                  float *logits, int64_t *active);
 
-// reads every byte once, on all threads: how fast memory is now. Returns a sum, so that no compiler leaves the reading out
+// reads every number once, on all threads: how fast memory is now. Returns their sum, so that no compiler skips the reading
 uint64_t read_all(Team *team, const uint64_t *data, size_t count);
 
 // end of interface
 
-// ---------------------------------------------------------------------------------------------------------------------
-// the team. Whoever calls leads: it says what is to be done and in how many pieces, takes pieces itself, and goes on when all
-// are done. The others claim pieces as long as there are any, so whoever gets cheap ones, or a core to itself, does more; and
-// one that a neighbour has pushed off its core is waited for only if it holds a piece
-
-typedef struct {
-    float *value;               // (widest) the active part of an input, packed together
-    uint32_t *index;            // (widest) where it was
-    float *scores;              // (widest) attention's
-    int64_t active;             // weights used since somebody asked
+typedef struct {                // what each thread has for itself
+    uint32_t *index;            // (longest) which rows are active
+    float *value;               // (longest) and what they are multiplied by; or attention's scores
 } Worker;
 
-typedef struct Job {
-    void (*function)(const struct Job *, Worker *, size_t piece);
-    Team *team;
-    size_t pieces;
-    const void *argument;
-} Job;
-
-#ifdef THREADS
-typedef atomic_size_t Counter;
-#else
-typedef size_t Counter;
-#endif
+typedef struct Threads Threads; // how they wait for tasks and share them: at the end of this file
 
 struct Team {
-    int size, hired;
-    size_t widest, room;
-    Worker *workers;            // (hired), of whom size have a thread
-    float *h;                   // (widest) a normalised input
-    float *partial;             // (room) what each part of each tile adds up to
-    Counter *finished;          // (room) parts of each tile that are done
-#ifdef THREADS
-    Job job;                    // may be read by who holds a piece of it
-    // what all threads write, each on a cache line of its own
-    _Alignas(64) atomic_uint_fast64_t open; // pieces not yet claimed; above them, in 32 bits, the number of the job
-    _Alignas(64) Counter done;              // pieces done
-    _Alignas(64) atomic_int sleeping;
-    atomic_int stop;
-    pthread_mutex_t mutex;
-    pthread_cond_t wake;
-    pthread_t *threads;         // (size - 1): the caller is one of the team
-#endif
+    int size, n_workers;        // threads; workers, of whom a system short of threads may leave some without one
+    Worker *workers;            // (n_workers)
+    Threads *threads;
+    size_t longest, n_sums;
+    float *sums;                // (n_sums) what the tasks of one matrix add up to
 };
 
-#ifdef THREADS
-
-static size_t count_up(Counter *counter) { return atomic_fetch_add_explicit(counter, 1, memory_order_acq_rel); }
-
-static void pause_a_moment(unsigned tries)
-{
-    // on a core of one's own the wait is short; if not, whoever we wait for may need this core
-    if (tries > 2000) { sched_yield(); return; }
-#if defined(__x86_64__) || defined(__i386__)
-    __builtin_ia32_pause();
-#elif defined(__aarch64__)
-    __asm__ volatile("yield");
-#endif
-}
-
-// claims pieces and does them until none are left
-static void work(Team *team, int id)
-{
-    uint_fast64_t open = atomic_load_explicit(&team->open, memory_order_acquire);
-    while (open & UINT32_MAX) {
-        if (!atomic_compare_exchange_weak(&team->open, &open, open - 1)) continue;          // another was faster
-        team->job.function(&team->job, &team->workers[id], team->job.pieces - (size_t)(open & UINT32_MAX));
-        count_up(&team->done);
-        open = atomic_load_explicit(&team->open, memory_order_acquire);
-    }
-}
-
-static void share_out(Team *team, size_t pieces, void (*function)(const Job *, Worker *, size_t), const void *argument)
-{
-    uint_fast64_t number = (atomic_load_explicit(&team->open, memory_order_relaxed) >> 32) + 1;
-    team->job = (Job){function, team, pieces, argument};
-    atomic_store_explicit(&team->done, 0, memory_order_relaxed);
-    atomic_store(&team->open, number << 32 | pieces);
-    if (atomic_load(&team->sleeping)) {
-        pthread_mutex_lock(&team->mutex);
-        pthread_cond_broadcast(&team->wake);
-        pthread_mutex_unlock(&team->mutex);
-    }
-    work(team, 0);
-    for (unsigned tries = 0; atomic_load_explicit(&team->done, memory_order_acquire) < pieces; tries++)
-        pause_a_moment(tries);
-}
-
-typedef struct { Team *team; int id; } Start;
-
-static void *worker_main(void *argument)
-{
-    Start start = *(Start *)argument;
-    Team *team = start.team;
-    free(argument);
-    for (unsigned tries = 0; !atomic_load(&team->stop); tries++) {
-        if (atomic_load_explicit(&team->open, memory_order_relaxed) & UINT32_MAX) {
-            work(team, start.id);
-            tries = 0;
-        } else if (tries < 6000) {
-            pause_a_moment(tries);
-        } else {                                            // nothing to do for a while: sleep
-            pthread_mutex_lock(&team->mutex);
-            atomic_fetch_add(&team->sleeping, 1);
-            while (!(atomic_load(&team->open) & UINT32_MAX) && !atomic_load(&team->stop))
-                pthread_cond_wait(&team->wake, &team->mutex);
-            atomic_fetch_sub(&team->sleeping, 1);
-            pthread_mutex_unlock(&team->mutex);
-        }
-    }
-    return NULL;
-}
-
-static void start_threads(Team *team, int threads)
-{
-    team->size = 1;
-    team->threads = calloc((size_t)threads, sizeof *team->threads);
-    pthread_mutex_init(&team->mutex, NULL);
-    pthread_cond_init(&team->wake, NULL);
-    while (team->threads && team->size < threads) {         // a system short of threads gives a smaller team
-        Start *start = malloc(sizeof *start);
-        if (!start) break;
-        *start = (Start){team, team->size};
-        if (pthread_create(&team->threads[team->size - 1], NULL, worker_main, start)) { free(start); break; }
-        team->size++;
-    }
-}
-
-static void stop_threads(Team *team)
-{
-    pthread_mutex_lock(&team->mutex);
-    atomic_store(&team->stop, 1);
-    pthread_cond_broadcast(&team->wake);
-    pthread_mutex_unlock(&team->mutex);
-    for (int i = 0; i < team->size - 1; i++) pthread_join(team->threads[i], NULL);
-    free(team->threads);
-    pthread_cond_destroy(&team->wake);
-    pthread_mutex_destroy(&team->mutex);
-}
-
-#else
-
-static size_t count_up(Counter *counter) { return (*counter)++; }
-
-static void share_out(Team *team, size_t pieces, void (*function)(const Job *, Worker *, size_t), const void *argument)
-{
-    Job job = {function, team, pieces, argument};
-    for (size_t piece = 0; piece < pieces; piece++) function(&job, team->workers, piece);
-}
-
-static void start_threads(Team *team, int threads) { (void)threads; team->size = 1; }
-static void stop_threads(Team *team) { (void)team; }
-
-#endif
-
-int team_size(const Team *team) { return team->size; }
-
-void team_free(Team *team)
-{
-    if (!team) return;
-    if (team->size) stop_threads(team);
-    for (int i = 0; team->workers && i < team->hired; i++) free(team->workers[i].value);
-    free(team->workers);
-    free(team->h);
-    free(team->partial);
-    free(team->finished);
-    free(team);
-}
-
-Team *team_new(int threads, size_t widest, size_t room)
-{
-    if (threads < 1 || threads > 1024 || widest < 1 || widest > UINT32_MAX || room < 1 || room > UINT32_MAX) return NULL;
-    Team *team = aligned_alloc(64, (sizeof *team + 63) / 64 * 64);
-    if (!team) return NULL;
-    memset(team, 0, sizeof *team);
-    team->widest = widest;
-    team->room = room;
-    team->h = malloc(widest * sizeof *team->h);
-    team->partial = malloc(room * sizeof *team->partial);
-    team->finished = calloc(room, sizeof *team->finished);
-    size_t width = (widest + 7) / 8 * 8;
-    team->workers = calloc((size_t)threads, sizeof *team->workers);
-    for (team->hired = 0; team->workers && team->hired < threads; team->hired++) {
-        Worker *w = &team->workers[team->hired];
-        if (!(w->value = malloc(3 * width * sizeof *w->value))) break;
-        w->scores = w->value + width;
-        w->index = (uint32_t *)(w->scores + width);
-    }
-    if (team->hired < threads || !team->h || !team->partial || !team->finished) { team_free(team); return NULL; }
-    start_threads(team, threads);
-    return team;
-}
+// does tasks 0, 1, ... in any order, each by whichever thread is free, and returns when all are done. A task returns how many
+// weights it used, run_tasks their total
+typedef int64_t Task(const void *argument, Worker *worker, size_t task);
+static int64_t run_tasks(Team *team, size_t tasks, Task *function, const void *argument);
 
 // ---------------------------------------------------------------------------------------------------------------------
 // the small maths. Loops are written so that compilers vectorise them: a sum needs leave to be reordered (omp simd), and
@@ -306,14 +137,6 @@ static float sum(const float *x, size_t n)
     return s;
 }
 
-static float dot(const float *restrict a, const float *restrict b, size_t n)
-{
-    float s = 0;
-    #pragma omp simd reduction(+:s)
-    for (size_t i = 0; i < n; i++) s += a[i] * b[i];
-    return s;
-}
-
 static float sum_of_squares(const float *x, float mean, size_t n)
 {
     float s = 0;
@@ -322,10 +145,12 @@ static float sum_of_squares(const float *x, float mean, size_t n)
     return s;
 }
 
-static void normalise(float *restrict y, const float *restrict x, Norm norm, size_t n)
+// GPT-2's LayerNorm, or Llama's RMSNorm, which does not centre
+static void normalise(float *restrict y, const float *restrict x, Norm norm, const Model *m)
 {
-    float mean = sum(x, n) / (float)n;
-    float scale = 1 / sqrtf(sum_of_squares(x, mean, n) / (float)n + 1e-5f);
+    size_t n = m->n_embd;
+    float mean = m->arch == GPT2 ? sum(x, n) / (float)n : 0;
+    float scale = 1 / sqrtf(sum_of_squares(x, mean, n) / (float)n + m->norm_eps);
     for (size_t i = 0; i < n; i++) y[i] = (x[i] - mean) * scale * norm.gain[i] + (norm.bias ? norm.bias[i] : 0);
 }
 
@@ -350,6 +175,11 @@ static void gelu(float *x, size_t n)
         x[i] = x[i] / (1 + exponential(-1.59576912f * (x[i] + 0.044715f * x[i] * x[i] * x[i])));
 }
 
+static void silu(float *x, size_t n)
+{
+    for (size_t i = 0; i < n; i++) x[i] = x[i] / (1 + exponential(-x[i]));
+}
+
 static void softmax(float *x, size_t n)
 {
     float largest = x[0];
@@ -359,168 +189,273 @@ static void softmax(float *x, size_t n)
     for (size_t i = 0; i < n; i++) x[i] *= scale;
 }
 
-// ---------------------------------------------------------------------------------------------------------------------
-// the thresholded matvec: by far the most time is spent inside add_rows, waiting for rows of weights to arrive
-
-// the inputs from first to last that a stripe uses, centred and packed together: those with |x - mu| > t. A NaN is taken
-// along, so that it spreads (as it does in PyTorch, where a masked NaN is 0 * NaN) and does not pass for an input that is
-// as usual. Returns how many
-static size_t compact(uint32_t *restrict index, float *restrict value, const float *restrict x,
-                      const float *restrict mu, const float *restrict t, size_t first, size_t last)
+// number j of the first half of a head and number j of its second half turn together
+static void rotate(float *restrict head, const float *restrict cos, const float *restrict sin, size_t half)
 {
+    for (size_t j = 0; j < half; j++) {
+        float a = head[j], b = head[half + j];
+        head[j] = a * cos[j] - b * sin[j];
+        head[half + j] = b * cos[j] + a * sin[j];
+    }
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// the product of a vector with the rows that it uses
+
+// the inputs from first to last that a stripe uses, centred: those with |x - mu| > t. A NaN is used too, so that it spreads
+// (as in PyTorch, where a masked NaN is 0 * NaN) and does not pass for an input that is as usual. Returns how many
+static size_t find_active(const Matrix *m, size_t stripe, const float *restrict x, size_t first, size_t last,
+                          uint32_t *restrict index, float *restrict value)
+{
+    const float *restrict mu = m->mu, *restrict t = m->thresholds + stripe * m->n_in;
+    const float *restrict scale = m->scale ? m->scale + stripe * m->n_in : NULL;
     size_t n = 0, i = first;
-#ifdef INTRINSICS
+#ifdef AVX512
     const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
     for (; i + 16 <= last; i += 16) {       // 16 are stored, however many are active: what comes next overwrites the rest
         __m512 c = _mm512_sub_ps(_mm512_loadu_ps(x + i), _mm512_loadu_ps(mu + i));
-        __mmask16 m = _mm512_cmp_ps_mask(_mm512_abs_ps(c), _mm512_loadu_ps(t + i), _CMP_NLE_UQ);
-        _mm512_storeu_ps(value + n, _mm512_maskz_compress_ps(m, c));
-        __m512i where = _mm512_add_epi32(lanes, _mm512_set1_epi32((int)i));
-        _mm512_storeu_si512(index + n, _mm512_maskz_compress_epi32(m, where));
-        n += (size_t)__builtin_popcount(m);
+        __mmask16 used = _mm512_cmp_ps_mask(_mm512_abs_ps(c), _mm512_loadu_ps(t + i), _CMP_NLE_UQ);
+        if (scale) c = _mm512_mul_ps(c, _mm512_loadu_ps(scale + i));
+        _mm512_storeu_ps(value + n, _mm512_maskz_compress_ps(used, c));
+        __m512i numbers = _mm512_add_epi32(lanes, _mm512_set1_epi32((int)i));
+        _mm512_storeu_si512(index + n, _mm512_maskz_compress_epi32(used, numbers));
+        n += (size_t)__builtin_popcount(used);
     }
 #endif
     for (; i < last; i++) {                 // no branch to mispredict: always written, kept by moving on
         float c = x[i] - mu[i];
         index[n] = (uint32_t)i;
-        value[n] = c;
+        value[n] = scale ? c * scale[i] : c;
         n += !(fabsf(c) <= t[i]);
-    }
-    for (i = n; i % 8; i++) {               // add_rows takes eights: the last row again, times nothing
-        index[i] = index[n - 1];
-        value[i] = 0;
     }
     return n;
 }
 
-static inline float widen_f32(float w) { return w; }
-static inline float widen_bf16(uint16_t w) { union { uint32_t u; float f; } x = {(uint32_t)w << 16}; return x.f; }
-static inline float widen_int8(int8_t w) { return w; }
+static size_t bytes(int dtype) { return dtype == F32 ? 4 : dtype == BF16 ? 2 : 1; }
 
-// a cache line's worth of columns of eight rows
-#ifdef INTRINSICS   // gcc widens bytes by way of 16 bits, which costs a third of int8's speed: so we say it
-static inline __m512 load_f32(const float *w) { return _mm512_loadu_ps(w); }
-static inline __m512 load_bf16(const uint16_t *w)
+// weight j of a row
+INLINE float weight(const char *row, size_t j, int dtype)
 {
-    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)w)), 16));
+    if (dtype == F32) return ((const float *)row)[j];
+    if (dtype == INT8) return ((const int8_t *)row)[j];
+    union { uint32_t u; float f; } bits = {(uint32_t)((const uint16_t *)row)[j] << 16};     // the upper half of an f32
+    return bits.f;
 }
-static inline __m512 load_int8(const int8_t *w)
+
+typedef struct {                // n rows of weights, and what each is multiplied by
+    const char *weight;
+    size_t stride, width;       // bytes from one row to the next; columns
+    const uint32_t *index;      // (n) which rows
+    float *value;               // (n)
+    size_t n;
+} Rows;
+
+#ifdef PLAIN
+
+// sums (width) += value[k] * row k, for up to eight rows from the k-th on. This is where a model's time goes
+static void add_eight(float *sums, Rows rows, size_t k, int dtype)
 {
-    return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)w)));
+    for (size_t end = k + 8; k < end && k < rows.n; k++)
+        for (size_t j = 0; j < rows.width; j++)
+            sums[j] += rows.value[k] * weight(rows.weight + rows.index[k] * rows.stride, j, dtype);
 }
-#define ADD_LINE(LINE, widen, load)                                                                                    \
-    for (size_t j = i; j < i + LINE; j += 16) {                                                                        \
-        __m512 sum = _mm512_loadu_ps(y + j);                                                                           \
-        for (size_t r = 0; r < 8; r++) sum = _mm512_fmadd_ps(_mm512_set1_ps(v[r]), load(w[r] + j), sum);               \
-        _mm512_storeu_ps(y + j, sum);                                                                                  \
+
+// value[k] *= row k . h, for the same eight
+static void dot_eight(Rows rows, size_t k, const float *h, int dtype)
+{
+    for (size_t end = k + 8; k < end && k < rows.n; k++) {
+        float dot = 0;
+        for (size_t j = 0; j < rows.width; j++) dot += h[j] * weight(rows.weight + rows.index[k] * rows.stride, j, dtype);
+        rows.value[k] *= dot;
     }
+}
+
 #else
-#define ADD_LINE(LINE, widen, load)                                                                                    \
-    for (size_t j = i; j < i + LINE; j++)                                                                              \
-        y[j] += v[0] * widen(w[0][j]) + v[1] * widen(w[1][j]) + v[2] * widen(w[2][j]) + v[3] * widen(w[3][j])          \
-              + v[4] * widen(w[4][j]) + v[5] * widen(w[5][j]) + v[6] * widen(w[6][j]) + v[7] * widen(w[7][j]);
+
+// The same, fast: sums is read and written once for eight weights, and rows are asked for before it is their turn. Which one
+// comes next no prefetcher of the hardware can guess, but we know: with every cache line of a row goes a request for the same
+// line of the row eight further on, and with those of the first eight a request for their own
+typedef struct {
+    const char *row[8], *later[8];
+    float value[8];
+} Eight;
+
+INLINE Eight take_eight(Rows rows, size_t k, int dtype)
+{
+    Eight e;
+    for (size_t r = 0; r < 8; r++) {        // past the end: the last row again, times nothing
+        size_t last = rows.n - 1, now = k + r < last ? k + r : last, later = k + r + 8 < last ? k + r + 8 : last;
+        e.row[r] = rows.weight + rows.index[now] * rows.stride;
+        e.later[r] = rows.weight + rows.index[later] * rows.stride;
+        e.value[r] = k + r < rows.n ? rows.value[k + r] : 0;
+    }
+    for (size_t r = 0; k == 0 && r < 8; r++)
+        for (size_t i = 0; i < rows.width * bytes(dtype); i += 64) PREFETCH(e.row[r] + i);
+    return e;
+}
+
+#ifdef AVX512       // gcc widens bytes by way of 16 bits, which costs a third of int8's speed: so we say how
+INLINE __m512 load16(const char *row, size_t j, int dtype)
+{
+    if (dtype == F32) return _mm512_loadu_ps(row + 4 * j);
+    if (dtype == INT8) return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const void *)(row + j))));
+    __m512i bits = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const void *)(row + 2 * j)));
+    return _mm512_castsi512_ps(_mm512_slli_epi32(bits, 16));
+}
 #endif
 
-// y (width) += value (n) @ rows index (n) of W (n_in, width), n a multiple of 8. Eight rows at a time, so that y is read
-// and written once for eight weights. What no prefetcher of the hardware can guess is which row comes next; we know, so with
-// every cache line of each row we ask for the same line of the row eight further on, and for the first eight at once
-#define ADD_ROWS(name, type, widen, load)                                                                              \
-static void name(float *restrict y, const type *restrict W, size_t width,                                              \
-                 const uint32_t *restrict index, const float *restrict value, size_t n)                                \
-{                                                                                                                      \
-    enum { LINE = 64 / sizeof(type) };                                                                                 \
-    for (size_t r = 0; r < 8 && r < n; r++)                                                                            \
-        for (size_t i = 0; i < width; i += LINE) PREFETCH(W + index[r] * width + i);                                   \
-    for (size_t k = 0; k < n; k += 8) {                                                                                \
-        const type *w[8], *soon[8];                                                                                    \
-        const float *v = value + k;                                                                                    \
-        for (size_t r = 0; r < 8; r++) {                                                                               \
-            w[r] = W + index[k + r] * width;                                                                           \
-            soon[r] = W + index[k + 8 < n ? k + 8 + r : n - 1] * width;                                                \
-        }                                                                                                              \
-        size_t i = 0;                                                                                                  \
-        for (; i + LINE <= width; i += LINE) {                                                                         \
-            for (size_t r = 0; r < 8; r++) PREFETCH(soon[r] + i);                                                      \
-            ADD_LINE(LINE, widen, load)                                                                                \
-        }                                                                                                              \
-        for (; i < width; i++)                                                                                         \
-            for (size_t r = 0; r < 8; r++) y[i] += v[r] * widen(w[r][i]);                                              \
-    }                                                                                                                  \
+INLINE void add_eight(float *restrict sums, Rows rows, size_t k, int dtype)
+{
+    Eight e = take_eight(rows, k, dtype);
+    size_t line = 64 / bytes(dtype);
+    for (size_t start = 0; start < rows.width; start += line) {
+        size_t j = start, end = start + line < rows.width ? start + line : rows.width;
+        for (size_t r = 0; r < 8; r++) PREFETCH(e.later[r] + start * bytes(dtype));
+#ifdef AVX512
+        for (; j + 16 <= end; j += 16) {
+            __m512 sum = _mm512_loadu_ps(sums + j);
+            for (size_t r = 0; r < 8; r++) sum = _mm512_fmadd_ps(_mm512_set1_ps(e.value[r]), load16(e.row[r], j, dtype), sum);
+            _mm512_storeu_ps(sums + j, sum);
+        }
+#endif
+        for (; j < end; j++)
+            for (size_t r = 0; r < 8; r++) sums[j] += e.value[r] * weight(e.row[r], j, dtype);
+    }
 }
 
-ADD_ROWS(add_rows_f32, float, widen_f32, load_f32)
-ADD_ROWS(add_rows_bf16, uint16_t, widen_bf16, load_bf16)
-ADD_ROWS(add_rows_int8, int8_t, widen_int8, load_int8)
-
-enum { STORE, ADD, GELU };      // what becomes of a matrix's outputs: they replace y, are added to it, or pass through GELU
-
-typedef struct {
-    const Linear *linear;
-    int dtype, then;
-    const float *x;             // (n_in)
-    float *y;                   // (n_out)
-    size_t tiles;               // in each stripe but a narrower last one, which may have fewer
-    size_t stripes;
-} Product;
-
-// one piece of a matrix: a part of a tile's inputs. Whoever does the last part of a tile adds all its parts up, always in
-// the same order
-static void product_piece(const Job *job, Worker *me, size_t piece)
+INLINE void dot_eight(Rows rows, size_t k, const float *restrict h, int dtype)
 {
-    const Product *product = job->argument;
-    const Linear *l = product->linear;
-    Team *team = job->team;
-    size_t tile = piece / l->parts, part = piece % l->parts, stripe = tile / product->tiles;
-    size_t start = stripe * l->stripe + tile % product->tiles * l->tile;
-    size_t end = stripe + 1 < product->stripes ? (stripe + 1) * l->stripe : l->n_out;
-    if (start >= end) return;
-    size_t width = end - start < l->tile ? end - start : l->tile;
-    size_t n = compact(me->index, me->value, product->x, l->mu, l->thresholds + stripe * l->n_in,
-                       part * l->n_in / l->parts, (part + 1) * l->n_in / l->parts);
-    me->active += (int64_t)(n * width);
-
-    _Alignas(64) float sums[MAX_TILE];
-    memset(sums, 0, width * sizeof *sums);
-    if (product->dtype == F32) {
-        add_rows_f32(sums, (const float *)l->weight + start * l->n_in, width, me->index, me->value, n);
-    } else if (product->dtype == BF16) {
-        add_rows_bf16(sums, (const uint16_t *)l->weight + start * l->n_in, width, me->index, me->value, n);
-    } else {
-        const float *scale = l->scale + stripe * l->n_in;
-        for (size_t k = 0; k < n; k++) me->value[k] *= scale[me->index[k]];
-        add_rows_int8(sums, (const int8_t *)l->weight + start * l->n_in, width, me->index, me->value, n);
+    Eight e = take_eight(rows, k, dtype);
+    size_t line = 64 / bytes(dtype), j = 0;
+    float dot[8] = {0};
+#ifdef AVX512
+    __m512 sum[8] = {0};
+    for (; j + 16 <= rows.width; j += 16) {
+        if (j % line == 0) for (size_t r = 0; r < 8; r++) PREFETCH(e.later[r] + j * bytes(dtype));
+        for (size_t r = 0; r < 8; r++) sum[r] = _mm512_fmadd_ps(load16(e.row[r], j, dtype), _mm512_loadu_ps(h + j), sum[r]);
     }
-    if (l->parts > 1) {
-        memcpy(team->partial + piece * l->tile, sums, width * sizeof *sums);
-        if (count_up(&team->finished[tile]) + 1 < l->parts) return;
-        team->finished[tile] = 0;
-        memset(sums, 0, width * sizeof *sums);
-        for (size_t p = 0; p < l->parts; p++)
-            for (size_t j = 0; j < width; j++) sums[j] += team->partial[(tile * l->parts + p) * l->tile + j];
+    for (size_t r = 0; r < 8; r++) dot[r] = _mm512_reduce_add_ps(sum[r]);
+    for (; j < rows.width; j++)
+        for (size_t r = 0; r < 8; r++) dot[r] += weight(e.row[r], j, dtype) * h[j];
+#else
+    for (size_t r = 0; r < 8; r++) {
+        const char *row = e.row[r];
+        float s = 0;
+        for (j = 0; j < rows.width; j += line) PREFETCH(e.later[r] + j * bytes(dtype));
+        #pragma omp simd reduction(+:s)
+        for (size_t i = 0; i < rows.width; i++) s += weight(row, i, dtype) * h[i];
+        dot[r] = s;
     }
-    float *y = product->y + start;
-    for (size_t j = 0; j < width; j++) sums[j] += l->base[start + j];
-    if (product->then == GELU) gelu(sums, width);
-    if (product->then == ADD) for (size_t j = 0; j < width; j++) y[j] += sums[j];
-    else memcpy(y, sums, width * sizeof *sums);
+#endif
+    for (size_t r = 0; r < 8 && k + r < rows.n; r++) rows.value[k + r] *= dot[r];
 }
 
-// the whole matrix. Returns the number of weights it used
-static int64_t multiply(Team *team, const Linear *l, int dtype, const float *x, float *y, int then)
+#endif
+
+// sums (width) += every row times its value. Of neurons a row is one column of up and then one row of down, and its value is first multiplied
+// by what that column of up makes of h
+INLINE void add_rows(float *restrict sums, Rows rows, const float *restrict h, int dtype)
 {
-    size_t tiles = (l->stripe + l->tile - 1) / l->tile, stripes = (l->n_out + l->stripe - 1) / l->stripe;
-    Product product = {l, dtype, then, x, y, tiles, stripes};
-    share_out(team, stripes * tiles * l->parts, product_piece, &product);
-    int64_t active = 0;
-    for (int i = 0; i < team->size; i++) {
-        active += team->workers[i].active;
-        team->workers[i].active = 0;
+    Rows down = rows;
+    if (h) down.weight += rows.width * bytes(dtype);
+    for (size_t k = 0; k < rows.n; k += 8) {
+        if (h) dot_eight(rows, k, h, dtype);
+        add_eight(sums, down, k, dtype);
     }
-    return active;
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// the step
+// a whole matrix
+
+typedef struct { size_t stripe, start, width; } Tile;      // columns start to start + width - 1 of a stripe
+
+// tiles are numbered stripe by stripe; of the last stripe, which may be narrower, some may have no columns
+static Tile find_tile(const Matrix *m, size_t number)
+{
+    size_t per_stripe = (m->stripe + m->tile - 1) / m->tile, stripe = number / per_stripe;
+    size_t start = stripe * m->stripe + number % per_stripe * m->tile;
+    size_t end = (stripe + 1) * m->stripe < m->n_out ? (stripe + 1) * m->stripe : m->n_out;
+    size_t rest = start < end ? end - start : 0;
+    return (Tile){stripe, start, rest < m->tile ? rest : m->tile};
+}
+
+static size_t count_tiles(const Matrix *m)
+{
+    return (m->stripe + m->tile - 1) / m->tile * ((m->n_out + m->stripe - 1) / m->stripe);
+}
+
+enum { STORE, ADD, GELU, SILU };    // what becomes of the outputs: they replace y, are added to it, or pass through a function
+
+typedef struct {
+    const Matrix *matrix;
+    int dtype, then;
+    const float *x;             // (n_in)
+    const float *h;             // neurons: (n_out) what up is applied to; otherwise NULL
+    float *y;                   // (n_out)
+    float *sums;                // (tiles, splits, tile)
+} Product;
+
+static void finish_tile(const Product *p, size_t number)
+{
+    const Matrix *m = p->matrix;
+    Tile tile = find_tile(m, number);
+    float *sums = p->sums + number * m->splits * m->tile, *y = p->y + tile.start;
+    for (size_t split = 1; split < m->splits; split++)
+        for (size_t j = 0; j < tile.width; j++) sums[j] += sums[split * m->tile + j];
+    for (size_t j = 0; j < tile.width; j++) sums[j] += m->base[tile.start + j];
+    if (p->then == GELU) gelu(sums, tile.width);
+    if (p->then == SILU) silu(sums, tile.width);
+    if (p->then == ADD) for (size_t j = 0; j < tile.width; j++) y[j] += sums[j];
+    else memcpy(y, sums, tile.width * sizeof *y);
+}
+
+static int64_t multiply_task(const void *argument, Worker *me, size_t task)
+{
+    const Product *p = argument;
+    const Matrix *m = p->matrix;
+    size_t split = task % m->splits;
+    Tile tile = find_tile(m, task / m->splits);
+    float *sums = p->sums + task * m->tile;
+    size_t n = find_active(m, tile.stripe, p->x, split * m->n_in / m->splits, (split + 1) * m->n_in / m->splits,
+                           me->index, me->value);
+    size_t per_input = p->h ? 2 * tile.width : tile.width;
+    Rows rows = {(const char *)m->weight + tile.start * m->n_in * bytes(p->dtype) * (p->h ? 2 : 1),
+                 per_input * bytes(p->dtype), tile.width, me->index, me->value, n};
+    memset(sums, 0, tile.width * sizeof *sums);
+    if (p->dtype == F32) add_rows(sums, rows, p->h, F32);
+    else if (p->dtype == BF16) add_rows(sums, rows, p->h, BF16);
+    else add_rows(sums, rows, p->h, INT8);
+    if (m->splits == 1) finish_tile(p, task);
+    return (int64_t)(n * per_input);
+}
+
+// y (n_out) for the input x (n_in). Returns the number of weights used
+static int64_t multiply(Team *team, const Matrix *m, int dtype, const float *x, const float *h, float *y, int then)
+{
+    Product product = {m, dtype, then, x, h, y, team->sums};
+    size_t tiles = count_tiles(m);
+    int64_t active = run_tasks(team, tiles * m->splits, multiply_task, &product);
+    for (size_t i = 0; m->splits > 1 && i < tiles; i++) finish_tile(&product, i);   // splits are added in one order always
+    return active;
+}
+
+static int possible(const Team *team, const Matrix *m, int dtype, size_t n_in, size_t n_out)
+{
+    return m->n_in == n_in && m->n_out == n_out && n_in && n_in <= team->longest && n_out
+        && m->stripe && m->stripe <= n_out && m->tile && m->tile <= m->stripe && m->splits && m->splits <= n_in
+        && count_tiles(m) * m->splits * m->tile <= team->n_sums
+        && (dtype == F32 || dtype == BF16 || (dtype == INT8 && m->scale));
+}
+
+int multiply_alone(Team *team, const Matrix *m, int dtype, const float *x, const float *h, float *y, int64_t *active)
+{
+    if (!possible(team, m, dtype, m->n_in, m->n_out) || (h && m->tile < m->n_out)) return -1;
+    *active = multiply(team, m, dtype, x, h, y, STORE);
+    return 0;
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// attention, and the step
 
 typedef struct {
     const Model *model;
@@ -528,97 +463,282 @@ typedef struct {
     size_t layer, position;
 } Attention;
 
-// one head: this token's key and value join the cache, then its query looks at all of them
-static void attend(const Job *job, Worker *me, size_t head)
+// where the cache has the keys of one head at this layer, or the values
+static float *cached(float *cache, const Model *m, size_t layer, size_t head)
 {
-    const Attention *now = job->argument;
-    const Model *m = now->model;
-    const State *s = now->state;
-    size_t d = m->n_embd, size = d / m->n_head, length = now->position + 1;
-    float *k = s->k + (now->layer * m->n_head + head) * m->block_size * size;           // (block_size, size)
-    float *v = s->v + (now->layer * m->n_head + head) * m->block_size * size;
-    const float *q = s->qkv + head * size;
-    float *y = s->mixed + head * size, scale = 1 / sqrtf((float)size);
-    memcpy(k + now->position * size, q + d, size * sizeof *k);
-    memcpy(v + now->position * size, q + 2 * d, size * sizeof *v);
-    for (size_t t = 0; t < length; t++) me->scores[t] = dot(q, k + t * size, size) * scale;
-    softmax(me->scores, length);
-    memset(y, 0, size * sizeof *y);
-    for (size_t t = 0; t < length; t++)
-        for (size_t j = 0; j < size; j++) y[j] += me->scores[t] * v[t * size + j];
+    return cache + (layer * m->n_kv_head + head) * m->block_size * (m->n_embd / m->n_head);
 }
 
-static int possible(const Team *team, const Linear *l, int dtype)
+// positions are turned into the queries and keys of this token, and its keys and values join the cache
+static void remember(const Attention *now)
 {
-    if (!l->n_in || l->n_in > team->widest || !l->n_out || !l->stripe || l->stripe > l->n_out) return 0;
-    if (!l->tile || l->tile > l->stripe || l->tile > MAX_TILE || !l->parts || l->parts > l->n_in) return 0;
-    if (dtype < F32 || dtype > INT8 || (dtype == INT8 && !l->scale)) return 0;
-    size_t tiles = (l->stripe + l->tile - 1) / l->tile * ((l->n_out + l->stripe - 1) / l->stripe);
-    return l->parts == 1 || tiles * l->parts * l->tile <= team->room;
+    const Model *m = now->model;
+    size_t size = m->n_embd / m->n_head;
+    float *q = now->state->qkv, *k = q + m->n_embd, *v = k + m->n_kv_head * size;
+    for (size_t i = 0; m->arch == LLAMA && i < m->n_head + m->n_kv_head; i++)
+        rotate(q + i * size, m->cos + now->position * size / 2, m->sin + now->position * size / 2, size / 2);
+    for (size_t i = 0; i < m->n_kv_head; i++) {
+        memcpy(cached(now->state->k, m, now->layer, i) + now->position * size, k + i * size, size * sizeof *k);
+        memcpy(cached(now->state->v, m, now->layer, i) + now->position * size, v + i * size, size * sizeof *v);
+    }
+}
+
+// one head: its query is compared with all keys so far, and gathers their values. Neighbouring heads may share these
+static int64_t attend(const void *argument, Worker *me, size_t head)
+{
+    const Attention *now = argument;
+    const Model *m = now->model;
+    size_t size = m->n_embd / m->n_head, length = now->position + 1, kv = head / (m->n_head / m->n_kv_head);
+    Rows keys = {(char *)cached(now->state->k, m, now->layer, kv), size * sizeof(float), size, me->index, me->value, length};
+    Rows values = keys;
+    values.weight = (char *)cached(now->state->v, m, now->layer, kv);
+    for (size_t t = 0; t < length; t++) {
+        me->index[t] = (uint32_t)t;
+        me->value[t] = 1 / sqrtf((float)size);
+    }
+    for (size_t t = 0; t < length; t += 8) dot_eight(keys, t, now->state->qkv + head * size, F32);
+    softmax(me->value, length);
+    memset(now->state->mixed + head * size, 0, size * sizeof(float));
+    add_rows(now->state->mixed + head * size, values, NULL, F32);
+    return 0;
+}
+
+// a token's embedding is its column of the head
+static void embed(float *x, const Matrix *head, int dtype, size_t token)
+{
+    size_t per_stripe = (head->stripe + head->tile - 1) / head->tile, stripe = token / head->stripe;
+    Tile tile = find_tile(head, stripe * per_stripe + token % head->stripe / head->tile);
+    for (size_t i = 0; i < head->n_in; i++) {
+        x[i] = weight((const char *)head->weight, tile.start * head->n_in + i * tile.width + token - tile.start, dtype);
+        if (dtype == INT8) x[i] *= head->scale[stripe * head->n_in + i];
+    }
 }
 
 int decode_token(Team *team, const Model *model, const State *state, size_t token, size_t position,
                  float *logits, int64_t *active)
 {
     const Model *m = model;
-    if (token >= m->vocab_size || position >= m->block_size) return -1;
-    if (m->block_size > team->widest || m->n_embd > team->widest || !m->n_head || m->n_embd % m->n_head) return -1;
-    for (size_t i = 0; i < m->n_layer; i++) {
-        const Block *b = &m->blocks[i];
-        if (!possible(team, &b->qkv, m->dtype) || !possible(team, &b->out, m->dtype)
-            || !possible(team, &b->up, m->dtype) || !possible(team, &b->down, m->dtype)) return -1;
-    }
-    if (!possible(team, &m->head, m->dtype)) return -1;
+    const State *s = state;
+    size_t d = m->n_embd, qkv = m->n_head && m->n_kv_head ? d + 2 * m->n_kv_head * (d / m->n_head) : 0;
+    int gpt2 = m->arch == GPT2;
+    if (token >= m->vocab_size || position >= m->block_size || m->block_size > team->longest) return -1;
+    if (!qkv || d % m->n_head || m->n_head % m->n_kv_head || !possible(team, &m->head, m->dtype, d, m->vocab_size)) return -1;
+    for (const Block *b = m->blocks; b < m->blocks + m->n_layer; b++)
+        if (!possible(team, &b->qkv, m->dtype, d, qkv) || !possible(team, &b->out, m->dtype, d, d)
+            || !possible(team, &b->up, m->dtype, d, m->n_hidden) || !possible(team, &b->down, m->dtype, m->n_hidden, d)
+            || (!gpt2 && b->down.tile < d)) return -1;
 
-    size_t d = m->n_embd;
-    for (size_t i = 0; i < d; i++) state->x[i] = m->wte[token * d + i] + m->wpe[position * d + i];
+    embed(s->x, &m->head, m->dtype, token);
+    for (size_t i = 0; gpt2 && i < d; i++) s->x[i] += m->wpe[position * d + i];
     for (size_t layer = 0; layer < m->n_layer; layer++) {
         const Block *b = &m->blocks[layer];
-        Attention attention = {m, state, layer, position};
-        normalise(team->h, state->x, b->ln_1, d);
-        *active++ = multiply(team, &b->qkv, m->dtype, team->h, state->qkv, STORE);
-        share_out(team, m->n_head, attend, &attention);
-        *active++ = multiply(team, &b->out, m->dtype, state->mixed, state->x, ADD);
-        normalise(team->h, state->x, b->ln_2, d);
-        *active++ = multiply(team, &b->up, m->dtype, team->h, state->hidden, GELU);
-        *active++ = multiply(team, &b->down, m->dtype, state->hidden, state->x, ADD);
+        Attention attention = {m, s, layer, position};
+        normalise(s->h, s->x, b->ln_1, m);
+        *active++ = multiply(team, &b->qkv, m->dtype, s->h, NULL, s->qkv, STORE);
+        remember(&attention);
+        run_tasks(team, m->n_head, attend, &attention);
+        *active++ = multiply(team, &b->out, m->dtype, s->mixed, NULL, s->x, ADD);
+        normalise(s->h, s->x, b->ln_2, m);
+        *active++ = multiply(team, &b->up, m->dtype, s->h, NULL, s->hidden, gpt2 ? GELU : SILU);
+        *active++ = multiply(team, &b->down, m->dtype, s->hidden, gpt2 ? NULL : s->h, s->x, ADD);
     }
-    normalise(team->h, state->x, m->ln_f, d);
-    *active = multiply(team, &m->head, m->dtype, team->h, logits, STORE);
+    normalise(s->h, s->x, m->ln_f, m);
+    *active = multiply(team, &m->head, m->dtype, s->h, NULL, logits, STORE);
     return 0;
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// one matrix alone, and memory alone: for the tests and for bench.py
+// memory alone, for bench.py
 
-int matvec(Team *team, const Linear *linear, int dtype, const float *x, float *y, int64_t *active)
-{
-    if (!possible(team, linear, dtype)) return -1;
-    *active = multiply(team, linear, dtype, x, y, STORE);
-    return 0;
-}
-
-enum { CHUNK = 1 << 15 };       // 256 KiB, claimed as pieces of matrices are
+enum { CHUNK = 1 << 15 };       // 256 KiB
 
 typedef struct { const uint64_t *data; size_t count; } Reading;
 
-static void read_piece(const Job *job, Worker *me, size_t piece)
+static int64_t read_chunk(const void *argument, Worker *me, size_t chunk)
 {
-    const Reading *r = job->argument;
-    size_t end = (piece + 1) * CHUNK < r->count ? (piece + 1) * CHUNK : r->count;
+    const Reading *r = argument;
+    size_t end = (chunk + 1) * CHUNK < r->count ? (chunk + 1) * CHUNK : r->count;
     uint64_t sum = 0;
-    for (size_t i = piece * CHUNK; i < end; i++) sum += r->data[i];
-    me->active += (int64_t)(sum & UINT32_MAX);
+    for (size_t i = chunk * CHUNK; i < end; i++) sum += r->data[i];
+    (void)me;
+    return (int64_t)(sum & UINT32_MAX);
 }
 
 uint64_t read_all(Team *team, const uint64_t *data, size_t count)
 {
     Reading reading = {data, count};
-    share_out(team, (count + CHUNK - 1) / CHUNK, read_piece, &reading);
-    uint64_t sum = 0;
-    for (int i = 0; i < team->size; i++) {
-        sum += (uint64_t)team->workers[i].active;
-        team->workers[i].active = 0;
+    return (uint64_t)run_tasks(team, (count + CHUNK - 1) / CHUNK, read_chunk, &reading);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// the team of threads. The calling thread says what is to be done and in how many tasks, takes tasks itself, and goes on when
+// all are done. The others claim tasks as long as there are any, so a thread that gets cheap ones, or a core to itself, does
+// more of them; and one that a neighbour has pushed off its core is waited for only if it holds a task
+
+#ifdef THREADS
+
+struct Threads {
+    Task *function;             // these four may be read by who has claimed a task
+    Team *team;
+    size_t tasks;
+    const void *argument;
+    // what all threads write, each on a cache line of its own
+    _Alignas(64) atomic_uint_fast64_t open; // tasks not yet claimed; above them, in 32 bits, the number of the run
+    _Alignas(64) atomic_size_t done;        // tasks done, and the sum of what they returned
+    atomic_int_fast64_t active;
+    _Alignas(64) atomic_int sleeping;
+    atomic_int stop;
+    int started;                // threads besides the caller's
+    pthread_mutex_t mutex;
+    pthread_cond_t wake;
+    pthread_t *thread;          // (started)
+};
+
+static void pause_a_moment(unsigned tries)
+{
+    // on a core of one's own the wait is short; if not, whoever we wait for may need this core
+    if (tries > 2000) { sched_yield(); return; }
+#if defined(__x86_64__) || defined(__i386__)
+    __builtin_ia32_pause();
+#elif defined(__aarch64__)
+    __asm__ volatile("yield");
+#endif
+}
+
+// claims tasks and does them until none are left
+static void work(Threads *t, Worker *me)
+{
+    uint_fast64_t open = atomic_load_explicit(&t->open, memory_order_acquire);
+    while (open & UINT32_MAX) {
+        if (!atomic_compare_exchange_weak(&t->open, &open, open - 1)) continue;             // another was faster
+        int64_t active = t->function(t->argument, me, t->tasks - (size_t)(open & UINT32_MAX));
+        atomic_fetch_add_explicit(&t->active, active, memory_order_relaxed);
+        atomic_fetch_add_explicit(&t->done, 1, memory_order_acq_rel);
+        open = atomic_load_explicit(&t->open, memory_order_acquire);
     }
-    return sum;
+}
+
+static int64_t run_tasks(Team *team, size_t tasks, Task *function, const void *argument)
+{
+    Threads *t = team->threads;
+    uint_fast64_t number = (atomic_load_explicit(&t->open, memory_order_relaxed) >> 32) + 1;
+    t->function = function;
+    t->tasks = tasks;
+    t->argument = argument;
+    atomic_store_explicit(&t->done, 0, memory_order_relaxed);
+    atomic_store_explicit(&t->active, 0, memory_order_relaxed);
+    atomic_store(&t->open, number << 32 | tasks);
+    if (atomic_load(&t->sleeping)) {
+        pthread_mutex_lock(&t->mutex);
+        pthread_cond_broadcast(&t->wake);
+        pthread_mutex_unlock(&t->mutex);
+    }
+    work(t, &team->workers[0]);
+    for (unsigned tries = 0; atomic_load_explicit(&t->done, memory_order_acquire) < tasks; tries++) pause_a_moment(tries);
+    return atomic_load_explicit(&t->active, memory_order_relaxed);
+}
+
+typedef struct { Threads *threads; Worker *worker; } Start;
+
+static void *thread_main(void *argument)
+{
+    Start start = *(Start *)argument;
+    Threads *t = start.threads;
+    free(argument);
+    for (unsigned tries = 0; !atomic_load(&t->stop); tries++) {
+        if (atomic_load_explicit(&t->open, memory_order_relaxed) & UINT32_MAX) {
+            work(t, start.worker);
+            tries = 0;
+        } else if (tries < 6000) {
+            pause_a_moment(tries);
+        } else {                                            // nothing to do for a while: sleep
+            pthread_mutex_lock(&t->mutex);
+            atomic_fetch_add(&t->sleeping, 1);
+            while (!(atomic_load(&t->open) & UINT32_MAX) && !atomic_load(&t->stop)) pthread_cond_wait(&t->wake, &t->mutex);
+            atomic_fetch_sub(&t->sleeping, 1);
+            pthread_mutex_unlock(&t->mutex);
+        }
+    }
+    return NULL;
+}
+
+// returns the number of threads there are, the caller's among them: a system short of threads gives fewer. 0: no memory
+static int start_threads(Team *team, int size)
+{
+    Threads *t = team->threads = aligned_alloc(64, sizeof *t);
+    if (!t) return 0;
+    memset(t, 0, sizeof *t);
+    pthread_mutex_init(&t->mutex, NULL);
+    pthread_cond_init(&t->wake, NULL);
+    t->thread = calloc((size_t)size, sizeof *t->thread);
+    while (t->thread && t->started + 1 < size) {
+        Start *start = malloc(sizeof *start);
+        if (!start) break;
+        *start = (Start){t, &team->workers[t->started + 1]};
+        if (pthread_create(&t->thread[t->started], NULL, thread_main, start)) { free(start); break; }
+        t->started++;
+    }
+    return t->started + 1;
+}
+
+static void stop_threads(Threads *t)
+{
+    pthread_mutex_lock(&t->mutex);
+    atomic_store(&t->stop, 1);
+    pthread_cond_broadcast(&t->wake);
+    pthread_mutex_unlock(&t->mutex);
+    for (int i = 0; i < t->started; i++) pthread_join(t->thread[i], NULL);
+    pthread_cond_destroy(&t->wake);
+    pthread_mutex_destroy(&t->mutex);
+    free(t->thread);
+    free(t);
+}
+
+#else
+
+static int64_t run_tasks(Team *team, size_t tasks, Task *function, const void *argument)
+{
+    int64_t active = 0;
+    for (size_t task = 0; task < tasks; task++) active += function(argument, team->workers, task);
+    return active;
+}
+
+static int start_threads(Team *team, int size) { (void)team; (void)size; return 1; }
+static void stop_threads(Threads *threads) { (void)threads; }
+
+#endif
+
+int team_size(const Team *team) { return team->size; }
+
+void team_free(Team *team)
+{
+    if (!team) return;
+    if (team->threads) stop_threads(team->threads);
+    for (int i = 0; team->workers && i < team->n_workers; i++) {
+        free(team->workers[i].index);
+        free(team->workers[i].value);
+    }
+    free(team->workers);
+    free(team->sums);
+    free(team);
+}
+
+Team *team_new(int threads, size_t longest, size_t sums)
+{
+    if (threads < 1 || threads > 1024 || longest < 1 || longest > UINT32_MAX || sums < 1 || sums > UINT32_MAX) return NULL;
+    Team *team = calloc(1, sizeof *team);
+    if (!team) return NULL;
+    team->longest = longest;
+    team->n_sums = sums;
+    team->sums = malloc(sums * sizeof *team->sums);
+    team->workers = calloc((size_t)threads, sizeof *team->workers);
+    team->n_workers = threads;
+    int fine = team->sums && team->workers;
+    for (int i = 0; fine && i < threads; i++) {
+        team->workers[i].index = malloc(longest * sizeof(uint32_t));
+        team->workers[i].value = malloc(longest * sizeof(float));
+        fine = team->workers[i].index && team->workers[i].value;
+    }
+    if (!fine || !(team->size = start_threads(team, threads))) { team_free(team); return NULL; }
+    return team;
 }
