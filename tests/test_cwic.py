@@ -205,6 +205,18 @@ def test_one_stripe_and_torch_compile(arch):
         assert gradient.shape == gradients[1][name].shape and torch.allclose(gradient, gradients[1][name], rtol=1e-4, atol=1e-5), name
 
 
+def test_an_input_at_its_threshold_is_skipped():
+    """The compare is strict here and in the kernel: an input that is always 0, as its threshold is, costs nothing."""
+    striped, neurons = StripedLinear(3, 4, 2, bias=False).eval(), Neurons(4, 3).eval()
+    for layer in (striped, neurons):
+        layer.sigma.copy_(torch.tensor([1.0, 1.0, 0.0]))
+        layer.theta.data.copy_(torch.tensor([0.5, 0.25, 7.0]) / layer.scale)
+    t = striped.thresholds().detach()[0]                            # 0.5, 0.25, 0
+    for z, expected in ((t, 0), (-t, 0), (t * 1.001, 2), (t + 0.001, 3)):
+        assert int(striped(z[None, None])[1][0]) == 4 * expected
+        assert int(neurons(torch.ones(1, 1, 4), z[None, None])[1][0]) == 8 * expected
+
+
 def test_counts_are_exact_above_f32():
     """Counts were f32, exact to 2^24 only: this layer of 33,558,527 weights, an odd number, counted one more."""
     layer = StripedLinear(4097, 8191, 1000, bias=False).eval()
@@ -296,12 +308,15 @@ def test_neurons_are_not_centred():
 
 @BOTH
 def test_recomputing_activations_counts_nothing_twice(arch):
-    results = []
+    results, passes = [], []
     for recompute in (False, True):
         model = small_model(arch).train()
+        for block in model.blocks:
+            block.register_forward_pre_hook(lambda *_: passes.append(recompute))
         hidden, used = model.trunk(some_tokens(2, 16), recompute=recompute)
         (hidden.square().mean() + 1e-3 * sum(active.sum() for active, _ in used)).backward()
         results.append([sums for _, sums in used] + [p.grad for p in model.parameters() if p.grad is not None])
+    assert passes.count(False) == 2 and passes.count(True) == 4
     assert len(results[0]) > 20 and all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
@@ -413,14 +428,17 @@ def test_forward_against_numpy(arch, changes, dense):
     assert model.dense() == sum(p.numel() for p in matrices)
 
 
-def test_rope_scaling_of_llama_3():
-    """Llama-3.2-1B's own sizes, at positions that its original context of 8,192 did not reach."""
+def test_rotation_with_the_scaling_of_llama_3():
+    """Llama-3.2-1B's own sizes, at positions that its original context of 8,192 did not reach. Halves turn together."""
     config = CWICConfig(**{**SIZES, **LLAMA, 'n_embd': 256, 'rope_theta': 500000.0, 'rope_scaling': (32.0, 1.0, 4.0, 8192)})
     positions = torch.tensor([0, 1, 2000, 20000])
     cos, sin = cwic.rotary_tables(config, positions)
     angles = np.outer(positions, rotary_frequencies(config))
     np.testing.assert_allclose(cos[:3], np.cos(angles[:3]), atol=3e-4)
     np.testing.assert_allclose(sin[:3], np.sin(angles[:3]), atol=3e-4)
+    heads = torch.randn(2, 4, 4, 64)
+    turned = (heads[..., :32].numpy() + 1j * heads[..., 32:].numpy()) * (cos.numpy() + 1j * sin.numpy())
+    np.testing.assert_allclose(cwic.rotate(heads, cos, sin), np.concatenate([turned.real, turned.imag], -1), atol=1e-6)
     np.testing.assert_allclose(sin[3, 8:], np.sin(angles[3, 8:]), atol=3e-3)        # f32 has no digits left for the fast ones
 
 
@@ -441,8 +459,16 @@ def test_same_answer_in_any_order_of_train_eval_load_and_to(arch):
 
 @BOTH
 def test_every_layer_starts_at_the_same_threshold(arch):
-    """A threshold option once did not reach one inner layer, so one matrix per block started elsewhere."""
-    for _, layer in GPT(CWICConfig(**SIZES, arch=arch)).gated():
+    """
+    A threshold option once did not reach one inner layer, so one matrix per block started elsewhere. Weights start at .02, but
+    those that add to the residual stream smaller, the deeper the model.
+    """
+    model = GPT(CWICConfig(**{**SIZES, 'n_embd': 64, 'n_hidden': 100, 'n_layer': 8}, arch=arch))
+    for name, p in model.named_parameters():
+        if p.dim() > 1 and not name.endswith('theta'):
+            smaller = name.endswith(('attn.out.weight', 'mlp.down.weight', 'neurons.down'))
+            assert abs(float(p.detach().std()) / (0.02 / 4 if smaller else 0.02) - 1) < 0.1, name
+    for _, layer in model.gated():
         layer.sigma.fill_(1.0)
         stripes = 1 if isinstance(layer, Neurons) else math.ceil(layer.n_out / layer.stripe)
         assert torch.equal(layer.thresholds(), torch.zeros(stripes, layer.n_in))
@@ -467,10 +493,13 @@ def test_cached_generation_equals_uncached(arch, block_size):
 
 
 def test_generate_is_greedy_by_default_and_needs_a_token():
-    """An empty prompt was an obscure error inside of the model."""
-    model = small_model()
-    prompt = some_tokens(6).tolist()
-    for token, active in cwic.generate(model, prompt, 8):
+    """Each token is read once. An empty prompt was an obscure error inside of the model."""
+    model, prompt, read = small_model(), some_tokens(6).tolist(), []
+    hook = model.register_forward_pre_hook(lambda module, args: read.append(args[0].shape[1]))
+    generated = list(cwic.generate(model, prompt, 8))
+    hook.remove()
+    assert read == [6] + [1] * 7
+    for token, active in generated:
         logits, expected = model(torch.tensor([prompt]))
         assert token == int(logits[0, -1].argmax()) and torch.equal(active, expected[:, 0, -1])
         prompt.append(token)
@@ -734,6 +763,7 @@ def peak_memory():
     return peak
 
 
+@pytest.mark.filterwarnings('ignore:Sparse CSR tensor support is in beta')
 @BOTH
 def test_lies_about_sizes_are_one_line_and_cost_nothing(tmp_path, arch):
     """
@@ -760,6 +790,7 @@ def test_lies_about_sizes_are_one_line_and_cost_nothing(tmp_path, arch):
     huge = {**config, 'n_embd': 16384, 'n_hidden': 65536, **{name: 10 ** 6 for name in config if name.startswith('stripe')}}
     with torch.device('meta'):
         shapes = {name: tensor.shape for name, tensor in GPT(CWICConfig(**huge)).state_dict().items()}
+    cases.append(({**state, 'blocks.0.attn.out.weight': torch.eye(16).to_sparse_csr()}, config))
     cases.append(({name: torch.zeros(1).expand(shape) for name, shape in shapes.items()}, huge))
 
     peak_memory()
@@ -793,20 +824,21 @@ def test_a_disk_that_does_not_take_it(tmp_path):
     many sizes: at some torch notices, at others the file does.
     """
     path, (soft, hard) = tmp_path / 'm.pt', resource.getrlimit(resource.RLIMIT_FSIZE)
-    cwic.save_checkpoint(path, small_model())
+    model = small_model(n_hidden=1000)
+    cwic.save_checkpoint(path, model, step=0)
     whole = path.read_bytes()
-    for size in range(0, len(whole), len(whole) // 15):
+    for size in range(0, len(whole), len(whole) // 20):
         try:
             resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
             with pytest.raises(CheckpointError) as error:
-                cwic.save_checkpoint(path, small_model(seed=1))
+                cwic.save_checkpoint(path, model, step=1)
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
         assert 'cannot be written' in str(error.value) and '\n' not in str(error.value)
         assert path.read_bytes() == whole and os.listdir(tmp_path) == ['m.pt']
     for impossible in (tmp_path / 'no' / 'such' / 'm.pt', path / 'm.pt', tmp_path):
         with pytest.raises(CheckpointError, match='cannot be written'):
-            cwic.save_checkpoint(impossible, small_model())
+            cwic.save_checkpoint(impossible, model)
 
 
 def test_what_killed_processes_left_is_removed_and_what_living_ones_write_is_not(tmp_path):
@@ -874,6 +906,9 @@ def test_a_temperature_for_each_row_and_none_at_all():
     both = cwic.sample(logits.expand(20, 12), points.repeat(2), torch.tensor([0.5] * 10 + [2.0] * 10)[:, None], top_k=5)[0]
     apart = [cwic.sample(logits.expand(10, 12), points, temperature, top_k=5)[0] for temperature in (0.5, 2.0)]
     assert both.tolist() == torch.cat(apart).tolist()
+    # a point is a place between 0 and 1, where each token has its stretch, the lower end included
+    stretches = torch.tensor([-math.inf, 0.0, -math.inf, 0.0, -math.inf]).expand(3, 5)
+    assert cwic.sample(stretches, torch.tensor([0.0, 0.5, 1 - 2 ** -24]), 1.0)[0].tolist() == [1, 3, 3]
     ids, p = cwic.sample(torch.tensor([[1.0, 3.0, 3.0, 2.0]]), torch.tensor([0.999]))
     assert ids.tolist() == [1] and abs(float(p) - math.exp(3) / (math.e + 2 * math.exp(3) + math.exp(2))) < 1e-6
 
