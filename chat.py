@@ -114,7 +114,7 @@ class Chat:
 
     def legend(self):
         color_by = self.conversation.config.color_by
-        if self.terminal and self.palette.mode != 'none':
+        if self.terminal and self.palette.mode != 'none' and self.palette.low is not None:
             print(''.join(self.palette.paint(*piece) for piece in self.palette.legend(color_by)))
 
     def run(self, speak):
@@ -289,6 +289,8 @@ def number(value):
 def load(config):
     """-> a conversation with the model that was asked for, its name, and what its checkpoint says of it."""
     # imported here, as torch takes a second: --help and mistakes do not wait for it
+    import torch
+
     from conversation import Conversation
     from cwic import CheckpointError
     from tokenizer import TokenizerError
@@ -304,6 +306,8 @@ def load(config):
         fail(f'{error}', 1)
     except ValueError as error:         # a number of threads that cannot be
         fail(f'{error}')
+    if not conversation.no_kernel:
+        torch.set_num_threads(1)        # all it still does is sampling; more would get in the kernel's way
     ids, known = conversation.encoding.n_vocab, model.config.vocab_size
     if ids > known:
         fail(f'{path}: its tokenizer has {ids} ids, its model knows {known}: use another checkpoint', 1)
@@ -330,7 +334,10 @@ def main():
                + ('' if reduction is None else f', reduction {reduction:.2f}') + f'; {conversation.engine}']
     if conversation.no_kernel:
         remarks.append(f'decoding in PyTorch, slower and skipping nothing for real: {conversation.no_kernel}')
-    if low is None or high is None or not 0 <= low < high - 1e-3:
+    if not any(layer.theta.any() for _, layer in conversation.model.gated()):
+        low = high = None
+        remarks.append('this model is dense: every token uses every weight, so there are no colours')
+    elif low is None or high is None or not 0 <= low < high - 1e-3:
         low, high = 0.0, 1.0
         remarks.append('no spread of compute in the checkpoint: colours go from 0 to 100% of dense')
     print('\n'.join(map(printable, remarks)), file=sys.stderr)

@@ -160,7 +160,7 @@ def reply(turn, palette, path):
     with picture(path, columns=2, width_ratios=(2, 1)) as (_, (left, right)):
         left.plot(number, percent, color='0.8', lw=0.8, zorder=1)
         left.scatter(number, percent, s=20, ec='0.4', lw=0.5,
-                     color=np.array([palette.rgb(token.share) for token in turn.reply]) / 255)
+                     color=np.array([palette.rgb(token.share) or (128,) * 3 for token in turn.reply]) / 255)
         left.axhline(percent.mean(), color='0.3', lw=1, ls='--', label=f'mean: {percent.mean():.1f}%')
         left.set(title=f'Compute of {COUNTED[turn.config.color_by]}', xlabel='token of the reply',
                  ylabel='active weights, % of dense')
@@ -200,9 +200,8 @@ def conversation(turns, palette, path, columns=80):
         axes.set(xlim=(0, columns), ylim=(row + 0.5, first - 0.5))
         axes.axis('off')
         for kind, share, row, column, text in runs:
-            color = '0.6' if kind == 'remark' else '0.9'
-            if share is not None:
-                back = palette.rgb(share)
+            color, back = '0.6' if kind == 'remark' else '0.9', palette.rgb(share)
+            if back:
                 axes.barh(row, text_width(text), 1, column, color=np.array([back]) / 255)
                 color = np.array(text_color(back)) / 255
             weight = 'bold' if kind == 'prompt' else 'normal'

@@ -56,7 +56,10 @@ def color_mode(stream, environ):
 
 
 class Palette:
-    """Shares of dense compute as colours. mode: see color_mode; low, high: the shares at the scale's ends."""
+    """
+    Shares of dense compute as colours. mode: see color_mode; low, high: the shares at the scale's ends, or
+    None for a dense model, which needs no colours.
+    """
 
     def __init__(self, mode, low, high):
         self.mode, self.low, self.high = mode, low, high
@@ -65,16 +68,17 @@ class Palette:
         return min(max((share - self.low) / (self.high - self.low), 0.0), 1.0)
 
     def rgb(self, share):
-        return scale_color(self.position(share))
+        """The background of a share; None where there is none."""
+        return None if share is None or self.low is None else scale_color(self.position(share))
 
     def sgr(self, share):
-        """The codes that switch on the colours of a share; none without colours, or where it is None."""
-        if self.mode == 'none' or share is None:
+        """The codes that switch on the colours of a share."""
+        back = self.rgb(share)
+        if self.mode == 'none' or back is None:
             return ''
         if self.mode == '256':
             step = round(8 * self.position(share))
             return f'\x1b[38;5;{16 if step <= 5 else 231};48;5;{RAMP_256[step]}m'
-        back = self.rgb(share)
         return '\x1b[38;2;{};{};{};48;2;{};{};{}m'.format(*text_color(back), *back)
 
     def paint(self, text, share):
@@ -84,6 +88,8 @@ class Palette:
 
     def legend(self, color_by):
         """One line that says what the colours mean: [(text, share)]."""
+        if self.low is None:
+            return [('this model is dense: every token uses every weight', None)]
         steps = [(' ', self.low + (self.high - self.low) * i / 15) for i in range(16)]
         return [(f'{COUNTED[color_by]} used {100 * self.low:.1f}% ', None), *steps,
                 (f' {100 * self.high:.1f}% of the weights', None)]
@@ -248,15 +254,13 @@ pre { font: 15px/1.6 ui-monospace, Consolas, monospace; white-space: pre-wrap; o
 pre span { padding: .15em 0; }
 pre span:hover { outline: 2px solid orange; }
 .prompt { font-weight: bold; }
-.scale { display: inline-block; width: 16em; height: 1em;
-  background: linear-gradient(to right, rgb$light, rgb$dark); }
 .quiet { opacity: .75; font-size: 14px; }
 </style>
 </head>
 <body>
 <h1>Where the compute goes</h1>
-<p>Behind each token: $counted used $low% <span class="scale"></span> $high% of the weights.
-Point at a token for its numbers; what was typed is bold.</p>
+<pre class="quiet">$legend</pre>
+<p class="quiet">Point at a token for its numbers. What was typed is bold.</p>
 $turns
 </body>
 </html>
@@ -265,24 +269,24 @@ $turns
 
 def save_page(turns, palette, path):
     """Writes a conversation as one HTML file; pointing at a token shows its numbers. Raises OSError."""
-    def span(kind, text, token):
+    def span(kind, text, share, tip=''):
+        back = palette.rgb(share)
+        style = f' style="background:rgb{back};color:rgb{text_color(back)}"' if back else ''
         # newlines and tabs are the page's; all else is shown as a terminal would show it
         shown = html.escape(''.join(char if char in '\n\t' else visible(char) for char in text))
-        if token is None or token.share is None:
-            return f'<span class="{kind}">{shown}</span>'
-        back, tip = palette.rgb(token.share), (
-            f'{quoted(token.piece, 24).rstrip()}\n{token.active.sum():,} active weights\n'
-            f'{100 * token.share:.1f}% of dense, reduction {reduction(token.share):.2f}x')
-        tip += '' if token.probability is None else f'\nsurprise {surprise(token):.2f} nats'
-        return (f'<span class="{kind}" title="{html.escape(tip)}" '
-                f'style="background:rgb{back};color:rgb{text_color(back)}">{shown}</span>')
+        return f'<span class="{kind}" title="{html.escape(tip)}"{style}>{shown}</span>'
+
+    def tip(token):
+        said = '' if token.probability is None else f'\nsurprise {surprise(token):.2f} nats'
+        return (f'{quoted(token.piece, 24).rstrip()}\n{token.active.sum():,} active weights\n'
+                f'{100 * token.share:.1f}% of dense, reduction {reduction(token.share):.2f}x{said}')
 
     body = ''
     for turn in turns:
+        spans = (span(kind, text, token.share, tip(token)) if token and token.share is not None
+                 else span(kind, text, None) for kind, text, token in turn.shown)
         # a <pre> swallows a newline that opens it
-        body += f'<pre>\n{"".join(span(*shown) for shown in turn.shown)}</pre>\n'
-        body += f'<p class="quiet">{html.escape(summary(turn))}</p>\n'
+        body += f'<pre>\n{"".join(spans)}</pre>\n<p class="quiet">{html.escape(summary(turn))}</p>\n'
+    legend = ''.join(span('scale', *piece) for piece in palette.legend(turns[-1].config.color_by))
     with open(path, 'w', encoding='utf-8') as f:
-        f.write(PAGE.substitute(
-            counted=COUNTED[turns[-1].config.color_by], turns=body, light=LIGHT, dark=DARK,
-            low=f'{100 * palette.low:.1f}', high=f'{100 * palette.high:.1f}'))
+        f.write(PAGE.substitute(legend=legend, turns=body))

@@ -11,6 +11,8 @@ import os
 import pty
 import re
 import select
+import shlex
+import shutil
 import signal
 import struct
 import subprocess
@@ -518,7 +520,7 @@ def test_page_holds_the_decoders_counts(conversation, tmp_path):
     assert [html.unescape(text) for text in spans] == [
         ''.join(c if c in '\n\t' else render.visible(c) for c in text) for text, _ in shown]
     colors = [tuple(map(int, color)) for color in re.findall(r'background:rgb\((\d+), (\d+), (\d+)\)', page)]
-    assert colors == [palette.rgb(token.share) for _, token in shown]
+    assert colors[16:] == [palette.rgb(token.share) for _, token in shown]          # the first 16 are the legend's
     assert 'http' not in page and '<script' not in page and not re.search('[\x1b\u202e]', page)
 
 
@@ -558,8 +560,10 @@ ENVIRONMENT = {**{k: v for k, v in os.environ.items() if k not in ('NO_COLOR', '
                'OMP_NUM_THREADS': '1', 'TERM': 'xterm-256color', 'PYTHONIOENCODING': 'utf-8'}
 
 
-def program(*words, stdin=b''):
-    return subprocess.run([sys.executable, str(ROOT / 'chat.py'), *words], input=stdin, capture_output=True, env=ENVIRONMENT, timeout=60)
+def program(*words, stdin=b'', shell=False):
+    words = [sys.executable, str(ROOT / 'chat.py'), *words]
+    return subprocess.run(shlex.join(words[:-1]) + words[-1] if shell else words, input=stdin, capture_output=True,
+                          env=ENVIRONMENT, timeout=60, shell=shell)
 
 
 def endless(checkpoint, *words):
@@ -569,7 +573,7 @@ def endless(checkpoint, *words):
 
 
 def test_pipes(checkpoint):
-    """Plain text is the continuation and nothing else, JSON says the same and has the decoder's counts, and neither has a code."""
+    """Plain text is the continuation and nothing else, JSON says the same and has the model's counts; no codes in either."""
     options = '--ckpt', checkpoint, '--temperature', '0', '--max-tokens', '12', '--threads=1', '--color', 'truecolor'
     plain = program(*options, '--prompt', 'def é')
     assert plain.returncode == 0 and b'\x1b' not in plain.stdout + plain.stderr
@@ -580,18 +584,13 @@ def test_pipes(checkpoint):
     assert plain.stdout.decode().rstrip('\n') == replies[0]['text'].rstrip('\n')
     model, _ = cwic.load_checkpoint(checkpoint)
     for reply in replies:
-        want = list(cwic.generate(model, list(reply['prompt'].encode()), 12))
-        assert reply['tokens'] == [token for token, _ in want] and reply['active'] == [active.tolist() for _, active in want]
-        assert reply['matrices'] == [name for name, _ in model.linears()] and sum(reply['dense']) == model.dense()
-        assert reply['reduction'] == pytest.approx(model.dense() / np.mean([active.sum() for _, active in want]))
+        want = list(cwic.generate(model, list(reply['prompt'].encode()), 13))
+        passes = [active for _, active in want[1:]]
+        assert reply['tokens'] == [token for token, _ in want[:12]] and reply['counted'] == 'the pass over each token'
+        assert reply['active'] == [active.tolist() for active in passes]
+        assert reply['matrices'] == [name for name, _ in model.gated()] and sum(reply['dense']) == model.dense()
+        assert reply['reduction'] == pytest.approx(model.dense() / np.mean([active.sum() for active in passes]))
         assert reply['ended'] == 'length' and reply['first_token_seconds'] > 0 and reply['tokens_per_second'] > 0
-
-
-def test_a_prompt_longer_than_the_context_is_said_to_be_cut(checkpoint):
-    """In a pipe it was cut to the context without a word. Bytes are tokens here, so the prompt's length is known."""
-    size = cwic.load_checkpoint(checkpoint)[0].config.block_size
-    run = program('--ckpt', checkpoint, '--prompt', 'a' * (size + 5), '--max_tokens', '3')
-    assert run.returncode == 0 and f'the prompt has {size + 5} tokens, of which the model saw the last {size}' in run.stderr.decode()
 
 
 def test_a_closed_pipe_ends_quietly(checkpoint):
@@ -603,31 +602,104 @@ def test_a_closed_pipe_ends_quietly(checkpoint):
     assert run.wait(60) == 141 and len(errors.splitlines()) == 1 and 'Traceback' not in errors
 
 
-def test_an_interrupted_pipe_keeps_what_was_said(checkpoint):
+@pytest.mark.parametrize('redirected, code, told', [
+    (' > /dev/full', 1, 'No space left on device'), (' >&-', 1, 'stdout is closed'), (' <&-', 0, ''), (' 2>&-', 0, '')])
+def test_streams_that_are_full_or_closed(redirected, code, told, checkpoint):
+    """A full disk and a closed stdout gave a traceback; a closed stderr put the header among the replies."""
+    run = program('--ckpt', checkpoint, '--max_tokens', '3', '--prompt', 'x', redirected, shell=True)
+    assert run.returncode == code and told in run.stderr.decode() and len(run.stderr.splitlines()) <= 2
+    assert b'parameters' not in run.stdout and b'Traceback' not in run.stderr
+
+
+@pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_pipe_keeps_what_was_said(checkpoint, number):
+    """SIGTERM, which a shutdown or a time limit sends, used to lose the reply."""
     run = endless(checkpoint, '--json')
     run.stderr.readline()
     time.sleep(0.5)
-    run.send_signal(signal.SIGINT)
+    run.send_signal(number)
     out, errors = run.communicate(timeout=60)
     assert run.returncode == 130 and json.loads(out)['ended'] == 'interrupt' and b'Traceback' not in errors
 
 
+def main(monkeypatch, capsys, *words, stdin=b'a\n'):
+    """chat.main() in this process -> its exit code, stdout, and the lines of stderr."""
+    monkeypatch.setattr(sys, 'argv', ['chat.py', *map(str, words)])
+    monkeypatch.setattr(sys, 'stdin', io.TextIOWrapper(io.BytesIO(stdin)))
+    try:
+        code = chat.main()
+    except SystemExit as stopped:
+        code = stopped.code
+    out, errors = capsys.readouterr()
+    return code, out, errors.splitlines()
+
+
 @pytest.mark.parametrize('words, code, told', [
-    ([], 1, 'python train.py'), (['--ckpt', 'missing.pt'], 1, 'missing.pt'), (['--ckpt', 'text.pt'], 1, 'not a CWIC checkpoint'),
-    (['--temprature', '1'], 2, 'did you mean temperature'), (['--temperature', 'hot'], 2, 'temperature'), (['--top-p', '2'], 2, 'top_p'),
-    (['--prompt', ''], 2, 'empty'), (['--turn-template', 'User:'], 2, '{prompt}'), (['--color', 'red'], 2, 'color'),
-    (['--max-tokens=0'], 2, 'max_tokens'),
-    (['--dtype', 'f16', '--ckpt', 'CKPT'], 2, 'dtype'), (['--threads', '0', '--ckpt', 'CKPT'], 2, 'threads'),
-    (['--ckpt', 'CKPT'], 2, 'no prompt')])
+    (['--ckpt', 'missing.pt'], 1, 'missing.pt'), (['--ckpt', 'text.pt'], 1, 'not a CWIC checkpoint'),
+    (['--temprature', '1'], 2, 'did you mean temperature'), (['--temperature', 'nan'], 2, 'temperature'),
+    (['--temperature', '1e-9'], 2, '0.001'), (['--top-p', '2'], 2, 'top_p'), (['--prompt', ''], 2, 'empty'),
+    (['--turn-template', 'User:'], 2, '{prompt}'), (['--color', 'red'], 2, 'color must be one of'),
+    (['--color_by', 'x'], 2, 'read, predicted'), (['--max-tokens=0'], 2, 'max_tokens'), (['--dtype', 'f16'], 2, 'dtype'),
+    (['--threads', '0'], 2, 'threads'), (['--threads', '99999'], 2, 'threads'), ([], 2, 'no prompt')])
 def test_what_a_user_gets_wrong_is_one_line(words, code, told, checkpoint, tmp_path, monkeypatch, capsys):
     (tmp_path / 'text.pt').write_text('not a checkpoint', encoding='utf-8')
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, 'argv', ['chat.py', *(checkpoint if word == 'CKPT' else word for word in words)])
-    monkeypatch.setattr(sys, 'stdin', io.TextIOWrapper(io.BytesIO(b'\n\n')))
-    with pytest.raises(SystemExit) as stopped:
-        chat.main()
-    out, errors = capsys.readouterr()
-    assert stopped.value.code == code and out == '' and told in errors.splitlines()[-1] and len(errors.splitlines()) <= 2
+    run = main(monkeypatch, capsys, *([] if '--ckpt' in words else ['--ckpt', checkpoint]), *words, stdin=b'\n\n')
+    assert run[:2] == (code, '') and told in run[2][-1] and len(run[2]) <= 2
+
+
+def test_what_a_checkpoint_says_of_itself_is_not_believed(checkpoint, tmp_path, monkeypatch, capsys):
+    """Strings, None and nan for val_loss and percentiles were formatted and compared: tracebacks. So was nothing active."""
+    model, saved = cwic.load_checkpoint(checkpoint)
+    path = tmp_path / 'odd.pt'
+    for odd in ('3', None, float('nan'), [1], True):
+        spec = saved['tokenizer']
+        cwic.save_checkpoint(path, model, tokenizer=spec, val_loss=odd, reduction=odd, compute_percentiles={'5': odd, '95': odd})
+        code, _, lines = main(monkeypatch, capsys, '--ckpt', path, '--max_tokens', '2', '--threads', '1')
+        assert code == 0 and 'no spread' in lines[1] and 'loss 3' not in lines[0] and 'nan' not in lines[0]
+        cwic.save_checkpoint(path, model, tokenizer=spec, compute_percentiles=odd)
+        assert main(monkeypatch, capsys, '--ckpt', path, '--max_tokens', '2', '--threads', '1')[0] == 0
+    for p in model.parameters():
+        p.data.zero_()
+    for _, layer in model.gated():
+        layer.theta.data.fill_(1)
+    cwic.save_checkpoint(path, model, tokenizer=spec)
+    code, out, _ = main(monkeypatch, capsys, '--ckpt', path, '--max_tokens', '2', '--json')
+    assert code == 0 and json.loads(out)['share_of_dense'] == 0 and json.loads(out)['reduction'] is None
+    assert main(monkeypatch, capsys, '--ckpt', path, '--max_tokens', '2')[2][-1].startswith('2 tokens')
+
+
+def test_a_tokenizer_may_be_smaller_than_its_model_but_not_larger(tmp_path, monkeypatch, capsys):
+    """Ids that the model does not know were looked up all the same. Those that the tokenizer does not know are never drawn."""
+    path = make_checkpoint(tmp_path / 'odd.pt', tokenizer_spec('bytes'), 300)
+    model, _ = cwic.load_checkpoint(path)
+    with torch.no_grad():
+        model.head.weight[:, 257:] *= 100
+    cwic.save_checkpoint(path, model, tokenizer=tokenizer_spec('bytes'))
+    code, out, _ = main(monkeypatch, capsys, '--ckpt', path, '--json', '--max_tokens', '50')
+    assert code == 0 and max(json.loads(out)['tokens']) < 257
+    large = bpe_spec('large', PATTERNS['gpt2'], [bytes([b]) for b in range(256)] + [bytes([97, b]) for b in range(100)])
+    for more, told in ({'tokenizer': large}, '357 ids'), ({}, 'tokenizer'):
+        cwic.save_checkpoint(path, model, **more)
+        code, out, lines = main(monkeypatch, capsys, '--ckpt', path)
+        assert (code, out, len(lines)) == (1, '', 1) and told in lines[0]
+
+
+def test_it_prefers_your_own_model_and_says_which_one_it_uses(checkpoint, chat_checkpoint, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(chat, 'ADAPTER', Path(chat_checkpoint))
+    code, _, lines = main(monkeypatch, capsys, '--max_tokens', '2', '--threads', '1')
+    assert code == 0 and lines[0].startswith('SmolLM2-135M-Instruct (Apache-2.0): 0.0M parameters') and 'f32, 1 thread' in lines[0]
+    os.mkdir('out')
+    shutil.copy(checkpoint, 'out/best.pt')
+    code, _, lines = main(monkeypatch, capsys, '--max_tokens', '2')
+    assert code == 0 and lines[0].startswith('out/best.pt (yours; for the shipped model: --ckpt smollm2)')
+    assert main(monkeypatch, capsys, '--max_tokens', '2', '--ckpt', 'smollm2')[2][0].startswith('SmolLM2-135M-Instruct')
+
+
+def test_help_does_not_wait_for_torch():
+    run = subprocess.run([sys.executable, '-X', 'importtime', str(ROOT / 'chat.py'), '--help'], capture_output=True, text=True)
+    assert '--turn_template' in run.stdout and not re.search(r'\| +(torch|matplotlib|tiktoken)\n', run.stderr)
 
 
 def test_without_a_compiler_it_says_so_once_and_goes_on(checkpoint, monkeypatch, capsys):
@@ -635,11 +707,10 @@ def test_without_a_compiler_it_says_so_once_and_goes_on(checkpoint, monkeypatch,
     def none(*_):
         raise build_kernel.KernelUnavailable('no C compiler found: install gcc')
     monkeypatch.setattr('build_kernel.load', none)
-    monkeypatch.setattr(sys, 'argv', ['chat.py', '--ckpt', checkpoint, '--max-tokens', '3', '--temperature', '0'])
-    monkeypatch.setattr(sys, 'stdin', io.TextIOWrapper(io.BytesIO(b'a\nb\n')))
-    assert chat.main() == 0
-    out, errors = capsys.readouterr()
-    assert errors.count('PyTorch, which is slower') == 1 and errors.count('3 tokens') == 2 and out
+    words = '--ckpt', checkpoint, '--max-tokens', '3', '--temperature', '0'
+    code, out, lines = main(monkeypatch, capsys, *words, stdin=b'a\nb\n')
+    assert code == 0 and out and sum('no C compiler' in line for line in lines) == 1
+    assert sum(line.startswith('3 tokens') for line in lines) == 2
 
 
 class Session:
@@ -688,22 +759,25 @@ class Session:
 def test_a_session_at_a_terminal(checkpoint, tmp_path):
     """A prompt, commands, Ctrl-C in the middle of a reply, and Ctrl-D, as keys in a pseudo-terminal."""
     session = Session('--ckpt', checkpoint, '--max-tokens', '30', '--threads', '1', COLORTERM='truecolor')
-    session.keys('', 'of dense\r\n.*> ')
+    session.keys('', 'of the weights\r\n.*> ')
     shown = session.keys('def f(n):\r', r'30 tokens, \d+/s, first \d+ ms; reduction [\d.]+ \([\d.]+% of dense\); f32, 1 thread[\s\S]*> ')
     assert '\x1b[38;2;' in shown
     assert re.search(r'layer 1.*head', session.keys('/layers\r', r'head[^\n]*\n[^\n]*> '), re.S)
-    assert len(re.findall(r'\d\.\d\d\dx?', session.keys('/tokens\r', r' 30  [^\n]*\n[^\n]*> '))) >= 30
-    assert re.search('sparse .* dense .* as fast', session.keys('/dense\r', r'as fast [\s\S]*> '))
+    assert len(re.findall(r'\d\.\d{4} ', session.keys('/tokens\r', r' 30  [\s\S]*\n[^\n]*> '))) >= 30
+    assert re.search('tokens/s with .* dense: .* as fast', session.keys('/dense\r', r'as fast[\s\S]*> '))
     session.keys(f'/save {tmp_path}/a.html\r', r'wrote [\s\S]*> ')
     session.keys(f'/plot {tmp_path}/a.png\r', r'wrote [\s\S]*> ')
-    assert (tmp_path / 'a.html').stat().st_size > 1000 and (tmp_path / 'a.png').read_bytes()[:4] == b'\x89PNG'
+    session.keys(f'/save {tmp_path}/b.png\r', r'wrote [\s\S]*> ')
+    assert (tmp_path / 'a.html').stat().st_size > 1000
+    assert all((tmp_path / name).read_bytes()[:4] == b'\x89PNG' for name in ('a.png', 'b.png'))
     session.keys('/save /nowhere/a.html\r', r'No such file[\s\S]*> ')
     session.keys('/plot\r', r'ends in .png[\s\S]*> ')
     session.keys('/ret\t\r', r'/retry[\s\S]*30 tokens[\s\S]*> ')
     session.keys('/help\r', r'/quit[\s\S]*> ')
     session.keys('/rest\r', r'did you mean /reset[\s\S]*> ')
-    session.keys('/set temperature hot\r', r'needs a number[\s\S]*> ')
-    session.keys('/set top_p 3\r', r'must be above 0[\s\S]*> ')
+    session.keys('/set temperature hot\r', r'temperature must be a [\s\S]*> ')
+    session.keys('/set top_p 3\r', r'top_p must be at most 1[\s\S]*> ')
+    session.keys('/set turn_template x\r', r'turn_template must hold {prompt}[\s\S]*> ')
     session.keys('/set max_tokens 1000000\r', '> ')
     assert '1000000' in session.keys('/set\r', r'turn_template[^\n]*\n[^\n]*> ')
     session.keys('long\r', r'(48;2[\s\S]*?){20}')          # well into the reply
@@ -730,17 +804,36 @@ def test_ctrl_c_twice_leaves(checkpoint):
     assert not re.search(r'\x1b\[[0-9;]*m', session.seen)
 
 
-def test_one_reply_on_a_terminal_is_drawn_on_its_colors(checkpoint):
-    """The whole program on a terminal of 60 columns: the prompt's wide characters each stand on two cells of one colour."""
-    session = Session('--ckpt', checkpoint, '--prompt', 'a日本b', '--max-tokens', '50', '--threads', '1', COLORTERM='truecolor')
+@pytest.mark.parametrize('busy', [False, True])
+def test_sigterm_leaves_and_restores_the_terminal(checkpoint, busy):
+    """Once at the prompt, once in a reply, which is shown with its summary first."""
+    session = Session('--ckpt', checkpoint, '--threads', '1', '--max_tokens', '1000000', COLORTERM='truecolor')
+    session.keys('', '> ')
+    if busy:
+        session.keys('long\r', r'(48;2[\s\S]*?){20}')
+    time.sleep(1)
+    session.run.terminate()
+    assert session.leave() in (0, 130) and 'Traceback' not in session.seen
+    assert termios.tcgetattr(session.ours) == session.before
+    assert ('% of dense)' in session.seen) == busy
+
+
+def test_a_dialogue_on_a_terminal_is_drawn_on_its_colors(chat_checkpoint):
+    """
+    The whole program on a terminal of 60 columns: of the prompt only what was typed, its wide characters each on two cells
+    of one colour, that of the pass over the token which completes them.
+    """
+    session = Session('--ckpt', chat_checkpoint, '--prompt', 'a日本b', '--max-tokens', '50', '--threads', '1', COLORTERM='truecolor')
     assert session.leave() == 0
     screen = Screen(60, 24)
     screen.feed(session.seen)
     line = next(line for line in screen.lines() if ''.join(char for char, _ in line).startswith('a日本b'))
-    assert [char for char, _ in line[:6]] == ['a', '日', '', '本', '', 'b'] and line[0][1] is None
-    model, saved = cwic.load_checkpoint(checkpoint)
+    assert [char for char, _ in line[:7]] == ['a', '日', '', '本', '', 'b', ' '] and line[6][1] is None
+    model, saved = cwic.load_checkpoint(chat_checkpoint)
+    ids = dialogue_ids(CHAT_SPEC, load_tokenizer(CHAT_SPEC), [('user', 'a日本b')])
     with torch.no_grad():
-        active = model(torch.tensor([list('a日本b'.encode())]))[1]          # (M, 1, T)
-    shares = active[:, 0].sum(0) / model.dense()        # of the pass over each byte
+        active = model(torch.tensor([ids]))[1]          # (M, 1, T)
+    shares = active[:, 0].sum(0) / model.dense()        # of the pass over each id; the typed bytes begin at
+    first = next(i for i in range(len(ids)) if ids[i:i + 8] == [b + 3 for b in 'a日本b'.encode()])
     palette = render.Palette('truecolor', *(saved['compute_percentiles'][p] for p in ('5', '95')))
-    assert [back for _, back in line[1:6]] == [palette.rgb(float(shares[i])) for i in (2, 2, 5, 5, 6)]
+    assert [back for _, back in line[:6]] == [palette.rgb(float(shares[first + i])) for i in (0, 3, 3, 6, 6, 7)]
