@@ -1,14 +1,14 @@
 """
-Tokenizers: text to token ids and back, always through tiktoken.Encoding; and chat templates: a dialogue to token ids.
+Tokenizers: text to token ids and back, always through tiktoken.Encoding; and chat templates, for dialogues.
 
     python4k     byte-level BPE of 4,096 ids, trained on Python code, kept in data/python/python4k.tiktoken
     bytes        one id per byte, 257 ids
     gpt2         GPT-2's 50,257 ids; tiktoken downloads them once
-    DIRECTORY    the files that come with a model: tokenizer.json, or vocab.bpe + encoder.json, or merges.txt + vocab.json
+    DIRECTORY    with a model's files: tokenizer.json, or vocab.bpe + encoder.json, or merges.txt + vocab.json
 
-tokenizer_spec(name) turns one of these names into a spec: a plain JSON-able dict that holds everything it takes to
-encode and decode. Specs are stored in meta.json and in checkpoints, so that both work offline and for ever;
-load_tokenizer(spec) makes the tiktoken.Encoding.
+tokenizer_spec(name) turns one of these names into a spec: a plain JSON-able dict that holds everything it
+takes to encode and decode. Specs are stored in meta.json and in checkpoints, so that both work offline and
+for ever; load_tokenizer(spec) makes the tiktoken.Encoding.
 
     spec = tokenizer_spec('python4k')
     encoding = load_tokenizer(spec)
@@ -17,13 +17,14 @@ load_tokenizer(spec) makes the tiktoken.Encoding.
 
 Beside its name, a spec of kind 'bpe' holds
     pattern     how text is cut into pieces before any merging, one of PATTERNS
-    ranks       the tokens in the order of their merges, in base64. They take the ids that no special token has, in this order
-    special     {text: id}. Left out: <|endoftext|> alone, which has the last id
-    end         the special token that ends a document. Left out: <|endoftext|>
-    lacks       the bytes, in hexadecimal, that the vocabulary lacks and text loses. Left out: none, any text round-trips
+    ranks       the tokens in the order of their merges, in base64; in this order they have the ids that no
+                special token has
+    special     {text: id}; left out: <|endoftext|> alone, with the last id
+    end         the special token that ends a document; left out: <|endoftext|>
+    lacks       bytes, in hexadecimal, that no token stands for: text loses them; left out: none
     template    how a dialogue is written, for models that have learned one; see known_template
 
-Not here: training (see data/python/train_tokenizer.py), SentencePiece, other templates than SmolLM2's and Llama 3's.
+Not here: training (see data/python/train_tokenizer.py), SentencePiece, templates but SmolLM2's and Llama 3's.
 """
 
 import base64
@@ -37,9 +38,9 @@ ENDOFTEXT = '<|endoftext|>'
 PYTHON4K_FILE = Path(__file__).resolve().parent / 'data' / 'python' / 'python4k.tiktoken'
 
 # how text is cut into pieces before any merging; a merge never crosses a cut. Compared with GPT-2's:
-#  - a word takes one punctuation mark before it along: '.append', '(self', '_name' (4% fewer tokens on Python code);
-#  - a newline and the indentation after it are one piece, and ':' is not part of it: a prompt that stops after
-#    'def f(n):' is cut as the same line is cut within a file;
+#  - a word takes one punctuation mark before it along: '.append', '(self', '_name' (4% fewer tokens);
+#  - a newline and the indentation after it are one piece, and ':' is not part of it: a prompt that stops
+#    after 'def f(n):' is cut as the same line is cut within a file;
 #  - at most three digits; no English contractions, which would cut 'def' after the quote into 'd and ef;
 #  - no look-ahead, so the regex engine needs time linear in the text, on any text.
 PYTHON_PATTERN = r"(?: |[^\s\p{L}\p{N}])?\p{L}+| ?\p{N}{1,3}| ?[^\s\p{L}\p{N}]+|\s+"
@@ -50,18 +51,20 @@ GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s
 # SmolLM2 first cuts digits apart, then the rest as GPT-2 does: both in one pattern (same cuts)
 SMOLLM_PATTERN = r"\p{N}|'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?![^\s\p{N}])|\s"
 
-LLAMA3_PATTERN = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-                  r"|\s*[\r\n]+|\s+(?!\S)|\s+")
+LLAMA3_PATTERN = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+                  r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
 
 # these and no others: the pattern of a stranger's checkpoint could hang the regex engine, or crash it
-PATTERNS = {'python4k': PYTHON_PATTERN, 'gpt2': GPT2_PATTERN, 'smollm': SMOLLM_PATTERN, 'llama3': LLAMA3_PATTERN}
+PATTERNS = {'python4k': PYTHON_PATTERN, 'gpt2': GPT2_PATTERN,
+            'smollm': SMOLLM_PATTERN, 'llama3': LLAMA3_PATTERN}
 LONGEST_BLANK = 10_000      # a look-ahead after a million blanks overflows that engine's stack
 
 # nothing merges, so where the cuts fall is of no consequence
 BYTES_PATTERN = r'[\s\S]{1,64}'
 
 SMOLLM_SYSTEM = 'You are a helpful AI assistant named SmolLM, trained by Hugging Face'
-LLAMA3_PREFIX = 'Cutting Knowledge Date: December 2023\nToday Date: 26 Jul 2024\n\n'     # what its template says without a clock
+# what Llama 3's template says where it does not know the date
+LLAMA3_PREFIX = 'Cutting Knowledge Date: December 2023\nToday Date: 26 Jul 2024\n\n'
 
 
 class TokenizerError(Exception):
@@ -76,7 +79,7 @@ class Encoding(tiktoken.Encoding):
         # tiktoken wants an id for every byte: those beyond the vocabulary are dropped again
         beyond = {bytes([byte]): n_vocab + i for i, byte in enumerate(lacks)}
         super().__init__(name, pat_str=pattern, mergeable_ranks=ranks | beyond, special_tokens=special)
-        self.special, self.max_token_value = special, n_vocab - 1       # tiktoken's n_vocab is the latter plus 1
+        self.special, self.max_token_value = special, n_vocab - 1
 
     def encode_ordinary(self, text):
         ids = []
@@ -95,21 +98,24 @@ def bpe_spec(name, pattern, tokens, **more):
 
 def load_tokenizer(spec):
     """
-    spec: dict made by tokenizer_spec (or read back from meta.json or a checkpoint) -> Encoding with ids from 0 to
+    spec: dict made by tokenizer_spec (or read back from meta.json or a checkpoint) -> Encoding, ids 0 to
     n_vocab - 1. Never touches the network or a file. Raises TokenizerError.
     """
     try:
         if spec['kind'] == 'bytes':
             return Encoding('bytes', BYTES_PATTERN, {bytes([b]): b for b in range(256)}, {ENDOFTEXT: 256})
-        if spec['kind'] != 'bpe' or not isinstance(spec['name'], str) or spec['pattern'] not in PATTERNS.values():
-            raise ValueError('of an unknown kind, or with a pattern that may not be safe')
+        if spec['kind'] != 'bpe' or type(spec['name']) is not str:
+            raise ValueError('of an unknown kind')
+        if spec['pattern'] not in PATTERNS.values():
+            raise ValueError('a split pattern that may not be safe')
         tokens = [base64.b64decode(token, validate=True) for token in spec['ranks'].split(' ')]
         special, lacks = spec.get('special', {ENDOFTEXT: len(tokens)}), bytes.fromhex(spec.get('lacks', ''))
         total, taken = len(tokens) + len(special), set(special.values())
         if len(taken) != len(special) or not all(type(id) is int and 0 <= id < total for id in taken):
             raise ValueError('special ids are repeated, or beyond the vocabulary')
         ranks = dict(zip(tokens, (id for id in range(total) if id not in taken), strict=True))
-        if len(ranks) != len(tokens) or b'' in ranks or {b for b in range(256) if bytes([b]) not in ranks} != set(lacks):
+        lacking = {b for b in range(256) if bytes([b]) not in ranks}
+        if len(ranks) != len(tokens) or b'' in ranks or lacking != set(lacks):
             raise ValueError('tokens are missing, empty or repeated')
         encoding = Encoding(spec['name'], spec['pattern'], ranks, special, lacks)
         stop_ids(spec, encoding)
@@ -119,7 +125,8 @@ def load_tokenizer(spec):
         return encoding
     except (ValueError, KeyError, TypeError, AttributeError) as e:
         reason = ' '.join(f'{type(e).__name__}: {e}'.split())[:200]
-        raise TokenizerError(f'unusable tokenizer ({reason!a}): prepare the data again, or use another checkpoint') from e
+        raise TokenizerError(f'unusable tokenizer ({reason}): prepare the data again, '
+                             'or use another checkpoint') from e
 
 
 # -----------------------------------------------------------------------------
@@ -132,16 +139,18 @@ def end_id(spec, encoding):
 
 
 def stop_ids(spec, encoding):
-    """-> the set of ids that end a reply, end_id among them"""
-    return {end_id(spec, encoding)} | {encoding.special[text] for text in spec.get('template', {'stop': ()})['stop']}
+    """-> the ids that end a reply, a set with end_id in it"""
+    stops = spec['template']['stop'] if 'template' in spec else []
+    return {end_id(spec, encoding)} | {encoding.special[text] for text in stops}
 
 
 def written_ids(encoding, pieces):
     """
-    pieces: strings, in turn a template's and a user's; only the template's are searched for special tokens -> ids.
+    pieces: strings, in turn a template's and a user's -> ids. Only a template's have special tokens in them.
     Plain text of both that meets is encoded in one go, as it was when the model learned it.
     """
-    special = re.compile('(' + '|'.join(re.escape(text) for text in sorted(encoding.special, key=len, reverse=True)) + ')')
+    longest_first = sorted(encoding.special, key=len, reverse=True)
+    special = re.compile('(' + '|'.join(re.escape(text) for text in longest_first) + ')')
     ids, plain = [], ''
     for i, piece in enumerate(pieces):
         # re.split puts what it splits at, here special tokens, in the odd places
@@ -174,16 +183,19 @@ def dialogue_ids(spec, encoding, messages, begin=True, reply=True):
 
 def known_template(jinja, special):
     """
-    jinja: the chat template that a model's files hold, or '' -> the template of a spec; None for one that we do not know.
-    Its fields: what a conversation begins with; how a message is written; what stands before the first system message, and
-    its text where none is given; whether blanks around texts are removed; the tokens that end a reply.
+    jinja: the chat template of a model's files, or '' -> a spec's template; None where it is not known.
+    Its fields: what a conversation begins with; how a message is written; what stands before the text of the
+    first system message, and its text where none is given; whether blanks around texts go; what ends a reply.
     """
     if '<|im_start|>' in jinja and '<|im_end|>' in special:
         return {'begin': '', 'message': '<|im_start|>{role}\n{text}<|im_end|>\n', 'prefix': '',
-                'system': SMOLLM_SYSTEM if SMOLLM_SYSTEM in jinja else '', 'strip': False, 'stop': ['<|im_end|>']}
+                'system': SMOLLM_SYSTEM if SMOLLM_SYSTEM in jinja else '', 'strip': False,
+                'stop': ['<|im_end|>']}
     if '<|start_header_id|>' in jinja and '<|eot_id|>' in special:
-        return {'begin': '<|begin_of_text|>', 'message': '<|start_header_id|>{role}<|end_header_id|>\n\n{text}<|eot_id|>',
-                'prefix': LLAMA3_PREFIX if 'Cutting Knowledge Date' in jinja else '', 'system': '', 'strip': True, 'stop': ['<|eot_id|>']}
+        return {'begin': '<|begin_of_text|>',
+                'message': '<|start_header_id|>{role}<|end_header_id|>\n\n{text}<|eot_id|>',
+                'prefix': LLAMA3_PREFIX if 'Cutting Knowledge' in jinja else '', 'system': '', 'strip': True,
+                'stop': ['<|eot_id|>']}
     return None
 
 
@@ -192,14 +204,14 @@ def known_template(jinja, special):
 
 
 def spec_from_file(path, name, pattern):
-    """a file in tiktoken's format, 'base64-of-the-token rank' on each line, ranks 0, 1, 2, ... -> spec dict"""
+    """a file in tiktoken's format, 'base64-of-the-token rank' on each line, ranks 0, 1, ... -> spec dict"""
     try:
         lines = Path(path).read_text(encoding='ascii').splitlines()
         tokens = [base64.b64decode(line.split()[0], validate=True) for line in lines]
         if [int(line.split()[1]) for line in lines] != list(range(len(lines))):
             raise ValueError('ranks are not 0, 1, 2, ...')
     except OSError as e:
-        raise TokenizerError(f'cannot read the tokenizer {path}: {e.strerror}; restore it from the repository') from e
+        raise TokenizerError(f'cannot read {path}: {e.strerror}; restore it from the repository') from e
     except (ValueError, IndexError) as e:
         raise TokenizerError(f'{path} is not a tiktoken file ({e}); restore it from the repository') from e
     return bpe_spec(name, pattern, tokens)
@@ -215,8 +227,8 @@ def gpt2_byte_of():
 
 def byte_level_spec(name, vocab, merges, special, jinja=''):
     """
-    name: of the pattern; vocab: {token: id}, in gpt2_byte_of's characters; merges: 'a b' or [a, b], in their order; special:
-    {text: id}; jinja: see known_template -> spec dict. Raises ValueError, KeyError or TypeError.
+    name: of the pattern; vocab: {token: id}, in gpt2_byte_of's characters; merges: 'a b' or [a, b], in order;
+    special: {text: id}; jinja: see known_template -> spec dict. Raises ValueError, KeyError or TypeError.
     """
     byte_of = gpt2_byte_of()
     ordinary = sorted(vocab.keys() - special.keys(), key=vocab.get)
@@ -236,24 +248,26 @@ def byte_level_spec(name, vocab, merges, special, jinja=''):
 
 
 def spec_from_json(folder):
-    """tokenizer.json, and the chat template in the files beside it -> spec dict. Raises as byte_level_spec does."""
+    """tokenizer.json, and the chat template beside it -> spec dict. Raises as byte_level_spec does."""
     said = json.loads((folder / 'tokenizer.json').read_text(encoding='utf-8'))
-    model, splits, steps = said['model'], said['pre_tokenizer'] or {}, []
-    if model.get('type', 'BPE') != 'BPE' or model.get('byte_fallback') or said.get('normalizer') or model.get('unk_token'):
+    model, cut, cuts = said['model'], said['pre_tokenizer'], []
+    if model['type'] != 'BPE' or model.get('byte_fallback') or said.get('normalizer'):
         raise ValueError('SentencePiece, or something else than byte-level BPE')
-    for step in splits.get('pretokenizers', [splits]):
-        if step.get('type') == 'ByteLevel' and not step['add_prefix_space']:
-            steps += ['gpt2'] * step.get('use_regex', True)
-        elif step.get('type') == 'Digits' and step['individual_digits']:
-            steps += ['digits']
+    for step in cut.get('pretokenizers', [cut]):
+        if step['type'] == 'ByteLevel' and not step['add_prefix_space']:
+            cuts += ['gpt2'] if step.get('use_regex', True) else []
+        elif step['type'] == 'Digits' and step['individual_digits']:
+            cuts += ['digits']
         else:
-            steps += [step.get('pattern', step).get('Regex', step) if step.get('behavior') == 'Isolated' else step]
+            cuts += [step['pattern']['Regex'] if step.get('behavior') == 'Isolated' else step]
     known = {'gpt2': ['gpt2'], 'smollm': ['digits', 'gpt2'], 'llama3': [LLAMA3_PATTERN]}
-    name = next((name for name in known if known[name] == steps), None)
+    name = next((name for name in known if known[name] == cuts), None)
     if name is None:
-        raise ValueError(f"text is cut in another way than by GPT-2, SmolLM2 or Llama 3: {steps!r:.200}")
-    texts = [(folder / file).read_text(encoding='utf-8') for file in ('tokenizer_config.json', 'chat_template.jinja') if (folder / file).is_file()]
-    return byte_level_spec(name, model['vocab'], model['merges'], {token['content']: token['id'] for token in said['added_tokens']}, ''.join(texts))
+        raise ValueError(f'text is cut otherwise than for GPT-2, SmolLM2 or Llama 3: {cuts!r:.100}')
+    files = [folder / file for file in ('tokenizer_config.json', 'chat_template.jinja')]
+    jinja = ''.join(file.read_text(encoding='utf-8') for file in files if file.is_file())
+    special = {token['content']: token['id'] for token in said['added_tokens']}
+    return byte_level_spec(name, model['vocab'], model['merges'], special, jinja)
 
 
 def spec_from_vocab(folder, merges_name, vocab_name):
@@ -266,21 +280,23 @@ def spec_from_vocab(folder, merges_name, vocab_name):
 
 def spec_from_gguf(metadata):
     """metadata: {key: value} of a GGUF file -> spec dict. Raises TokenizerError."""
+    said = {key.removeprefix('tokenizer.ggml.'): value for key, value in metadata.items()}
+    name = {'gpt-2': 'gpt2', 'smollm': 'smollm', 'llama-bpe': 'llama3'}.get(said.get('pre'))
+    if said.get('model') != 'gpt2' or name is None:
+        kind = f"{said.get('model')!r:.40}, {said.get('pre')!r:.40}"
+        raise TokenizerError(f'the tokenizer is of kind {kind}; only byte-level BPE as in GPT-2 (gpt2, gpt-2), '
+                             'SmolLM2 (gpt2, smollm) and Llama 3 (gpt2, llama-bpe) is supported')
     try:
-        kind, cut = metadata['tokenizer.ggml.model'], metadata.get('tokenizer.ggml.pre')
-        names = {'gpt-2': 'gpt2', 'smollm': 'smollm', 'llama-bpe': 'llama3'}
-        if kind != 'gpt2' or cut not in names:
-            raise ValueError(f'{kind!r:.40} with {cut!r:.40}, not byte-level BPE of GPT-2, SmolLM2 or Llama 3')
-        tokens = metadata['tokenizer.ggml.tokens']
-        special = {text: id for id, (text, kind) in enumerate(zip(tokens, metadata['tokenizer.ggml.token_type'], strict=True)) if kind != 1}
-        return byte_level_spec(names[cut], {text: id for id, text in enumerate(tokens)}, metadata['tokenizer.ggml.merges'], special,
-                               metadata.get('tokenizer.chat_template', ''))
+        vocab = {text: id for id, text in enumerate(said['tokens'])}
+        kinds = zip(vocab.items(), said['token_type'], strict=True)
+        special = {text: id for (text, id), kind in kinds if kind != 1}
+        return byte_level_spec(name, vocab, said['merges'], special, said.get('tokenizer.chat_template', ''))
     except (ValueError, KeyError, TypeError, AttributeError) as e:
-        raise TokenizerError(f'a tokenizer that is damaged, or of another kind ({type(e).__name__}: {e})') from e
+        raise TokenizerError(f'a damaged tokenizer ({type(e).__name__}: {e}): fetch the file again') from e
 
 
 def spec_from_dir(folder):
-    """folder: str or Path of a directory with the files that a model came with -> spec dict. Raises TokenizerError."""
+    """folder: str or Path of a directory with a model's tokenizer -> spec dict. Raises TokenizerError."""
     folder = Path(folder)
     try:
         if (folder / 'tokenizer.json').is_file():
@@ -289,12 +305,14 @@ def spec_from_dir(folder):
             if all((folder / name).is_file() for name in names):
                 return spec_from_vocab(folder, *names)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
-        raise TokenizerError(f'the tokenizer in {folder} is damaged or of another kind ({type(e).__name__}: {e}): fetch its files again') from e
-    raise TokenizerError(f'no tokenizer in {folder}: put tokenizer.json there, or vocab.bpe and encoder.json, or merges.txt and vocab.json')
+        reason = ' '.join(f'{type(e).__name__}: {e}'.split())[:200]
+        raise TokenizerError(f'the tokenizer in {folder} is damaged, or not supported ({reason}): '
+                             'fetch its files again') from e
+    raise TokenizerError(f'no tokenizer in {folder}: put tokenizer.json there, or vocab.bpe and encoder.json')
 
 
 def tokenizer_spec(name):
-    """name: 'python4k', 'bytes', 'gpt2' or a directory -> spec dict (see load_tokenizer). Raises TokenizerError."""
+    """name: 'python4k', 'bytes', 'gpt2' or a directory -> spec dict. Raises TokenizerError."""
     if name == 'python4k':
         return spec_from_file(PYTHON4K_FILE, name, PYTHON_PATTERN)
     if name == 'bytes':
@@ -303,10 +321,11 @@ def tokenizer_spec(name):
         try:
             encoding = tiktoken.get_encoding('gpt2')
         except (OSError, ValueError) as e:    # no network (requests' errors are OSErrors); a broken download
-            raise TokenizerError('the gpt2 tokenizer cannot be downloaded: go online once, or put vocab.bpe and '
-                                 'encoder.json of GPT-2 in a directory and name that directory as the tokenizer') from e
-        return bpe_spec(name, GPT2_PATTERN, [encoding.decode_single_token_bytes(i) for i in range(encoding.eot_token)])
+            raise TokenizerError('the gpt2 tokenizer cannot be downloaded: go online once, or put vocab.bpe '
+                                 'and encoder.json of GPT-2 in a directory and name that as the tokenizer') from e
+        tokens = [encoding.decode_single_token_bytes(id) for id in range(encoding.eot_token)]
+        return bpe_spec(name, GPT2_PATTERN, tokens)
     if Path(name).is_dir():
         return spec_from_dir(name)
-    raise TokenizerError(f"unknown tokenizer '{name}': choose python4k, bytes, gpt2, or a directory that holds "
-                         'tokenizer.json, or vocab.bpe and encoder.json')
+    raise TokenizerError(f"unknown tokenizer '{name}': choose python4k, bytes, gpt2, or a directory that "
+                         'holds tokenizer.json, or vocab.bpe and encoder.json')

