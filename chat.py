@@ -6,8 +6,8 @@ Talk to a CWIC model and see where its compute goes, while it happens.
     python chat.py --json < prompts.txt                 # one reply to each line, as JSON, for scripts
 
 The model is your own out/best.pt where there is one, else SmolLM2-135M-Instruct; --ckpt takes all that
-weights.py can load. Each token stands on the colour of the compute of the pass over it, and is shown once
-that pass is done. Where stdout is not a terminal it gets the replies and nothing else; remarks go to stderr.
+weights.py can load. Each token stands on the colour of what the pass over it computed, shown once it is done.
+Where stdout is not a terminal it gets the replies and nothing else; remarks go to stderr.
 
 Models with a chat template answer. All others continue the text: what is typed is added to it on a new line.
 If they were trained on dialogues, give --turn_template 'User: {prompt}\\nAssistant:' --stop '\\nUser:'.
@@ -19,10 +19,14 @@ What is said is conversation.py's, how it looks render.py's; here are the option
 Not here: a mouse, a full screen, a choice among models while it runs.
 """
 
+import signal
+
+if __name__ == '__main__':
+    signal.signal(signal.SIGINT, signal.SIG_DFL)        # Ctrl-C before there is anything to end well just ends
+
 import difflib
 import math
 import os
-import signal
 import sys
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -54,7 +58,7 @@ class ChatConfig:
     dtype: str = option('auto', 'of the weights: f32, bf16, int8, or auto, which is int8 for large models')
     threads: int = option(None, 'of the kernel; else one for each core, up to 8', at_least=1)
     color: str = option('auto', 'truecolor, 256, none, or auto: what the terminal says it can')
-    color_by: str = option('read', 'read or predicted: a token shows the compute of which pass')
+    color_by: str = option('read', 'a token shows the compute of the pass that read it, or that predicted it')
     temperature: float = option(0.7, '0 always takes the likeliest token', at_least=0, at_most=1000)
     top_k: int = option(0, 'sample among this many of the likeliest tokens; 0: all', at_least=0)
     top_p: float = option(1.0, 'sample among those that make up this much probability', at_least=0, at_most=1)
@@ -77,10 +81,6 @@ class ChatConfig:
             raise ValueError('prompt is empty: give it some text')
 
 
-# -----------------------------------------------------------------------------
-# the terminal
-
-
 class Chat:
     """
     Replies: in colours on a terminal, as plain text, or as JSON. What is typed at the terminal after a / is a
@@ -91,9 +91,9 @@ class Chat:
         self.conversation, self.palette = conversation, palette
         self.terminal, self.as_json = terminal, as_json
         self.painter = render.Painter(sys.stdout, palette, lambda: os.get_terminal_size(1).columns or 80)
+        self.commands = {name[8:]: getattr(self, name) for name in dir(self) if name.startswith('command_')}
         self.leaving = self.warned = False      # warned: the last thing pressed was a Ctrl-C
         signal.signal(signal.SIGTERM, self.terminate)
-        self.commands = {name[8:]: getattr(self, name) for name in dir(self) if name.startswith('command_')}
 
     def terminate(self, *_):
         """SIGTERM: like Ctrl-C, and then leaves."""
@@ -107,15 +107,13 @@ class Chat:
             print(text, end='', flush=True)
 
     def remark(self, text):
-        text = printable(text)
-        if self.terminal and self.palette.mode != 'none':
-            text = render.DIM + text + render.RESET
-        print(text, file=sys.stdout if self.terminal else sys.stderr, flush=True)
+        on, off = (render.DIM, render.RESET) if self.terminal and self.palette.mode != 'none' else ('', '')
+        print(on + printable(text) + off, file=sys.stdout if self.terminal else sys.stderr, flush=True)
 
     def legend(self):
-        color_by = self.conversation.config.color_by
-        if self.terminal and self.palette.mode != 'none' and self.palette.low is not None:
-            print(''.join(self.palette.paint(*piece) for piece in self.palette.legend(color_by)))
+        if self.terminal and self.palette.mode != 'none':
+            pieces = self.palette.legend(self.conversation.config.color_by)
+            print(''.join(self.palette.paint(*piece) for piece in pieces))
 
     def run(self, speak):
         """speak(show) -> a turn, which is shown as it comes, and then a line about it."""
@@ -140,7 +138,7 @@ class Chat:
         for prompt in prompts:
             self.conversation.reset()
             turn = self.run(lambda show: self.conversation.say(prompt, show))
-            if turn.ended == 'interrupt':
+            if self.warned:
                 return 130
         self.legend()
         return 0 if turn else fail('no prompt: nothing but blank lines on stdin')
@@ -173,11 +171,11 @@ class Chat:
                 break
             except KeyboardInterrupt:
                 print()
-                if self.warned or self.leaving:
-                    return 130
+                self.leaving |= self.warned
                 self.warned = True
-                self.remark('Ctrl-C once more, or Ctrl-D, leaves')
-        return 0
+                if not self.leaving:
+                    self.remark('Ctrl-C once more, or Ctrl-D, leaves')
+        return 130 if self.warned else 0
 
     def command(self, name, rest):
         if name not in self.commands:
@@ -191,10 +189,10 @@ class Chat:
 
     def complete(self, text, state):
         """readline's completer: commands, then the keys of /set."""
-        line = readline.get_line_buffer()
-        words = [f'/{name} ' for name in self.commands] if ' ' not in line else \
-            [f'{key} ' for key in SETTABLE] if line.startswith('/set ') and line.count(' ') == 1 else []
-        return ([word for word in words if text and word.startswith(text)] + [None])[state]
+        line, words = readline.get_line_buffer(), []
+        if line.startswith('/'):
+            words = SETTABLE if line.startswith('/set ') else [f'/{name}' for name in self.commands]
+        return ([f'{word} ' for word in words if word.startswith(text)] + [None])[state]
 
     # each command's docstring is its line in /help
 
@@ -214,34 +212,32 @@ class Chat:
         self.run(self.conversation.retry)
 
     def command_set(self, rest):
-        """/set KEY VALUE changes an option from here on; alone, lists them"""
+        """list the options that may change; /set KEY VALUE changes one"""
         conversation, (key, _, value) = self.conversation, rest.partition(' ')
         if not rest:
-            for key in SETTABLE:
-                print(f'  {key:<14}{getattr(conversation.config, key)!r}')
-        elif key not in SETTABLE:
-            self.remark(f'unknown option {key}; there are {", ".join(SETTABLE)}')
-        else:
-            try:
-                value = read_value(next(f for f in fields(ChatConfig) if f.name == key), value)
-                conversation.config = replace(conversation.config, **{key: value})
-            except ValueError as error:
-                self.remark(f'{key} {str(error).removeprefix(key).strip()}')
-                return
+            print(*(f'  {key:<14}{getattr(conversation.config, key)!r}' for key in SETTABLE), sep='\n')
+            return
+        try:
+            if key not in SETTABLE:
+                raise ValueError(f'is no option; there are {", ".join(SETTABLE)}')
+            value = read_value(next(f for f in fields(ChatConfig) if f.name == key), value)
+            conversation.config = replace(conversation.config, **{key: value})
             if key == 'seed':
                 conversation.generator.manual_seed(value)
+        except ValueError as error:
+            self.remark(f'{key} {str(error).removeprefix(key).strip()}')
 
     def command_dense(self, _):
         """the last prompt with every weight: both speeds, and where the texts part"""
-        sparse = self.conversation.turns[-1]
-        dense = self.run(self.conversation.dense)
+        sparse, dense = self.conversation.turns[-1], self.run(self.conversation.dense)
         pairs = list(zip(sparse.reply, dense.reply))
-        parted = next((i for i, (a, b) in enumerate(pairs) if a.id != b.id), None)
-        if parted is None:
-            self.remark(f'the same {len(pairs)} tokens as with {100 * sparse.share:.1f}% of the weights')
+        parted = [(i, a, b) for i, (a, b) in enumerate(pairs, 1) if a.id != b.id]
+        if parted:
+            i, a, b = parted[0]
+            a, b = (render.quoted(token.piece, 20).rstrip() for token in (a, b))
+            self.remark(f'they part at token {i}: {a} (sparse), {b} (dense)')
         else:
-            a, b = (render.quoted(token.piece, 20).rstrip() for token in pairs[parted])
-            self.remark(f'they part at token {parted + 1}: {a} (sparse), {b} (dense)')
+            self.remark(f'the same {len(pairs)} tokens as with {100 * sparse.share:.1f}% of the weights')
         if sparse.speed and dense.speed:
             self.remark(f'{sparse.speed:.0f} tokens/s with {100 * sparse.share:.1f}% of the weights, '
                         f'{dense.speed:.0f} dense: {sparse.speed / dense.speed:.2f} times as fast')
@@ -255,21 +251,19 @@ class Chat:
         print('\n'.join(render.token_table(self.conversation.turns[-1], self.palette)))
 
     def command_save(self, path):
-        """/save FILE.html or FILE.png keeps the conversation as a page or a picture"""
+        """keep the conversation as a page, /save FILE.html, or as a picture, /save FILE.png"""
         self.write(path, {'.html': render.save_page, '.png': plots.conversation}, self.conversation.turns)
 
     def command_plot(self, path):
-        """/plot FILE.png draws the compute of the last reply"""
+        """draw the compute of the last reply: /plot FILE.png"""
         self.write(path, {'.png': plots.reply}, self.conversation.turns[-1])
 
     def write(self, path, writers, what):
-        writer = writers.get(os.path.splitext(path)[1])
-        if writer is None:
-            self.remark(f'say where: a file name that ends in {" or ".join(writers)}')
-            return
         try:
-            writer(what, self.palette, path)
-            self.remark(f'wrote {path}')
+            writer = writers.get(os.path.splitext(path)[1])
+            if writer:
+                writer(what, self.palette, path)
+            self.remark(f'wrote {path}' if writer else f'say where: FILE{" or FILE".join(writers)}')
         except OSError as error:
             self.remark(f'{path}: {error.strerror}')
 
@@ -279,11 +273,6 @@ class Chat:
 
 
 # -----------------------------------------------------------------------------
-
-
-def number(value):
-    """What a file gives as a number: a finite one, or None."""
-    return value if isinstance(value, (int, float)) and math.isfinite(value) else None
 
 
 def load(config):
@@ -306,12 +295,23 @@ def load(config):
         fail(f'{error}', 1)
     except ValueError as error:         # a number of threads that cannot be
         fail(f'{error}')
-    if not conversation.no_kernel:
-        torch.set_num_threads(1)        # all it still does is sampling; more would get in the kernel's way
     ids, known = conversation.encoding.n_vocab, model.config.vocab_size
     if ids > known:
         fail(f'{path}: its tokenizer has {ids} ids, its model knows {known}: use another checkpoint', 1)
+    if not conversation.no_kernel:
+        torch.set_num_threads(1)        # all it still does is sampling; more would get in the kernel's way
     return conversation, name, saved
+
+
+def scale_ends(model, saved):
+    """The colour scale's ends: nine tenths of the validation tokens lie between. None for a dense model."""
+    if not any(layer.theta.any() for _, layer in model.gated()):
+        return None, None
+    try:
+        low, high = (float(saved['compute_percentiles'][p]) for p in ('5', '95'))
+        return (low, high) if 0 <= low < high - 1e-3 < 1 else (0.0, 1.0)
+    except (KeyError, TypeError, ValueError):
+        return 0.0, 1.0
 
 
 def main():
@@ -325,26 +325,20 @@ def main():
         fail('stdin is closed: use --prompt')
     conversation, name, saved = load(config)
 
-    # which model this is, and where the compute of nine tenths of its tokens lies
-    loss, reduction = number(saved.get('val_loss')), number(saved.get('reduction'))
+    # the first line: which model this is
     size = sum(p.numel() for key, p in conversation.model.named_parameters() if not key.endswith('theta'))
-    percentiles = saved.get('compute_percentiles')
-    low, high = (number(percentiles.get(p)) if isinstance(percentiles, dict) else None for p in ('5', '95'))
-    remarks = [f'{name}: {size / 1e6:.1f}M parameters' + ('' if loss is None else f', loss {loss:.2f}')
-               + ('' if reduction is None else f', reduction {reduction:.2f}') + f'; {conversation.engine}']
+    facts = [f'{name}: {size / 1e6:.1f}M parameters']
+    for what, value in (('loss', saved.get('val_loss')), ('reduction', saved.get('reduction'))):
+        if isinstance(value, float) and math.isfinite(value):
+            facts.append(f'{what} {value:.2f}')
+    print(printable(f'{", ".join(facts)}; {conversation.engine}'), file=sys.stderr)
     if conversation.no_kernel:
-        remarks.append(f'decoding in PyTorch, slower and skipping nothing for real: {conversation.no_kernel}')
-    if not any(layer.theta.any() for _, layer in conversation.model.gated()):
-        low = high = None
-        remarks.append('this model is dense: every token uses every weight, so there are no colours')
-    elif low is None or high is None or not 0 <= low < high - 1e-3:
-        low, high = 0.0, 1.0
-        remarks.append('no spread of compute in the checkpoint: colours go from 0 to 100% of dense')
-    print('\n'.join(map(printable, remarks)), file=sys.stderr)
+        print(printable(f'slow, and skipping nothing for real: {conversation.no_kernel}'), file=sys.stderr)
 
     terminal = sys.stdout.isatty() and not config.json
     mode = render.color_mode(sys.stdout, os.environ) if config.color == 'auto' else config.color
-    chat = Chat(conversation, render.Palette(mode, low, high), terminal, config.json)
+    palette = render.Palette(mode, *scale_ends(conversation.model, saved))
+    chat = Chat(conversation, palette, terminal, config.json)
     sys.stdout.reconfigure(errors='replace', **({} if sys.stdout.isatty() else {'encoding': 'utf-8'}))
     if config.prompt is not None:
         return chat.answer([config.prompt])
@@ -355,6 +349,7 @@ def main():
 
 
 if __name__ == '__main__':
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     if sys.stderr is None:
         sys.stderr = open(os.devnull, 'w', encoding='utf-8')        # print() would take stdout in its place
     try:

@@ -17,7 +17,7 @@ from contextlib import contextmanager
 
 import numpy as np
 
-from render import COUNTED, mean_shares, place, scale_color, summary, text_color, text_width
+from render import COUNTED, flow, mean_shares, scale_color, summary, text_color, text_width
 
 STYLE = {'font.size': 8, 'axes.titlesize': 9, 'axes.grid': True, 'grid.alpha': 0.3, 'axes.spines.top': False,
          'axes.spines.right': False, 'legend.frameon': False, 'lines.linewidth': 1.3, 'lines.markersize': 4}
@@ -184,12 +184,11 @@ def conversation(turns, palette, path, columns=80):
     runs, column, row = [], 0, 0                # runs: [kind, share, row, column, text], each within a line
     for kind, text, share in shown:
         runs.append([kind, share, row, column, ''])
-        for char in text:
-            drawn, wraps, column = place(char, column, columns) if char != '\n' else ('', True, 0)
+        for drawn, wraps, column in flow(text, column, columns):
             if wraps:
                 row += 1
                 runs.append([kind, share, row, 0, ''])
-            runs[-1][-1] += drawn
+            runs[-1][-1] += drawn.strip('\n')
     first = max(row - 1000, 0)
     width, height = columns * 0.084, (row - first + 1) * 0.175
     with warnings.catch_warnings(), picture(path, width, height) as (figure, axes):

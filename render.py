@@ -6,8 +6,8 @@ How a conversation is shown: colours, the stream of a terminal, tables, JSON, a 
     painter.write('def', share=0.31)                        # its background says: 31% of the dense weights
 
 The scale goes from a light peach (little compute) to a dark purple (much) in steps that look equal. Lightness
-alone tells them apart, so that colour-blind eyes and grey printers see the same order; text is black or
-white, whichever contrasts more, so that it reads alike on dark and on light terminals.
+alone tells them apart, for colour-blind eyes and grey printers; text on it is black or white, whichever
+contrasts more, so that it reads alike on dark and on light terminals.
 
 Wherever it is asked for, a turn is a conversation.Turn and a token a conversation.Token.
 
@@ -34,8 +34,7 @@ COUNTED = {'read': 'the pass over each token', 'predicted': 'the pass that predi
 
 def scale_color(position):
     """position from 0 (light, little compute) to 1 (dark, much) -> (red, green, blue), 0 to 255."""
-    position = min(max(position, 0.0), 1.0)
-    return tuple(round(light + (dark - light) * position) for light, dark in zip(LIGHT, DARK))
+    return tuple(round(light + (dark - light) * min(max(position, 0), 1)) for light, dark in zip(LIGHT, DARK))
 
 
 def text_color(rgb):
@@ -48,11 +47,9 @@ def color_mode(stream, environ):
     term = environ.get('TERM', '')
     if not stream.isatty() or environ.get('NO_COLOR') or term == 'dumb':
         return 'none'
-    if (environ.get('COLORTERM') in ('truecolor', '24bit') or environ.get('WT_SESSION')
-            or term.endswith('-direct')):
+    if environ.get('COLORTERM') in ('truecolor', '24bit') or 'WT_SESSION' in environ or '-direct' in term:
         return 'truecolor'
-    known = ('xterm', 'screen', 'tmux', 'rxvt', 'alacritty', 'foot')
-    return '256' if '256color' in term or term.startswith(known) else 'none'
+    return '256' if re.search('256color|xterm|screen|tmux|rxvt|alacritty|foot', term) else 'none'
 
 
 class Palette:
@@ -64,30 +61,28 @@ class Palette:
     def __init__(self, mode, low, high):
         self.mode, self.low, self.high = mode, low, high
 
-    def position(self, share):
-        return min(max((share - self.low) / (self.high - self.low), 0.0), 1.0)
-
     def rgb(self, share):
         """The background of a share; None where there is none."""
-        return None if share is None or self.low is None else scale_color(self.position(share))
+        if share is not None and self.low is not None:
+            return scale_color((share - self.low) / (self.high - self.low))
 
-    def sgr(self, share):
+    def paint(self, text, share):
+        """text, of one line, in the colours of share."""
+        on = self.codes(share)
+        return on + text + RESET if on else text
+
+    def codes(self, share):
         """The codes that switch on the colours of a share."""
         back = self.rgb(share)
         if self.mode == 'none' or back is None:
             return ''
         if self.mode == '256':
-            step = round(8 * self.position(share))
+            step = round(8 * min(max((share - self.low) / (self.high - self.low), 0), 1))
             return f'\x1b[38;5;{16 if step <= 5 else 231};48;5;{RAMP_256[step]}m'
         return '\x1b[38;2;{};{};{};48;2;{};{};{}m'.format(*text_color(back), *back)
 
-    def paint(self, text, share):
-        """text, of one line, in the colours of share."""
-        codes = self.sgr(share)
-        return codes + text + RESET if codes else text
-
     def legend(self, color_by):
-        """One line that says what the colours mean: [(text, share)]."""
+        """A line that says what the colours mean: [(text, share)]."""
         if self.low is None:
             return [('this model is dense: every token uses every weight', None)]
         steps = [(' ', self.low + (self.high - self.low) * i / 15) for i in range(16)]
@@ -99,15 +94,10 @@ class Palette:
 # the stream
 
 
-def char_width(char):
-    """Columns that a character takes in a terminal: 0, 1 or 2."""
-    if unicodedata.category(char) in ('Mn', 'Me', 'Cf'):
-        return 0
-    return 2 if unicodedata.east_asian_width(char) in 'WF' else 1
-
-
 def text_width(text):
-    return sum(map(char_width, text))
+    """Columns that text takes in a terminal."""
+    return sum(0 if unicodedata.category(char) in ('Mn', 'Me', 'Cf') else
+               2 if unicodedata.east_asian_width(char) in 'WF' else 1 for char in text)
 
 
 def visible(text):
@@ -118,14 +108,22 @@ def visible(text):
     return CONTROLS.sub(picture, text)
 
 
-def place(char, column, columns):
+def flow(text, column, columns):
     """
-    What a terminal shows for a character that comes at a column, whether that moves to a new line first, and
-    the column after it. A tab becomes blanks: terminals leave what a real one skips unpainted.
+    How a terminal of so many columns shows text from a column on: what each character becomes, whether it is
+    on a new line, and the column after it. A word that does not fit gets a new line in place of its blank. A
+    tab becomes blanks: terminals leave what a real one skips unpainted.
     """
-    shown = ' ' * min(8 - column % 8, columns - column) if char == '\t' else visible(char)
-    wraps = column + text_width(shown) > columns
-    return shown, wraps, text_width(shown) + (0 if wraps else column)
+    if text[:1] == ' ' and not text.isspace() and column + text_width(text) > columns >= text_width(text):
+        text = '\n' + text[1:]
+    for char in text:
+        if char == '\n':
+            shown, wraps, column = '\n', True, 0
+        else:
+            shown = ' ' * min(8 - column % 8, columns - column) if char == '\t' else visible(char)
+            wraps = column + text_width(shown) > columns
+            column = text_width(shown) + (0 if wraps else column)
+        yield shown, wraps, column
 
 
 class Painter:
@@ -138,18 +136,15 @@ class Painter:
         self.out, self.palette, self.columns, self.column = out, palette, columns, 0
 
     def write(self, text, share):
-        on = self.palette.sgr(share)
-        off, columns, parts = RESET if on else '', self.columns(), [on]
-        for char in text:
-            if char == '\n':
-                parts += [off, '\n', on]
-                self.column = 0
-                continue
-            shown, wraps, self.column = place(char, self.column, columns)
-            parts.append(shown)
-            if wraps and on:
+        on = self.palette.codes(share)
+        off, parts = RESET if on else '', [on]
+        for shown, wraps, self.column in flow(text, self.column, self.columns()):
+            if shown == '\n':
+                shown = off + '\n' + on
+            elif wraps and on:
                 # a line that scrolls into view is filled with the background of the moment: empty its rest
-                parts += [off, ERASE_LINE, on]
+                shown += off + ERASE_LINE + on
+            parts.append(shown)
         self.out.write(''.join(parts) + off)
         self.out.flush()
 
@@ -161,7 +156,7 @@ class Painter:
 
 
 # -----------------------------------------------------------------------------
-# numbers, as lines, tables and JSON
+# numbers: a line, tables, JSON
 
 
 def reduction(share):
@@ -178,8 +173,8 @@ def summary(turn):
     if not turn.reply:
         return f'0 tokens; {turn.engine}'
     speed = f', {turn.speed:.0f}/s' if turn.speed else ''
-    return (f'{len(turn.reply)} tokens{speed}, first {1000 * turn.seconds[0]:.0f} ms; reduction '
-            f'{reduction(turn.share):.2f} ({100 * turn.share:.1f}% of dense); {turn.engine}')
+    return (f'{len(turn.reply)} tokens{speed}, first {1000 * turn.seconds[0]:.0f} ms; '
+            f'used {100 * turn.share:.1f}%, reduction {reduction(turn.share):.2f}; {turn.engine}')
 
 
 def quoted(piece, width):
@@ -188,7 +183,7 @@ def quoted(piece, width):
         text = repr(piece.decode('utf-8'))[1:-1]
     except UnicodeDecodeError:
         text = repr(piece)[2:-1]
-    text = text.replace(' ', '\u2423') if not text.strip() else text
+    text = text if text.strip() else text.replace(' ', '\u2423')
     while text_width(text) > width:
         text = text[:-1]
     return text + ' ' * (width - text_width(text))
@@ -243,26 +238,21 @@ def as_json(turn):
 
 PAGE = Template('''<!DOCTYPE html>
 <html lang="en">
-<head>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width">
 <title>Where the compute goes</title>
 <style>
 :root { color-scheme: light dark; }
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 60em; margin: 2em auto; padding: 0 1em; }
-pre { font: 15px/1.6 ui-monospace, Consolas, monospace; white-space: pre-wrap; overflow-wrap: anywhere; }
-pre span { padding: .15em 0; }
-pre span:hover { outline: 2px solid orange; }
+body { font: 16px/1.6 ui-monospace, Consolas, monospace; max-width: 60em; margin: 2em auto; padding: 0 1em; }
+pre { font: inherit; white-space: pre-wrap; overflow-wrap: anywhere; }
+span:hover { outline: 2px solid orange; }
 .prompt { font-weight: bold; }
 .quiet { opacity: .75; font-size: 14px; }
 </style>
-</head>
-<body>
 <h1>Where the compute goes</h1>
-<pre class="quiet">$legend</pre>
-<p class="quiet">Point at a token for its numbers. What was typed is bold.</p>
+<pre class="quiet">$legend
+Point at a token for its numbers. What was typed is bold.</pre>
 $turns
-</body>
 </html>
 ''')
 
