@@ -1,26 +1,31 @@
 """
-Where a program computes, and in what: the device, the dtype of matrix products, memory, torch.compile. Used by train.py and
-bench.py.
+Where a program computes, and in what: the device, the dtype of matrix products, memory, torch.compile, and
+several processes that share the work of a step. Used by train.py, bench.py and others.
 
     device = choose_device('auto')                      # 'cuda', 'mps' or 'cpu'
-    dtype, why = choose_dtype('auto', device)           # torch.bfloat16, 'measured: a product in bfloat16 is 3.4x as fast here'
+    dtype, why = choose_dtype('auto', device)           # torch.bfloat16, 'measured: ... 3.4x as fast here'
+    device, rank, world = join_processes(device)        # as torchrun started them
 
-But: no choice among several GPUs; torchrun makes that one.
+Not here: a choice among several GPUs, which torchrun makes.
 """
 
 import ctypes
+import os
 import sys
 import time
+from datetime import timedelta
 
 import torch
+import torch.distributed as dist
 
 from options import fail
 
 
 def keep_memory():
     """
-    Asks glibc to keep the memory it is given back. By default it returns large blocks to the system at once, and every step
-    pays for each page again: up to a quarter of the time of a CWIC step on a CPU. Elsewhere than on Linux this does nothing.
+    Asks glibc to keep the memory it is given back. By default it returns large blocks to the system at once,
+    and every step pays for each page again: up to a quarter of the time of a CWIC step on a CPU. Elsewhere
+    than on Linux this does nothing.
     """
     mallopt = getattr(ctypes.CDLL(None), 'mallopt', None) if sys.platform == 'linux' else None
     if mallopt:
@@ -30,13 +35,12 @@ def keep_memory():
 
 
 def choose_device(name):
-    """'auto', 'cuda', 'mps' or 'cpu' -> the device to use. Ends the program where it is not there."""
-    there = {'cuda': torch.cuda.is_available(), 'mps': torch.backends.mps.is_available(), 'cpu': True}
-    if name == 'auto':
-        return next(device for device in there if there[device])
-    if not there.get(name):
-        fail(f'--device {name}: not available here; choose from ' + ', '.join(device for device in there if there[device]))
-    return name
+    """'auto', 'cuda', 'mps' or 'cpu' -> the device to use. Ends the program where it is missing."""
+    found = {'cuda': torch.cuda.is_available(), 'mps': torch.backends.mps.is_available(), 'cpu': True}
+    available = [device for device in found if found[device]]
+    if name != 'auto' and name not in available:
+        fail(f'--device {name}: not available here; choose from {", ".join(available)}')
+    return available[0] if name == 'auto' else name
 
 
 def product_seconds(dtype):
@@ -51,7 +55,7 @@ def product_seconds(dtype):
 
 
 def choose_dtype(name, device):
-    """The dtype of matrix products, and why."""
+    """'auto', 'float32' or 'bfloat16' -> the dtype of matrix products, and why."""
     if name in ('float32', 'bfloat16'):
         return getattr(torch, name), 'as asked'
     if name != 'auto':
@@ -63,13 +67,65 @@ def choose_dtype(name, device):
     if device == 'mps':
         return torch.float32, 'the safe choice on an Apple GPU'
     ratio = product_seconds(torch.float32) / product_seconds(torch.bfloat16)
-    return (torch.bfloat16 if ratio > 1.3 else torch.float32), f'measured: a product in bfloat16 is {ratio:.1f}x as fast here'
+    dtype = torch.bfloat16 if ratio > 1.3 else torch.float32
+    return dtype, f'measured: a product in bfloat16 is {ratio:.1f}x as fast here'
 
 
 def check_compile(device):
     """Ends the program where torch.compile cannot work, before anything is trained."""
     try:
         torch.compile(lambda x: x.sin() + 1)(torch.ones(8, device=device))
-    except Exception as error:      # what is missing shows in a dozen ways: no compiler, one too old, no Triton, no Python headers
+    except Exception as error:      # a missing compiler, Triton or header shows in many ways
         line = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        fail(f'--compile: does not work here ({line.strip()[:200]}); it needs a C++ compiler, or on a GPU Triton; leave it out, or turn it off: --compile no', 1)
+        fail(f'--compile: does not work here ({line.strip()[:200]}); it needs a C++ compiler, or on a GPU '
+             'Triton; leave it out, or turn it off: --compile no', 1)
+
+
+# -----------------------------------------------------------------------------
+# several processes, each with its share of every step
+
+
+class ProcessGone(Exception):
+    """Another process of this run has ended, so there is nobody to share a step with."""
+
+
+def join_processes(device):
+    """(device, rank, world): one process alone, or what torchrun says of this one among many."""
+    rank, world = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
+    if world > 1:
+        backend = 'gloo'
+        if device == 'cuda':
+            device, backend = f'cuda:{os.environ["LOCAL_RANK"]}', 'nccl'
+            torch.cuda.set_device(device)
+        dist.init_process_group(backend, timeout=timedelta(hours=1))
+    return device, rank, world
+
+
+def together(collective, *args):
+    """collective(*args), which all processes call at once; nothing where there is one. Raises ProcessGone."""
+    if dist.is_initialized():
+        try:
+            collective(*args)
+        except RuntimeError:        # of many texts: connection closed by peer, timed out, ...
+            raise ProcessGone from None
+
+
+def sum_over_processes(tensors):
+    """Sums tensors over all processes, in place, as one message for each dtype."""
+    for dtype in dict.fromkeys(t.dtype for t in tensors) if dist.is_initialized() else ():
+        same = [t for t in tensors if t.dtype == dtype]
+        flat = torch.cat([t.reshape(-1) for t in same])
+        together(dist.all_reduce, flat)
+        for t, total in zip(same, flat.split([t.numel() for t in same])):
+            t.copy_(total.view_as(t))
+
+
+def first_on_its_host_first(action):
+    """action(), by the first process of each host before the others: they find what it downloads."""
+    first = os.environ.get('LOCAL_RANK', '0') == '0'
+    if not first:
+        together(dist.barrier)
+    result = action()
+    if first:
+        together(dist.barrier)
+    return result
