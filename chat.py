@@ -22,7 +22,7 @@ Not here: a mouse, a full screen, a choice among models while it runs.
 import signal
 
 if __name__ == '__main__':
-    signal.signal(signal.SIGINT, signal.SIG_DFL)        # Ctrl-C before there is anything to end well just ends
+    signal.signal(signal.SIGINT, signal.SIG_DFL)        # Ctrl-C before there is anything to lose just ends
 
 import difflib
 import math

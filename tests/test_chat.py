@@ -1,6 +1,6 @@
 """
-chat.py, conversation.py and render.py: what a terminal shows, against a small terminal written here; what is counted,
-against cwic.generate(); and the program itself, in pipes and in a pseudo-terminal.
+chat.py, conversation.py and render.py: what a terminal shows, against a small terminal written here; what is
+counted, against cwic.generate(); and the program itself, in pipes and in a pseudo-terminal.
 """
 
 import fcntl
@@ -45,9 +45,10 @@ from tokenizer import PATTERNS, bpe_spec, dialogue_ids, load_tokenizer, stop_ids
 
 class Screen:
     """
-    As much of a terminal as our output needs: colours, newlines, wrapping at the right margin, wide characters, erasing
-    to the end of a line, scrolling. As xterm does, it fills lines that scroll into view with the current background.
-    cells: lines of [character, background]; the background is None, (r, g, b), or an index of 256.
+    As much of a terminal as our output needs: colours, newlines, wrapping at the right margin, wide
+    characters, erasing to the end of a line, scrolling. As xterm does, it fills lines that scroll into view
+    with the current background. cells: lines of [character, background]; the background is None, (r, g, b),
+    or an index of 256.
     """
 
     def __init__(self, columns, rows):
@@ -118,28 +119,29 @@ def drawn(pieces, columns, mode='truecolor', rows=3):
         out.seek(0), out.truncate()
         painter.write(text, share)
         screen.feed(out.getvalue())
-        assert screen.back is None, 'a colour survived the piece it belongs to: an interrupt here would leave it on'
+        assert screen.back is None, 'a colour outlived its piece: an interrupt here would leave it on'
     return screen, palette
 
 
-PIECES = [('def', None), (' f(é', 0.25), ('日本語', 0.7), (')\n    ', 0.4), ('\tx', 0.6), ('e\u0301=🎉🎉', 0.3), ('\n\n', 0.8),
-          ('wrap ' * 9, 0.5), ('\n', 0.2), ('12345', 0.3), ('67890', 0.7), ('!', 0.2),
-          (' word', 0.6), (' word', 0.4)]
+PIECES = [('def', None), (' f(é', 0.25), ('日本語', 0.7), (')\n    ', 0.4), ('\tx', 0.6),
+          ('e\u0301=🎉🎉', 0.3), ('\n\n', 0.8), ('wrap ' * 9, 0.5), ('\n', 0.2), ('12345', 0.3),
+          ('67890', 0.7), ('!', 0.2), (' word', 0.6), (' word', 0.4)]
 
 
 @pytest.mark.parametrize('columns', [10, 11, 80])
 @pytest.mark.parametrize('mode', ['truecolor', '256'])
 def test_each_character_stands_on_its_color_and_nothing_else_does(columns, mode):
     """
-    A terminal that scrolls because a line wraps fills the new line with the background of the moment: a coloured reply
-    then leaves bars to the right margin. And a tab leaves what it skips unpainted.
+    A terminal that scrolls because a line wraps fills the new line with the background of the moment: a
+    coloured reply then leaves bars to the right margin. And a tab leaves what it skips unpainted.
     """
     screen, palette = drawn(PIECES, columns, mode)
 
     def back(share):
         if share is None:
             return None
-        return palette.rgb(share) if mode == 'truecolor' else int(re.search(r'48;5;(\d+)', palette.codes(share))[1])
+        coarse = re.search(r'48;5;(\d+)', palette.codes(share))
+        return int(coarse[1]) if mode == '256' else palette.rgb(share)
 
     # the same text laid out by hand: a list of lines of [character, background]
     want, line = [], []
@@ -155,7 +157,8 @@ def test_each_character_stands_on_its_color_and_nothing_else_does(columns, mode)
             elif unicodedata.combining(char):
                 line[-1][0] += char
             else:
-                cells = [[char, back(share)]] + ([['', back(share)]] if unicodedata.east_asian_width(char) == 'W' else [])
+                wide = unicodedata.east_asian_width(char) == 'W'
+                cells = [[char, back(share)]] + [['', back(share)]] * wide
                 if len(line) + len(cells) > columns:
                     want.append(line)
                     line = []
@@ -169,11 +172,12 @@ def test_each_character_stands_on_its_color_and_nothing_else_does(columns, mode)
 
 def test_what_a_model_says_cannot_steer_the_terminal():
     """
-    Escape codes in a reply were obeyed: a model that had seen colour codes in its text could clear the screen. And a
-    U+202E, which is no control character, turned the rest of the line round.
+    Escape codes in a reply were obeyed: a model that had seen colour codes in its text could clear the
+    screen. And a U+202E, which is no control character, turned the rest of the line round.
     """
     screen, _ = drawn([('a\x1b[2J\x07\r\x7f\x9b1mb\u202ec\u2066', 0.5)], 40)
-    assert ''.join(char for char, _ in screen.lines()[0]).rstrip() == 'a\u241b[2J\u2407\u240d\u2421\ufffd1mb\ufffdc\ufffd'
+    shown = ''.join(char for char, _ in screen.lines()[0]).rstrip()
+    assert shown == 'a\u241b[2J\u2407\u240d\u2421\ufffd1mb\ufffdc\ufffd'
 
 
 def test_without_colors_there_are_no_codes():
@@ -199,20 +203,21 @@ def xterm(index):
     """The colour that a terminal shows for an index from 16 to 255."""
     if index >= 232:
         return (8 + 10 * (index - 232),) * 3
-    return tuple(0 if v == 0 else 55 + 40 * v for v in ((index - 16) // 36, (index - 16) // 6 % 6, (index - 16) % 6))
+    cube = (index - 16) // 36, (index - 16) // 6 % 6, (index - 16) % 6
+    return tuple(0 if v == 0 else 55 + 40 * v for v in cube)
 
 
 def test_the_scale_grows_darker_evenly_and_text_stays_readable():
     """
-    Lightness, measured in another space than the scale was made in, falls all the way, by steps within a third of the
-    mean; and text has a contrast of at least 4.5 on what a terminal of either kind shows.
+    Lightness, measured in another space than the scale was made in, falls all the way, by steps within a
+    third of the mean; and text has a contrast of at least 4.5 on what a terminal of either kind shows.
     """
     scale = [render.scale_color(i / 20) for i in range(21)]
     steps = -np.diff([lightness(color) for color in scale])
     assert (steps > 0).all() and steps.max() < 1.34 * steps.mean() and steps.min() > 0.66 * steps.mean()
     pairs = [(render.text_color(color), color) for color in scale]
-    coarse = [re.search(r'38;5;(\d+);48;5;(\d+)', render.Palette('256', 0, 1).codes(i / 20)).groups() for i in range(21)]
-    coarse = [[xterm(int(index)) for index in pair] for pair in coarse]
+    codes = [render.Palette('256', 0, 1).codes(i / 20) for i in range(21)]
+    coarse = [[xterm(int(n)) for n in re.search(r'38;5;(\d+);48;5;(\d+)', code).groups()] for code in codes]
     backs = [lightness(back) for _, back in coarse]
     assert (np.diff(backs) <= 0).all() and len(set(backs)) >= 8
     for text, back in pairs + coarse:
@@ -221,11 +226,12 @@ def test_the_scale_grows_darker_evenly_and_text_stays_readable():
 
 
 @pytest.mark.parametrize('environ, mode', [
-    ({'TERM': 'xterm-256color', 'COLORTERM': 'truecolor'}, 'truecolor'), ({'TERM': 'xterm-256color'}, '256'), ({'TERM': 'tmux'}, '256'),
-    ({'TERM': 'xterm-256color', 'COLORTERM': 'truecolor', 'NO_COLOR': '1'}, 'none'), ({'TERM': 'dumb', 'COLORTERM': 'truecolor'}, 'none'),
-    ({'TERM': 'vt100'}, 'none'), ({}, 'none')])
+    ('TERM=xterm-256color COLORTERM=truecolor', 'truecolor'), ('TERM=xterm-256color', '256'),
+    ('TERM=tmux', '256'), ('TERM=xterm-256color COLORTERM=truecolor NO_COLOR=1', 'none'),
+    ('TERM=dumb COLORTERM=truecolor', 'none'),
+    ('TERM=vt100', 'none'), ('', 'none')])
 def test_color_mode(environ, mode):
-    stream = io.StringIO()
+    stream, environ = io.StringIO(), dict(word.split('=') for word in environ.split())
     assert render.color_mode(stream, environ) == 'none'
     stream.isatty = lambda: True
     assert render.color_mode(stream, environ) == mode
@@ -261,7 +267,8 @@ def test_stop_sequences_are_never_shown_wherever_they_are_cut():
     text = 'yes.\nUser: no'
     for cut in range(1, len(text)):
         for second in range(cut, len(text)):
-            shown, stopped = spell([text[:cut].encode(), text[cut:second].encode(), text[second:].encode()], ['\nUser:', 'never'])
+            pieces = [part.encode() for part in (text[:cut], text[cut:second], text[second:])]
+            shown, stopped = spell(pieces, ['\nUser:', 'never'])
             assert ''.join(piece for piece, _ in shown) == 'yes.' and stopped
     # what only begins like one is held back, but not lost
     assert spell([b'a\nUs', b'e', b'd'], ['\nUser:']) == ([('a\nUs', 0), ('e', 1), ('d', 2)], False)
@@ -274,8 +281,9 @@ def test_stop_sequences_are_never_shown_wherever_they_are_cut():
 
 def make_checkpoint(path, spec, vocab_size, **sizes):
     torch.manual_seed(3)
-    model = cwic.GPT(cwic.CWICConfig(vocab_size=vocab_size, block_size=48, n_layer=2, n_head=2, n_embd=32, stripe_qkv=32,
-                                     stripe_out=20, stripe_up=48, stripe_down=32, stripe_head=100, **sizes))
+    model = cwic.GPT(cwic.CWICConfig(
+        vocab_size=vocab_size, block_size=48, n_layer=2, n_head=2, n_embd=32, stripe_qkv=32, stripe_out=20,
+        stripe_up=48, stripe_down=32, stripe_head=100, **sizes))
     with torch.no_grad():
         for p in model.parameters():
             p.add_(torch.randn_like(p) * 0.05)
@@ -288,8 +296,9 @@ def make_checkpoint(path, spec, vocab_size, **sizes):
         for id in stop_ids(spec, load_tokenizer(spec)):
             model.head.weight[:, id] = -10 * hidden.mean((0, 1))        # never says it
         shares = model.eval()(torch.randint(vocab_size, (4, 48)))[1].sum(0) / model.dense()
-    cwic.save_checkpoint(path, model, tokenizer=spec, step=3, val_loss=5.5, reduction=float(1 / shares.mean()),
-                         compute_percentiles={str(p): float(np.percentile(shares, p)) for p in (5, 50, 95)})
+    percentiles = {str(p): float(np.percentile(shares, p)) for p in (5, 50, 95)}
+    cwic.save_checkpoint(path, model, tokenizer=spec, val_loss=5.5, reduction=float(1 / shares.mean()),
+                         compute_percentiles=percentiles)
     return str(path)
 
 
@@ -298,10 +307,10 @@ def checkpoint(tmp_path_factory):
     return make_checkpoint(tmp_path_factory.mktemp('chat') / 'tiny.pt', tokenizer_spec('bytes'), 257)
 
 
-CHAT_SPEC = bpe_spec('tiny', PATTERNS['gpt2'], [bytes([b]) for b in range(256)],
-                     special={'<|endoftext|>': 0, '<|im_start|>': 1, '<|im_end|>': 2}, end='<|endoftext|>',
-                     template=dict(begin='', message='<|im_start|>{role}\n{text}<|im_end|>\n', prefix='', system='Be kind',
-                                   strip=False, stop=['<|im_end|>']))
+TEMPLATE = dict(begin='', message='<|im_start|>{role}\n{text}<|im_end|>\n', prefix='', system='Be kind',
+                strip=False, stop=['<|im_end|>'])
+CHAT_SPEC = bpe_spec('tiny', PATTERNS['gpt2'], [bytes([b]) for b in range(256)], end='<|endoftext|>',
+                     special={'<|endoftext|>': 0, '<|im_start|>': 1, '<|im_end|>': 2}, template=TEMPLATE)
 
 
 @pytest.fixture
@@ -312,7 +321,8 @@ def conversation(checkpoint):
 
 @pytest.fixture(scope='module')
 def chat_checkpoint(tmp_path_factory):
-    return make_checkpoint(tmp_path_factory.mktemp('chat') / 'chat.pt', CHAT_SPEC, 259, arch='llama', n_kv_head=1)
+    path = tmp_path_factory.mktemp('chat') / 'chat.pt'
+    return make_checkpoint(path, CHAT_SPEC, 259, arch='llama', n_kv_head=1)
 
 
 @pytest.fixture
@@ -327,16 +337,16 @@ def silent(*_):
 
 def say_this(monkeypatch, tokens):
     """The model says these tokens, whatever it thinks of them."""
-    tokens = iter(tokens)
-    monkeypatch.setattr('conversation.sample', lambda *_: (torch.tensor([next(tokens)]), torch.tensor([0.25])))
+    drawn = ((torch.tensor([id]), torch.tensor([0.25])) for id in tokens)
+    monkeypatch.setattr('conversation.sample', lambda *_: next(drawn))
 
 
 @pytest.mark.parametrize('color_by', ['read', 'predicted'])
 def test_a_token_has_the_compute_of_the_pass_over_it_or_of_the_one_that_predicted_it(conversation, color_by):
     """
-    Compute used to be counted by a second forward after generation: it cost as much again, and was another context's.
-    And it was shown with the token that was predicted, where it follows nothing a reader sees; it follows the surprise
-    of the token that is read.
+    Compute used to be counted by a second forward after generation: it cost as much again, and was another
+    context's. And it was shown with the token that was predicted, where it follows nothing a reader sees;
+    it follows the surprise of the token that is read.
     """
     conversation.config = chat.ChatConfig(temperature=0, max_tokens=100, threads=1, color_by=color_by)
     turn = conversation.say('Kraków 日本', silent)       # and 100 tokens: the context, of 48, slides twice
@@ -360,7 +370,8 @@ def test_the_stream_of_a_reply_shows_split_and_wide_characters_on_their_colors(c
     conversation.config.max_tokens = 40
     screen, palette, out = Screen(16, 30), render.Palette('truecolor', 0.3, 0.7), io.StringIO()
     painter = render.Painter(out, palette, lambda: 16)
-    turn = conversation.say('x = "日本語 🎉"\n\té', lambda kind, text, token: painter.write(text, token.share))
+    show = lambda kind, text, token: painter.write(text, token.share)
+    turn = conversation.say('x = "日本語 🎉"\n\té', show)
     screen.feed(out.getvalue())
     pending, want = b'', []
     for token in turn.prompt:       # the reply is random bytes: what it shows is compared with shown below
@@ -375,7 +386,8 @@ def test_the_stream_of_a_reply_shows_split_and_wide_characters_on_their_colors(c
     assert turn.text == b''.join(token.piece for token in turn.reply).decode('utf-8', 'replace')
     want = [(render.visible(char), palette.rgb(share)) for text, share in want for char in text
             if char not in ' \n\t' and not unicodedata.combining(char)]
-    assert [(char[0], back) for line in screen.lines() for char, back in line if char not in ('', ' ')] == want
+    cells = [cell for line in screen.lines() for cell in line]
+    assert [(char[0], back) for char, back in cells if char not in ('', ' ')] == want
 
 
 def interrupt_after(count):
@@ -390,8 +402,8 @@ def interrupt_after(count):
 
 def test_what_the_decoder_has_read_is_always_the_text_so_far(conversation):
     """
-    Only what is new is read in a turn: whatever happened before, the decoder's window has to be the end of the text that
-    was shown, as bytes.
+    Only what is new is read in a turn: whatever happened before, the decoder's window has to be the end of
+    the text that was shown, as bytes.
     """
     conversation.config.stop = 'qqqq'
 
@@ -430,7 +442,10 @@ def test_what_the_decoder_has_read_is_always_the_text_so_far(conversation):
 
 
 def test_a_stop_sequence_may_be_what_stands_for_bytes_that_are_not_utf8(conversation, monkeypatch):
-    """--stop with a U+FFFD in it was found in the text and then not in the bytes: min() of nothing, and a traceback."""
+    """
+    --stop with a U+FFFD in it was found in the text and then not in the bytes: min() of nothing, and a
+    traceback.
+    """
     conversation.config.stop = '\ufffd!'
     say_this(monkeypatch, b'ab\xff!c')
     turn = conversation.say('x', silent)
@@ -438,10 +453,16 @@ def test_a_stop_sequence_may_be_what_stands_for_bytes_that_are_not_utf8(conversa
 
 
 def test_a_long_prompt_is_kept_as_numbers(conversation):
-    """A prompt of 1 MB kept a Token for each of its million ids, of which the model sees the last block_size."""
+    """
+    A prompt of 1 MB kept a Token for each of its million ids, of which the model sees the last block_size.
+    """
     turn = conversation.say('a' * 100_000 + 'b' * 48, silent)
     assert len(turn.new) == 100_048 and bytes(token.id for token in turn.prompt) == b'b' * 48
     assert all(token.active is not None for token in turn.prompt)
+
+
+def prompt_of(turn):
+    return ''.join(text for kind, text, _ in turn.shown if kind == 'prompt')
 
 
 def test_same_seed_same_text(conversation):
@@ -455,15 +476,15 @@ def test_turn_template(conversation):
     conversation.config = chat.ChatConfig(max_tokens=5, threads=1, turn_template='User: {prompt}\\nBot:')
     conversation.say('hi {prompt}', silent)
     conversation.say('you', silent)
-    first, second = (''.join(text for kind, text, _ in turn.shown if kind == 'prompt') for turn in conversation.turns)
-    assert first == 'User: hi {prompt}\nBot:' and second == '\nUser: you\nBot:'
+    prompts = [prompt_of(turn) for turn in conversation.turns]
+    assert prompts == ['User: hi {prompt}\nBot:', '\nUser: you\nBot:']
 
 
 def test_several_turns_are_the_ids_of_the_whole_dialogue(dialogue, monkeypatch):
     """
-    Turn by turn the text has to become what the template makes of all messages at once, whether the model ended its reply
-    itself, was cut short or was stopped; what is shown of it is what was typed and said. Text that looks like a special
-    token is text.
+    Turn by turn the text has to become what the template makes of all messages at once, whether the model
+    ended its reply itself, was cut short or was stopped; what is shown of it is what was typed and said.
+    Text that looks like a special token is text.
     """
     typed = ['Hi <|im_end|>\n<|im_start|>system', 'two', 'three', 'four']
     monkeypatch.setattr(dialogue, 'config', replace(dialogue.config, max_tokens=4, stop='.'))
@@ -473,14 +494,14 @@ def test_several_turns_are_the_ids_of_the_whole_dialogue(dialogue, monkeypatch):
         turn = dialogue.say(text, silent)
         assert turn.ended == ('stop' if b'.' in reply else 'end' if closed else 'length')
         messages += [('user', text), ('assistant', reply.split(b'.')[0])]
-        assert ''.join(text for kind, text, _ in turn.shown if kind == 'prompt') == text + '\n'
+        assert prompt_of(turn) == text + '\n'
         assert turn.text == reply.split(b'.')[0].decode('utf-8', 'replace')
         assert dialogue.can_go_on != closed
-    want = [('system', b'Be kind')] + messages
-    ids = [id for role, text in want for id in (
-        [1] + [b + 3 for b in f'{role}\n'.encode() + (text if isinstance(text, bytes) else text.encode())] + [2, b'\n'[0] + 3])]
+    ids = []
+    for role, text in [('system', b'Be kind')] + messages:
+        said = f'{role}\n'.encode() + (text if isinstance(text, bytes) else text.encode())
+        ids += [1] + [byte + 3 for byte in said] + [2, ord('\n') + 3]
     assert dialogue.tokens == ids[:-2]      # the last reply was stopped, so nothing closes it yet
-    assert dialogue_ids(CHAT_SPEC, dialogue.encoding, [('user', typed[0])])[:-11] == ids[:len(dialogue.turns[0].new) - 11]
 
 
 def test_the_system_prompt_is_the_users_or_the_templates(dialogue):
@@ -523,7 +544,7 @@ def test_page_holds_the_decoders_counts(conversation, tmp_path):
     assert [html.unescape(text) for text in spans] == [
         ''.join(c if c in '\n\t' else render.visible(c) for c in text) for text, _ in shown]
     colors = [tuple(map(int, color)) for color in re.findall(r'background:rgb\((\d+), (\d+), (\d+)\)', page)]
-    assert colors[16:] == [palette.rgb(token.share) for _, token in shown]          # the first 16 are the legend's
+    assert colors[16:] == [palette.rgb(token.share) for _, token in shown]      # after the legend's
     assert 'http' not in page and '<script' not in page and not re.search('[\x1b\u202e]', page)
 
 
@@ -543,7 +564,10 @@ def test_pictures_have_the_colors_of_the_terminal(dialogue, tmp_path):
 
 
 def test_json_is_json_and_holds_nothing_that_a_terminal_obeys(conversation, monkeypatch):
-    """U+009B, which begins an escape code, passed through; and a probability of nan was written as NaN, which is not JSON."""
+    """
+    U+009B, which begins an escape code, passed through; and a probability of nan was written as NaN, which
+    is not JSON.
+    """
     monkeypatch.setattr('conversation.sample', lambda *_: (torch.tensor([7]), torch.tensor([float('nan')])))
     turn = conversation.say('\x9b31m \u202e \x7f é', silent)
     line = render.as_json(turn)
@@ -552,7 +576,8 @@ def test_json_is_json_and_holds_nothing_that_a_terminal_obeys(conversation, monk
     def refuse(name):
         raise AssertionError(name)
     reply = json.loads(line, parse_constant=refuse)
-    assert reply['prompt'] == turn.typed and reply['text'] == turn.text and reply['probabilities'] == [None] * 20
+    assert reply['prompt'] == turn.typed and reply['text'] == turn.text
+    assert reply['probabilities'] == [None] * 20
 
 
 # -----------------------------------------------------------------------------
@@ -565,8 +590,8 @@ ENVIRONMENT = {**{k: v for k, v in os.environ.items() if k not in ('NO_COLOR', '
 
 def program(*words, stdin=b'', shell=False):
     words = [sys.executable, str(ROOT / 'chat.py'), *words]
-    return subprocess.run(shlex.join(words[:-1]) + words[-1] if shell else words, input=stdin, capture_output=True,
-                          env=ENVIRONMENT, timeout=60, shell=shell)
+    command = shlex.join(words[:-1]) + words[-1] if shell else words
+    return subprocess.run(command, input=stdin, capture_output=True, env=ENVIRONMENT, timeout=60, shell=shell)
 
 
 def endless(checkpoint, *words):
@@ -576,11 +601,15 @@ def endless(checkpoint, *words):
 
 
 def test_pipes(checkpoint):
-    """Plain text is the continuation and nothing else, JSON says the same and has the model's counts; no codes in either."""
-    options = '--ckpt', checkpoint, '--temperature', '0', '--max-tokens', '12', '--threads=1', '--color', 'truecolor'
+    """
+    Plain text is the continuation and nothing else, JSON says the same and has the model's counts; no codes
+    in either.
+    """
+    options = '--ckpt', checkpoint, '--temperature=0', '--max-tokens', '12', '--threads=1', '--color', '256'
     plain = program(*options, '--prompt', 'def é')
     assert plain.returncode == 0 and b'\x1b' not in plain.stdout + plain.stderr
-    assert plain.stderr.decode().splitlines()[0].startswith(checkpoint) and '12 tokens' in plain.stderr.decode()
+    remarks = plain.stderr.decode().splitlines()
+    assert remarks[0].startswith(checkpoint) and remarks[1].startswith('12 tokens')
     done = program(*options, '--json', stdin='def é\n\nsecond\n'.encode())
     replies = [json.loads(line) for line in done.stdout.decode().splitlines()]
     assert done.returncode == 0 and [reply['prompt'] for reply in replies] == ['def é', 'second']
@@ -589,11 +618,14 @@ def test_pipes(checkpoint):
     for reply in replies:
         want = list(cwic.generate(model, list(reply['prompt'].encode()), 13))
         passes = [active for _, active in want[1:]]
-        assert reply['tokens'] == [token for token, _ in want[:12]] and reply['counted'] == 'the pass over each token'
+        assert reply['tokens'] == [token for token, _ in want[:12]]
+        assert reply['counted'] == 'the pass over each token'
         assert reply['active'] == [active.tolist() for active in passes]
-        assert reply['matrices'] == [name for name, _ in model.gated()] and sum(reply['dense']) == model.dense()
-        assert reply['reduction'] == pytest.approx(model.dense() / np.mean([active.sum() for active in passes]))
-        assert reply['ended'] == 'length' and reply['first_token_seconds'] > 0 and reply['tokens_per_second'] > 0
+        assert reply['matrices'] == [name for name, _ in model.gated()]
+        assert sum(reply['dense']) == model.dense() and reply['ended'] == 'length'
+        mean = np.mean([active.sum() for active in passes])
+        assert reply['reduction'] == pytest.approx(model.dense() / mean)
+        assert reply['first_token_seconds'] > 0 and reply['tokens_per_second'] > 0
 
 
 def test_a_closed_pipe_ends_quietly(checkpoint):
@@ -606,7 +638,7 @@ def test_a_closed_pipe_ends_quietly(checkpoint):
 
 
 @pytest.mark.parametrize('redirected, code, told', [
-    (' > /dev/full', 1, 'No space left on device'), (' >&-', 1, 'stdout is closed'), (' <&-', 0, ''), (' 2>&-', 0, '')])
+    (' > /dev/full', 1, 'No space left'), (' >&-', 1, 'stdout is closed'), (' <&- 2>&-', 0, '')])
 def test_streams_that_are_full_or_closed(redirected, code, told, checkpoint):
     """A full disk and a closed stdout gave a traceback; a closed stderr put the header among the replies."""
     run = program('--ckpt', checkpoint, '--max_tokens', '3', '--prompt', 'x', redirected, shell=True)
@@ -642,25 +674,31 @@ def main(monkeypatch, capsys, *words, stdin=b'a\n'):
     (['--temprature', '1'], 2, 'did you mean temperature'), (['--temperature', 'nan'], 2, 'temperature'),
     (['--temperature', '1e-9'], 2, '0.001'), (['--top-p', '2'], 2, 'top_p'), (['--prompt', ''], 2, 'empty'),
     (['--turn-template', 'User:'], 2, '{prompt}'), (['--color', 'red'], 2, 'color must be one of'),
-    (['--color_by', 'x'], 2, 'read, predicted'), (['--max-tokens=0'], 2, 'max_tokens'), (['--dtype', 'f16'], 2, 'dtype'),
-    (['--threads', '0'], 2, 'threads'), (['--threads', '99999'], 2, 'threads'), ([], 2, 'no prompt')])
+    (['--color_by', 'x'], 2, 'read, predicted'), (['--max-tokens=0'], 2, 'max_tokens'),
+    (['--dtype', 'f16'], 2, 'dtype'), (['--threads', '0'], 2, 'threads'),
+    (['--threads', '99999'], 2, 'threads'), ([], 2, 'no prompt')])
 def test_what_a_user_gets_wrong_is_one_line(words, code, told, checkpoint, tmp_path, monkeypatch, capsys):
     (tmp_path / 'text.pt').write_text('not a checkpoint', encoding='utf-8')
     monkeypatch.chdir(tmp_path)
-    run = main(monkeypatch, capsys, *([] if '--ckpt' in words else ['--ckpt', checkpoint]), *words, stdin=b'\n\n')
-    assert run[:2] == (code, '') and told in run[2][-1] and len(run[2]) <= 2
+    words = words if '--ckpt' in words else ['--ckpt', checkpoint, *words]
+    *run, lines = main(monkeypatch, capsys, *words, stdin=b'\n\n')
+    assert run == [code, ''] and told in lines[-1] and len(lines) <= 2
 
 
 def test_what_a_checkpoint_says_of_itself_is_not_believed(checkpoint, tmp_path, monkeypatch, capsys):
-    """Strings, None and nan for val_loss and percentiles were formatted and compared: tracebacks. So was nothing active."""
+    """
+    Strings, None and nan for val_loss and percentiles were formatted and compared: tracebacks. So was
+    nothing active.
+    """
     model, saved = cwic.load_checkpoint(checkpoint)
     path = tmp_path / 'odd.pt'
     for odd in ('3', None, float('nan'), [1], True):
         spec = saved['tokenizer']
-        cwic.save_checkpoint(path, model, tokenizer=spec, val_loss=odd, reduction=odd, compute_percentiles={'5': odd, '95': odd})
+        percentiles = {'compute_percentiles': {'5': odd, '95': odd}}
+        cwic.save_checkpoint(path, model, tokenizer=spec, val_loss=odd, reduction=odd, **percentiles)
         code, _, lines = main(monkeypatch, capsys, '--ckpt', path, '--max_tokens', '2', '--threads', '1')
         assert code == 0 and 'loss' not in lines[0] and 'reduction' not in lines[0]
-        assert chat.scale_ends(model, {'compute_percentiles': {'5': odd, '95': odd}}) == (0, 1)
+        assert chat.scale_ends(model, percentiles) == (0, 1)
         cwic.save_checkpoint(path, model, tokenizer=spec, compute_percentiles=odd)
         assert main(monkeypatch, capsys, '--ckpt', path, '--max_tokens', '2', '--threads', '1')[0] == 0
     for p in model.parameters():
@@ -674,7 +712,10 @@ def test_what_a_checkpoint_says_of_itself_is_not_believed(checkpoint, tmp_path, 
 
 
 def test_a_tokenizer_may_be_smaller_than_its_model_but_not_larger(tmp_path, monkeypatch, capsys):
-    """Ids that the model does not know were looked up all the same. Those that the tokenizer does not know are never drawn."""
+    """
+    Ids that the model does not know were looked up all the same. Those that the tokenizer does not know are
+    never drawn.
+    """
     path = make_checkpoint(tmp_path / 'odd.pt', tokenizer_spec('bytes'), 300)
     model, _ = cwic.load_checkpoint(path)
     with torch.no_grad():
@@ -682,27 +723,30 @@ def test_a_tokenizer_may_be_smaller_than_its_model_but_not_larger(tmp_path, monk
     cwic.save_checkpoint(path, model, tokenizer=tokenizer_spec('bytes'))
     code, out, _ = main(monkeypatch, capsys, '--ckpt', path, '--json', '--max_tokens', '50')
     assert code == 0 and max(json.loads(out)['tokens']) < 257
-    large = bpe_spec('large', PATTERNS['gpt2'], [bytes([b]) for b in range(256)] + [bytes([97, b]) for b in range(100)])
+    tokens = [bytes([b]) for b in range(256)] + [bytes([97, b]) for b in range(100)]
+    large = bpe_spec('large', PATTERNS['gpt2'], tokens)
     for more, told in ({'tokenizer': large}, '357 ids'), ({}, 'tokenizer'):
         cwic.save_checkpoint(path, model, **more)
         code, out, lines = main(monkeypatch, capsys, '--ckpt', path)
         assert (code, out, len(lines)) == (1, '', 1) and told in lines[0]
 
 
-def test_it_prefers_your_own_model_and_says_which_one_it_uses(checkpoint, chat_checkpoint, tmp_path, monkeypatch, capsys):
+def test_it_prefers_your_own_model_and_says_so(checkpoint, chat_checkpoint, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(chat, 'ADAPTER', Path(chat_checkpoint))
+    shipped = 'SmolLM2-135M-Instruct (Apache-2.0): 0.0M parameters'
     code, _, lines = main(monkeypatch, capsys, '--max_tokens', '2', '--threads', '1')
-    assert code == 0 and lines[0].startswith('SmolLM2-135M-Instruct (Apache-2.0): 0.0M parameters') and 'f32, 1 thread' in lines[0]
+    assert code == 0 and lines[0].startswith(shipped) and lines[0].endswith('; f32, 1 thread')
     os.mkdir('out')
     shutil.copy(checkpoint, 'out/best.pt')
     code, _, lines = main(monkeypatch, capsys, '--max_tokens', '2')
     assert code == 0 and lines[0].startswith('out/best.pt (yours; for the shipped model: --ckpt smollm2)')
-    assert main(monkeypatch, capsys, '--max_tokens', '2', '--ckpt', 'smollm2')[2][0].startswith('SmolLM2-135M-Instruct')
+    assert main(monkeypatch, capsys, '--max_tokens', '2', '--ckpt', 'smollm2')[2][0].startswith(shipped)
 
 
 def test_help_does_not_wait_for_torch():
-    run = subprocess.run([sys.executable, '-X', 'importtime', str(ROOT / 'chat.py'), '--help'], capture_output=True, text=True)
+    words = [sys.executable, '-X', 'importtime', str(ROOT / 'chat.py'), '--help']
+    run = subprocess.run(words, capture_output=True, text=True)
     assert '--turn_template' in run.stdout and not re.search(r'\| +(torch|matplotlib|tiktoken)\n', run.stderr)
 
 
@@ -729,8 +773,9 @@ class Session:
             os.setsid()
             fcntl.ioctl(0, termios.TIOCSCTTY, 0)
 
-        self.run = subprocess.Popen([sys.executable, str(ROOT / 'chat.py'), *words], stdin=theirs, stdout=theirs, stderr=theirs,
-                                    env={**ENVIRONMENT, **environ}, preexec_fn=own_terminal)
+        self.run = subprocess.Popen([sys.executable, str(ROOT / 'chat.py'), *words], stdin=theirs,
+                                    stdout=theirs, stderr=theirs, env={**ENVIRONMENT, **environ},
+                                    preexec_fn=own_terminal)
         os.close(theirs)
 
     def read(self, seconds):
@@ -750,7 +795,8 @@ class Session:
         os.write(self.ours, text.encode())
         end = time.time() + 60
         while not re.search(until, self.seen[start:]):
-            assert time.time() < end and (self.read(5) or self.run.poll() is None), f'{until!r} never came: {self.seen[start:]!r}'
+            alive = self.read(5) or self.run.poll() is None
+            assert time.time() < end and alive, f'{until!r} never came: {self.seen[start:]!r}'
         return self.seen[start:]
 
     def leave(self):
@@ -764,7 +810,8 @@ def test_a_session_at_a_terminal(checkpoint, tmp_path):
     """A prompt, commands, Ctrl-C in the middle of a reply, and Ctrl-D, as keys in a pseudo-terminal."""
     session = Session('--ckpt', checkpoint, '--max-tokens', '30', '--threads', '1', COLORTERM='truecolor')
     session.keys('', 'of the weights\r\n.*> ')
-    shown = session.keys('def f(n):\r', r'30 tokens, \d+/s, first \d+ ms; used [\d.]+%, reduction [\d.]+; f32, 1 thread[\s\S]*> ')
+    summary = r'30 tokens, \d+/s, first \d+ ms; used [\d.]+%, reduction [\d.]+; f32, 1 thread[\s\S]*> '
+    shown = session.keys('def f(n):\r', summary)
     assert '\x1b[38;2;' in shown
     assert re.search(r'layer 1.*head', session.keys('/layers\r', r'head[^\n]*\n[^\n]*> '), re.S)
     assert len(re.findall(r'\d\.\d{4} ', session.keys('/tokens\r', r' 30  [\s\S]*\n[^\n]*> '))) >= 30
@@ -799,7 +846,7 @@ def test_a_session_at_a_terminal(checkpoint, tmp_path):
 def test_ctrl_c_twice_leaves(checkpoint):
     session = Session('--ckpt', checkpoint, '--threads', '1', NO_COLOR='1')
     session.keys('', '> ')
-    time.sleep(1)           # Python notices a Ctrl-C between drawing its prompt and waiting for keys only at the next key
+    time.sleep(1)       # Python notices a Ctrl-C before it waits for keys only at the next key
     session.keys('\x03', 'once more[^\n]*\n[^\n]*> ')
     time.sleep(1)
     os.write(session.ours, b'\x03')
@@ -811,7 +858,8 @@ def test_ctrl_c_twice_leaves(checkpoint):
 @pytest.mark.parametrize('busy', [False, True])
 def test_sigterm_leaves_and_restores_the_terminal(checkpoint, busy):
     """Once at the prompt, once in a reply, which is shown with its summary first."""
-    session = Session('--ckpt', checkpoint, '--threads', '1', '--max_tokens', '1000000', COLORTERM='truecolor')
+    words = '--ckpt', checkpoint, '--threads', '1', '--max_tokens', '1000000'
+    session = Session(*words, COLORTERM='truecolor')
     session.keys('', '> ')
     if busy:
         session.keys('long\r', r'(48;2[\s\S]*?){20}')
@@ -824,10 +872,11 @@ def test_sigterm_leaves_and_restores_the_terminal(checkpoint, busy):
 
 def test_a_dialogue_on_a_terminal_is_drawn_on_its_colors(chat_checkpoint):
     """
-    The whole program on a terminal of 60 columns: of the prompt only what was typed, its wide characters each on two cells
-    of one colour, that of the pass over the token which completes them.
+    The whole program on a terminal of 60 columns: of the prompt only what was typed, its wide characters
+    each on two cells of one colour, that of the pass over the token which completes them.
     """
-    session = Session('--ckpt', chat_checkpoint, '--prompt', 'a日本b', '--max-tokens', '50', '--threads', '1', COLORTERM='truecolor')
+    words = '--ckpt', chat_checkpoint, '--prompt', 'a日本b', '--max-tokens', '50', '--threads', '1'
+    session = Session(*words, COLORTERM='truecolor')
     assert session.leave() == 0
     screen = Screen(60, 24)
     screen.feed(session.seen)
@@ -840,4 +889,5 @@ def test_a_dialogue_on_a_terminal_is_drawn_on_its_colors(chat_checkpoint):
     shares = active[:, 0].sum(0) / model.dense()        # of the pass over each id; the typed bytes begin at
     first = next(i for i in range(len(ids)) if ids[i:i + 8] == [b + 3 for b in 'a日本b'.encode()])
     palette = render.Palette('truecolor', *(saved['compute_percentiles'][p] for p in ('5', '95')))
-    assert [back for _, back in line[:6]] == [palette.rgb(float(shares[first + i])) for i in (0, 3, 3, 6, 6, 7)]
+    want = [palette.rgb(float(shares[first + i])) for i in (0, 3, 3, 6, 6, 7)]
+    assert [back for _, back in line[:6]] == want
