@@ -315,6 +315,13 @@ def frozen_teacher(run):
 # the beginning of a run
 
 
+def new_model(sizes):
+    try:
+        return GPT(CWICConfig(**sizes))
+    except ValueError as error:
+        fail(f'--{error}')
+
+
 def starting_model(config, given):
     """--init_from -> (model, what else its file says, the options with its sizes and what it implies)."""
     source = config.init_from
@@ -328,7 +335,7 @@ def starting_model(config, given):
     elif any(float(layer.theta.detach().max()) > 0 for _, layer in model.gated()):
         fail(f'--init_from {source}: is sparse already; start from a dense model, such as one trained with '
              '--target_reduction 1')
-    for name in (given & sizes.keys()) - {'init_from'}:
+    for name in sorted(given & sizes.keys() - {'init_from'}):
         asked = getattr(config, name)
         if name == 'block_size' and asked <= sizes[name]:
             continue                    # so long are the training windows; the model's context stays
@@ -337,7 +344,7 @@ def starting_model(config, given):
         sizes[name] = asked
     if not base and sizes != asdict(model.config):      # other stripes: all stays but thresholds, which are 0
         state = {name: x for name, x in model.state_dict().items() if not name.endswith('theta')}
-        model = GPT(CWICConfig(**sizes))
+        model = new_model(sizes)
         model.load_state_dict(state, strict=False)
     if config.rank and not base:
         cwic.add_adapters(model, config.rank)
@@ -357,7 +364,7 @@ def resumed_model(config, given):
         fail(f'cannot resume: {error}', 1)
     except (KeyError, TypeError) as error:
         fail(f'cannot resume: last.pt does not hold a run ({error})', 1)
-    for name in given - FREE_TO_CHANGE:
+    for name in sorted(given - FREE_TO_CHANGE):
         asked, had = getattr(config, name), getattr(old, name)
         if asked != had:
             fail(f'--{name} {asked}: the run was started with {had}; leave the option out, or choose another '
@@ -403,17 +410,14 @@ def begin(config, given, device):
         meta = data[2]
         if model is None:
             names = asdict(config).keys() & CWICConfig.__dataclass_fields__.keys()
-            try:
-                sizes = {name: getattr(config, name) for name in names}
-                model, tokenizer = GPT(CWICConfig(vocab_size=meta['vocab_size'], **sizes)), meta['tokenizer']
-            except ValueError as error:
-                fail(f'--{error}')
+            sizes = {name: getattr(config, name) for name in names}
+            model, tokenizer = new_model({**sizes, 'vocab_size': meta['vocab_size']}), meta['tokenizer']
         if tokenizer != meta['tokenizer']:
             theirs, ours = (spec.get('name', spec.get('kind')) if isinstance(spec, dict) else spec
                             for spec in (meta['tokenizer'], tokenizer))
-            fail(f'data/{config.data} was made with the tokenizer {theirs}, but the model has {ours} (or another '
-                 'of that name); choose other --data, or prepare some: '
-                 f'python data/text/prepare.py --tokenizer {ours} FILE... and then --data text')
+            fail(f'data/{config.data} was made with the tokenizer {theirs}, but the model has {ours} (or '
+                 'another of that name); choose other --data, or prepare some: python data/text/prepare.py '
+                 f'--tokenizer {ours} FILE... and then --data text')
     model.to(device).train()
     optimizer = torch.optim.AdamW(model.parameter_groups(config.lr, config.lr, config.weight_decay),
                                   betas=(0.9, config.beta2), fused=device != 'mps')
@@ -616,9 +620,10 @@ def train(run, data, rank, world):
         try:
             loss, active, stop = train_step(run, *batch(run.step), target, dense, stop=bool(wishes))
         except ProcessGone:
-            if rank == 0:
-                save_last(run)
-            fail(f'another process has ended; step {run.step} is saved', 1)
+            if rank > 0:
+                raise
+            save_last(run)
+            fail(f'another process has ended; step {run.step} is saved, go on with --resume', 1)
         run.step += 1
 
         evaluated = run.step % config.eval_every == 0 or run.step == config.steps()
@@ -696,3 +701,5 @@ if __name__ == '__main__':
         common.run(main)
     except ProcessGone:
         fail('another process has ended; see what it said', 1)
+    except torch.OutOfMemoryError:
+        fail('out of memory; a smaller --micro_batch takes less, and so does --recompute', 1)
