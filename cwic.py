@@ -1,15 +1,16 @@
 """
 CWIC, "Compute Where It Counts": a GPT that learns which of its weights each token can do without.
 
-This file is the whole model, to be read top to bottom: the statistics of a layer's input, the gate, the striped linear
-layer, GPT-2's block, what Llama's block has besides, the losses, adapters, checkpoints, and a plain generate(). It is the
-reference that the C kernel and everything else is compared with. To train a model run train.py; to talk to one, chat.py.
+This is the whole model, to be read from top to bottom: the statistics of a layer's input, the gate, the
+striped linear layer, GPT-2's block, Llama's block, the losses, adapters, checkpoints, and a plain generate().
+The C kernel and everything else is compared with it. To train a model run train.py; to talk to one, chat.py.
 
     from cwic import GPT, CWICConfig
     model = GPT(CWICConfig())
     logits, active = model.eval()(tokens)      # active[matrix, batch, position]: the weights that were used
 
-A worked example, which is also a test. One token enters a layer of 4 inputs and 4 outputs, cut in 2 stripes of 2:
+A worked example, which is also a test. One token enters a layer of 4 inputs and 4 outputs, cut in 2 stripes
+of 2:
 
     c = x - mu        =  0.9  -0.2   0.5  -1.0      the input, centred on its usual value
     t, stripe 0       =  0.5   0.5   0.5   0.5      |c| > t:  yes no no yes     rows 0, 3 of W[:, 0:2]
@@ -17,10 +18,11 @@ A worked example, which is also a test. One token enters a layer of 4 inputs and
 
 8 of the 16 weights are used: active = 2 * 2 + 2 * 2 = 8, a reduction of 2. No row was dropped altogether.
 
-Not here: dropout, padding, beam search; and nothing is faster than a dense model. Skipping for real is sparse_kernel.c's work.
+Not here: dropout, padding, beam search, or speed. sparse_kernel.c is what really skips the weights.
 
 The method is that of "Compute Where It Counts: High Quality Sparsely Activated LLMs" (Crystal AI, 2025,
-github.com/crystal-ai-org/cwic). The blocks are those of GPT-2 (Radford et al., 2019) and Llama (Touvron et al., 2023).
+github.com/crystal-ai-org/cwic). The blocks are GPT-2's (Radford et al., 2019) and Llama's (Touvron et al.,
+2023).
 """
 
 import copy
@@ -46,18 +48,17 @@ OBSERVE_EVERY = 4       # one position in four is enough for the statistics, and
 def observe(x, mu, sigma):
     """
     What one batch says about the centre and spread of each input, as sums, so that batches can be added up.
+    The centre is a weighted mean in which a value weighs 1 / max(|x - mu|, 0.1 sigma): repeated, this settles
+    near the median (Weiszfeld's iteration). Before there is a sigma every value weighs 1.
 
-    The centre is a weighted mean in which a value weighs 1 / max(|x - mu|, 0.1 sigma): repeated, this settles near the
-    median (Weiszfeld's iteration, kept from dividing by zero: Huber's centre at 0.1 sigma). Before there is a sigma
-    every value weighs 1.
-
-    x (B, T, in); mu, sigma (in). Returns sums over tokens (4, in): weight, weight * (x - mu), |x - mu|, number of tokens.
+    x (B, T, in); mu, sigma (in). Returns sums over tokens (4, in): weight, weight * (x - mu), |x - mu|,
+    tokens.
     """
     B, T, _ = x.shape
     with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
         if B >= OBSERVE_EVERY:
-            # each sequence starts at another offset: position 0, where attention parks what it does not need, is unlike
-            # all others, and must not count four times
+            # each sequence starts at another offset: position 0, where attention parks what it does not need,
+            # is unlike all others, and must not count four times
             sequence = torch.arange(B, device=x.device)[:, None]
             position = torch.arange(0, T, OBSERVE_EVERY, device=x.device) + sequence % OBSERVE_EVERY
             x = x[sequence, position.clamp_max(T - 1)]                  # (B, T / 4, in)
@@ -69,9 +70,8 @@ def observe(x, mu, sigma):
 
 class Thresholds(nn.Module):
     """
-    What everything that skips has in common: one threshold for each (stripe, input) pair, in units of the input's spread.
-    theta is what is trained; t = theta * scale * sigma, where scale makes Adam move thresholds about as fast, in sigmas,
-    as it moves outputs.
+    What everything that skips has in common: one threshold t = theta * scale * sigma for each (stripe, input)
+    pair. theta is trained; scale makes Adam move thresholds about as fast, in sigmas, as it moves outputs.
     """
 
     def __init__(self, n_in, stripes):
@@ -90,8 +90,9 @@ class Thresholds(nn.Module):
     @torch.no_grad()
     def update_statistics(self, sums):
         """
-        Folds the sums of a whole optimiser step (4, in) into mu and sigma. Both are means over all tokens so far, older
-        ones weighing less; dividing by the weight actually seen leaves no bias towards the zeros they started from.
+        Folds the sums of a whole optimiser step (4, in) into mu and sigma. Both are means over all tokens so
+        far, older ones weighing less, and divided by the weight actually seen, so without a bias towards the
+        zeros at first.
         """
         weight, pull, distance, count = sums
         self.seen.mul_(MEMORY).add_(torch.stack([weight, count]))
@@ -101,8 +102,8 @@ class Thresholds(nn.Module):
     @torch.no_grad()
     def limit_thresholds(self, before):
         """
-        After an optimiser step: no threshold moves by more than half its window, beyond which it would no longer feel the
-        inputs it just passed, nor below the floor. before: theta (n, in) as it was.
+        After an optimiser step: no threshold moves by more than half its window, beyond which it would not
+        feel the inputs it just passed, nor below the floor. before: theta (n, in) as it was.
         """
         most = BANDWIDTH / 2 / self.scale
         self.theta.copy_((before + (self.theta - before).clamp_(-most, most)).clamp_min_(FLOOR / self.scale))
@@ -132,7 +133,7 @@ def stripe_widths(n_out, stripe, device):
 
 
 def above(a, b):
-    """1.0 where a > b, else 0.0. (Compared into numbers at once: bool masks are several times slower on a CPU.)"""
+    """1.0 where a > b, else 0.0. (Bool masks, and converting them, are several times slower on a CPU.)"""
     return torch.gt(a, b, out=a.new_empty(torch.broadcast_shapes(a.shape, b.shape)))
 
 
@@ -143,23 +144,35 @@ def product_dtype(weight):
 
 
 def as_count(active):
-    """Counts as numbers that gradients can flow to, and still exact: f64, or f32 on Apple's GPUs, which have nothing better."""
+    """Exact counts that gradients can flow to: f64, or f32 on Apple's GPUs, which have nothing better."""
     return active.to(torch.float32 if active.device.type == 'mps' else torch.float64)
+
+
+def through_the_step(c, t, bw, d, price):
+    """
+    The derivative of what is gated. The step m = |c| > t has none that is of use, so one is defined, with a
+    window k = 1[ ||c| - t| < bw / 2 ] / bw around each threshold. d is the gradient of m * c, and price that
+    of m:
+
+        dc = d + price * k * sign(c)  (d: as if nothing had been skipped)
+        dt = -sum over tokens of (d * c + price) * k
+
+    c (N, in), t (n, in), bw (in), d (n, N, in), price (n, N, 1) -> dc (N, in), dt (n, in)
+    """
+    window = above(bw / 2, (c.abs() - t[:, None]).abs_())                           # (n, N, in)
+    per_bw = 1 / bw.clamp_min(1e-12)        # an input that never moves has no window, so nothing to divide
+    dt = -torch.addcmul(price, d, c).mul_(window).sum(1) * per_bw
+    return d.sum(0, dtype=c.dtype) + (price * window).sum(0) * torch.sign(c) * per_bw, dt
 
 
 class GatedProduct(torch.autograd.Function):
     """
-    y[:, stripe] = (mu + m * c) @ W[:, stripe],  c = x - mu,  with the mask m = |c| > t[stripe]; and the number of weights that
-    each token used. The step has no useful derivative, so backward defines one. With a window k = 1[ ||c| - t| < bw / 2 ] / bw
-    around each threshold:
+    y[:, stripe] = (mu + m * c) @ W[:, stripe],  c = x - mu,  with the mask m = |c| > t[stripe]; and the
+    number of weights that each token used. Only x is kept for backward: masks are cheaper to make again than
+    to store.
 
-        from y         dx = g @ W^T as if nothing had been skipped,    dt = -sum over tokens of (g @ W^T) * c * k
-        from active    dx = width * k * sign(c) * g,                   dt = -sum over tokens of width * k * g
-
-    Only x is kept for backward: masks are cheaper to make again than to store.
-
-    x (N, in) f32, mu (in), t (n, in), bw (in), W (in, out); stripe: columns in each stripe but perhaps the last.
-    Returns y (N, out) in the dtype of matrix products, active (N,) f64.
+    x (N, in) f32, mu (in), t (n, in), bw (in), W (in, out); stripe: columns in each stripe but perhaps the
+    last. Returns y (N, out) in the dtype of matrix products, active (N,) f64.
     """
 
     @staticmethod
@@ -167,27 +180,23 @@ class GatedProduct(torch.autograd.Function):
         ctx.save_for_backward(x, mu, t, bw, W)
         ctx.stripe, ctx.dtype = stripe, product_dtype(W)
         with torch.autocast(x.device.type, enabled=False):
-            c = x - mu                                                                          # (N, in)
-            mask = above(c.abs(), t[:, None])                                                   # (n, N, in)
-            active = (stripe_widths(W.shape[1], stripe, x.device)[:, None] * as_count(mask.sum(2))).sum(0)      # (N,)
-            inputs = torch.addcmul(mu, mask, c).to(ctx.dtype)                                   # (n, N, in)
-            y = torch.bmm(inputs, by_stripe(W.to(ctx.dtype), stripe))                           # (n, N, stripe)
-            return side_by_side(y, W.shape[1]), active
+            c = x - mu                                                              # (N, in)
+            mask = above(c.abs(), t[:, None])                                       # (n, N, in)
+            inputs = torch.addcmul(mu, mask, c).to(ctx.dtype)                       # (n, N, in)
+            y = torch.bmm(inputs, by_stripe(W.to(ctx.dtype), stripe))               # (n, N, stripe)
+            widths = stripe_widths(W.shape[1], stripe, x.device)                    # (n,)
+            return side_by_side(y, W.shape[1]), (widths[:, None] * as_count(mask.sum(2))).sum(0)
 
     @staticmethod
     def backward(ctx, g, g_active):
         x, mu, t, bw, W = ctx.saved_tensors
         with torch.autocast(x.device.type, enabled=False):
-            c, g = x - mu, by_stripe(g, ctx.stripe)                                             # (N, in), (n, N, stripe)
-            distance = c.abs()
-            inputs = torch.addcmul(mu, above(distance, t[:, None]), c).to(ctx.dtype)            # (n, N, in)
+            c, g = x - mu, by_stripe(g, ctx.stripe)                                 # (N, in), (n, N, stripe)
+            inputs = torch.addcmul(mu, above(c.abs(), t[:, None]), c).to(ctx.dtype)             # (n, N, in)
             dW = side_by_side(torch.bmm(inputs.transpose(1, 2), g), W.shape[1]).to(W.dtype)     # (in, out)
-            d_inputs = torch.bmm(g, by_stripe(W.to(ctx.dtype), ctx.stripe).transpose(1, 2))     # (n, N, in)
-            window = above(bw / 2, (distance - t[:, None]).abs_())                              # (n, N, in)
-            price = stripe_widths(W.shape[1], ctx.stripe, x.device)[:, None, None] * g_active.to(x.dtype)[:, None]  # (n, N, 1)
-            per_bw = 1 / bw.clamp_min(1e-12)                # an input that never moves has no window, so nothing to divide
-            dt = -torch.addcmul(price, d_inputs, c).mul_(window).sum(1) * per_bw                # (n, in)
-            dx = d_inputs.sum(0, dtype=x.dtype) + (price * window).sum(0) * torch.sign(c) * per_bw
+            d = torch.bmm(g, by_stripe(W.to(ctx.dtype), ctx.stripe).transpose(1, 2))            # (n, N, in)
+            widths = stripe_widths(W.shape[1], ctx.stripe, x.device)                # (n,)
+            dx, dt = through_the_step(c, t, bw, d, widths[:, None, None] * g_active.to(x.dtype)[:, None])
             return dx, None, dt, None, dW, None
 
 
@@ -195,24 +204,24 @@ class StripedLinear(Thresholds):
     """
     A linear layer, weights input-major, whose every (stripe, input) pair has a learned threshold:
 
-        y[stripe] = (mu + m * c) @ W[:, stripe] + b[stripe],       c = x - mu,  m = |c| > t[stripe]
+        y[stripe] = (mu + m * (x - mu)) @ W[:, stripe] + b[stripe],       m = |x - mu| > t[stripe]
 
-    A skipped input is thus replaced by its usual value mu, not by zero. (So mu @ W + b is the same for all tokens: the
-    kernel computes it once, and then reads only the rows of W where m is 1.)
+    A skipped input is thus replaced by its usual value mu, not by zero. (mu @ W + b is the same for all
+    tokens: the kernel computes it once, and then reads only the rows of W where m is 1.)
     """
 
     def __init__(self, n_in, n_out, stripe, bias):
         super().__init__(n_in, stripes=math.ceil(n_out / stripe))
         self.n_out, self.stripe = n_out, min(stripe, n_out)
-        self.dense = n_in * n_out                                           # weights a dense layer uses for each token
-        self.weight = nn.Parameter(torch.randn(n_in, n_out) * 0.02)         # (in, out)
-        self.bias = nn.Parameter(torch.zeros(n_out)) if bias else None      # (out,)
-        self.adapter = nn.Identity()                                        # or a LowRank change of the weight
+        self.dense = n_in * n_out       # weights a dense layer uses for each token
+        self.weight = nn.Parameter(torch.randn(n_in, n_out) * 0.02)             # (in, out)
+        self.bias = nn.Parameter(torch.zeros(n_out)) if bias else None          # (out,)
+        self.adapter = nn.Identity()    # or a LowRank change of the weight
 
     def forward(self, x, dense=False):
         """
-        x (B, T, in) -> y (B, T, out), used: a pair of active (B, T) and observe()'s sums (4, in). The sums are None where
-        nothing is learned of the input: in eval mode, and in dense mode, where thresholds and statistics play no part.
+        x (B, T, in) -> y (B, T, out), used: a pair of active (B, T) and observe()'s sums (4, in), which are
+        None where nothing is learned of the input: in eval mode, and where thresholds play no part (dense).
         """
         B, T, _ = x.shape
         weight = self.adapter(self.weight)
@@ -220,8 +229,8 @@ class StripedLinear(Thresholds):
             y, used = x @ weight, (as_count(torch.full((B, T), self.dense, device=x.device)), None)
         else:
             sums = observe(x, self.mu, self.sigma) if self.training else None
-            y, active = GatedProduct.apply(x.float().view(B * T, -1), self.mu, self.thresholds(), BANDWIDTH * self.sigma,
-                                           weight, self.stripe)
+            y, active = GatedProduct.apply(x.float().view(B * T, -1), self.mu, self.thresholds(),
+                                           BANDWIDTH * self.sigma, weight, self.stripe)
             y, used = y.view(B, T, -1), (active.view(B, T), sums)
         return (y if self.bias is None else y + self.bias.to(y.dtype)), used
 
@@ -237,7 +246,7 @@ class CWICConfig:
     block_size: int = 256       # context, in tokens
     n_layer: int = 6
     n_head: int = 6
-    n_kv_head: int = 0          # Llama: heads of keys and values, each shared by a group of queries; 0: as many as n_head
+    n_kv_head: int = 0          # Llama: heads of keys and values, each for a group of queries; 0: n_head
     n_embd: int = 192
     n_hidden: int = 0           # width of the MLP; 0: 4 * n_embd
     bias: bool = True           # GPT-2: in linear layers and norms; the head never has one, nor has Llama
@@ -264,7 +273,8 @@ class CWICConfig:
             raise ValueError(f'rope_scaling must be 4 numbers, not {self.rope_scaling}')
         self.bias = self.bias and self.arch == 'gpt2'
         if self.n_embd % self.n_head or self.n_head % self.n_kv_head:
-            raise ValueError(f'n_embd ({self.n_embd}) must be a multiple of n_head ({self.n_head}), and that of n_kv_head ({self.n_kv_head})')
+            raise ValueError(f'n_embd ({self.n_embd}) must be a multiple of n_head ({self.n_head}), '
+                             f'and that of n_kv_head ({self.n_kv_head})')
         if self.arch == 'gpt2' and self.n_kv_head != self.n_head:
             raise ValueError('n_kv_head is an option of --arch llama')
         if self.arch == 'llama' and self.head_dim % 2:
@@ -281,28 +291,27 @@ class CWICConfig:
 
 
 class KVCache:
-    """Keys and values of the tokens so far. k, v (n_layer, batch, n_kv_head, block_size, head_dim); length in tokens."""
+    """Keys and values so far. k, v (n_layer, batch, n_kv_head, block_size, head_dim); length in tokens."""
 
     def __init__(self, config, batch=1, device='cpu', dtype=torch.float32):
         shape = (config.n_layer, batch, config.n_kv_head, config.block_size, config.head_dim)
-        self.k, self.v = torch.zeros(shape, device=device, dtype=dtype), torch.zeros(shape, device=device, dtype=dtype)
+        self.k, self.v = (torch.zeros(shape, device=device, dtype=dtype) for _ in range(2))
         self.length = 0
 
 
 class Attention(nn.Module):
-
     def __init__(self, config, layer):
         super().__init__()
         self.layer, self.head_dim = layer, config.head_dim
-        self.widths = [heads * config.head_dim for heads in (config.n_head, config.n_kv_head, config.n_kv_head)]
+        self.widths = [n * config.head_dim for n in (config.n_head, config.n_kv_head, config.n_kv_head)]
         self.qkv = StripedLinear(config.n_embd, sum(self.widths), config.stripe_qkv, config.bias)
         self.out = StripedLinear(config.n_embd, config.n_embd, config.stripe_out, config.bias)
 
     def forward(self, x, rotary, cache, dense):
         """x (B, T, d); rotary: Llama's tables, or None -> y (B, T, d), [used by qkv, used by out]."""
         qkv, used_qkv = self.qkv(x, dense)
-        q, k, v = (z.unflatten(2, (-1, self.head_dim)).transpose(1, 2) for z in qkv.split(self.widths, dim=2))  # (B, heads, T, head_dim)
-        if rotary is not None:
+        q, k, v = (z.unflatten(2, (-1, self.head_dim)).transpose(1, 2) for z in qkv.split(self.widths, dim=2))
+        if rotary is not None:                                              # q, k, v (B, heads, T, head_dim)
             q, k = rotate(q, *rotary), rotate(k, *rotary)
         mask, past = None, 0
         if cache is not None:
@@ -310,14 +319,14 @@ class Attention(nn.Module):
             cache.k[self.layer, :, :, past:now], cache.v[self.layer, :, :, past:now] = k, v
             k, v = (z[self.layer, :, :, :now].to(q.dtype) for z in (cache.k, cache.v))
             if past and x.shape[1] > 1:
-                mask = torch.ones(x.shape[1], now, dtype=torch.bool, device=x.device).tril(past)                # (T, past + T)
-        y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=not past, enable_gqa=k.shape[1] < q.shape[1])
+                mask = torch.ones(x.shape[1], now, dtype=torch.bool, device=x.device).tril(past)
+        grouped = k.shape[1] < q.shape[1]
+        y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=not past, enable_gqa=grouped)
         y, used_out = self.out(y.transpose(1, 2).flatten(2), dense)
         return y, [used_qkv, used_out]
 
 
 class MLP(nn.Module):
-
     def __init__(self, config):
         super().__init__()
         self.up = StripedLinear(config.n_embd, config.n_hidden, config.stripe_up, config.bias)
@@ -358,9 +367,10 @@ def norm(config):
 
 def rotary_tables(config, positions):
     """
-    positions (T,) -> cos, sin (T, head_dim / 2), f32: the angles by which pairs of a head's numbers turn (Su et al., 2021).
-    With rope_scaling, rotations slower than the original context are slowed down by a factor, and those that are neither
-    fast nor slow by part of it, as in Llama 3.
+    positions (T,) -> cos, sin (T, head_dim / 2), f32: by how much pairs of a head's numbers turn (Su et al.,
+    2021). rope_scaling, as in Llama 3: what turns less than low_freq_factor times in the original context is
+    slowed down by factor, what turns more than high_freq_factor times is left alone, and what lies between is
+    slowed down in part.
     """
     pairs = torch.arange(0, config.head_dim, 2, device=positions.device, dtype=torch.float32)
     speed = 1.0 / config.rope_theta ** (pairs / config.head_dim)           # radians per position
@@ -381,13 +391,9 @@ def rotate(heads, cos, sin):
 
 class GatedNeurons(torch.autograd.Function):
     """
-    a = h * z where |z| > t, else 0: what neurons hand on, and how many weights each token used of them, `width` for each
-    active neuron. Backward defines the derivative of the step as GatedProduct does, z being what is thresholded:
-
-        from a         dz = g * h as if nothing had been skipped,      dt = -sum over tokens of g * h * z * k
-        from active    dz = width * k * sign(z) * g,                   dt = -sum over tokens of width * k * g
-
-    z, h (N, neurons), t, bw (neurons). Returns a (N, neurons) in h's dtype, active (N,) f64.
+    a = h * z where |z| > t, else 0: what neurons hand on, and how many weights each token used of them,
+    `width` for each active neuron. What is gated is z.  z, h (N, neurons), t, bw (neurons) -> a as h, active
+    (N,) f64.
     """
 
     @staticmethod
@@ -400,19 +406,17 @@ class GatedNeurons(torch.autograd.Function):
     @staticmethod
     def backward(ctx, g, g_active):
         z, h, t, bw = ctx.saved_tensors
-        distance, price = z.abs(), ctx.width * g_active.to(z.dtype)[:, None]    # (N, neurons), (N, 1)
-        dz = g * h                                                              # (N, neurons)
-        dh = above(distance, t) * z * g
-        window = above(bw / 2, (distance - t).abs())
-        per_bw = 1 / bw.clamp_min(1e-12)
-        dt = -((dz * z + price) * window).sum(0) * per_bw                       # (neurons)
-        return (dz + price * window * torch.sign(z) * per_bw).to(z.dtype), dh.to(h.dtype), dt, None, None
+        dh = above(z.abs(), t) * z * g
+        price = ctx.width * g_active.to(z.dtype)
+        dz, dt = through_the_step(z, t[None], bw, (g * h)[None], price[None, :, None])
+        return dz, dh.to(h.dtype), dt[0], None, None
 
 
 class Neurons(Thresholds):
     """
-    Llama's up and down: y = (up(x) * z * m) @ down,  m = |z| > t, where z is what the gate says to each neuron. One threshold
-    decides for a column of up and a row of down at once. z is not centred: its usual value is close to zero, so mu stays 0.
+    Llama's up and down: y = (up(x) * z * m) @ down,  m = |z| > t, where z is what the gate says to each
+    neuron. One threshold decides for a column of up and a row of down. z is usually close to 0, so it is not
+    centred: mu stays 0.
     """
 
     def __init__(self, n_embd, n_hidden):
@@ -428,8 +432,8 @@ class Neurons(Thresholds):
         if dense:
             return (h * z) @ down, (as_count(torch.full(x.shape[:2], self.dense, device=x.device)), None)
         sums = observe(z, self.mu, self.sigma) if self.training else None
-        a, active = GatedNeurons.apply(z.float().flatten(0, 1), h.flatten(0, 1), self.thresholds()[0], BANDWIDTH * self.sigma,
-                                       2 * x.shape[2])
+        a, active = GatedNeurons.apply(z.float().flatten(0, 1), h.flatten(0, 1), self.thresholds()[0],
+                                       BANDWIDTH * self.sigma, 2 * x.shape[2])
         return a.view_as(h) @ down, (active.view(x.shape[:2]), sums)
 
     def update_statistics(self, sums):
@@ -438,7 +442,6 @@ class Neurons(Thresholds):
 
 
 class GatedMLP(nn.Module):
-
     def __init__(self, config):
         super().__init__()
         self.gate = StripedLinear(config.n_embd, config.n_hidden, config.stripe_up, bias=False)
@@ -455,7 +458,6 @@ class GatedMLP(nn.Module):
 
 
 class GPT(nn.Module):
-
     def __init__(self, config):
         super().__init__()
         self.config = config
@@ -466,29 +468,30 @@ class GPT(nn.Module):
         self.ln_f = norm(config)
         # the token embedding is the head read the other way: row i of its transpose is token i
         self.head = StripedLinear(config.n_embd, config.vocab_size, config.stripe_head, bias=False)
-        for name, weight in self.named_parameters():    # what adds to the residual stream starts smaller, the deeper the model
+        for name, weight in self.named_parameters():
+            # the more layers, the smaller is what each adds to the residual stream at first
             if name.endswith(('attn.out.weight', 'mlp.down.weight', 'mlp.neurons.down')):
                 nn.init.normal_(weight, std=0.02 / math.sqrt(2 * config.n_layer))
 
     def gated(self):
-        """[(name, StripedLinear or Neurons)], in the order of every active count: 0.qkv, 0.out, ..., 1.qkv, ..., head."""
+        """[(name, StripedLinear or Neurons)], in the order of every active count: 0.qkv, 0.out, ..., head."""
         layers = [(f'{i}.{name}', getattr(part, name)) for i, block in enumerate(self.blocks)
                   for part, name in zip((block.attn, block.attn, block.mlp, block.mlp), self.config.matrices)]
         return layers + [('head', self.head)]
 
     def dense(self):
-        """Weights that a dense model uses for each token, head included; embeddings and norms are not counted."""
+        """Weights that a dense model uses for each token, head included, embeddings and norms not."""
         return sum(layer.dense for _, layer in self.gated())
 
     def trunk(self, tokens, cache=None, dense=False, recompute=False):
         """
-        All but the head. tokens (B, T) -> hidden (B, T, d), used: [(active (B, T), sums (4, in))], one for each matrix.
-        recompute: keep no activations inside blocks, compute them again in backward. Blocks return what they observe
-        and change nothing, so computing one twice counts nothing twice.
+        All but the head. tokens (B, T) -> hidden (B, T, d), used: [(active (B, T), sums (4, in))], one per
+        matrix. recompute: keep no activations inside blocks, compute them again in backward. (Blocks change
+        nothing, they return what they observe, so nothing is counted twice.)
         """
         past = 0 if cache is None else cache.length
         positions = torch.arange(past, past + tokens.shape[1], device=tokens.device)
-        x, rotary = F.embedding(tokens, self.head.adapter(self.head.weight).t()), None              # (B, T, d)
+        x, rotary = F.embedding(tokens, self.head.adapter(self.head.weight).t()), None          # (B, T, d)
         if self.config.arch == 'gpt2':
             x = x + self.wpe(positions)
         else:
@@ -506,20 +509,23 @@ class GPT(nn.Module):
 
     def forward(self, tokens, cache=None, dense=False):
         """
-        tokens (B, T) -> logits (B, T, vocab) f32, active (matrices, B, T) f64: the weights each matrix used for each token,
-        counted in the pass that made the logits. With a KVCache, tokens follow those already in it, and join them.
-        dense: leave the thresholds out; every weight is used.
+        tokens (B, T) -> logits (B, T, vocab) f32, active (matrices, B, T) f64: the weights each matrix used
+        for each token, counted in the pass that made the logits. With a KVCache, tokens follow those already
+        in it, and join them. dense: every weight is used, thresholds play no part.
         """
         hidden, used = self.trunk(tokens, cache, dense)
         logits, used_head = self.head(hidden, dense)
         return logits.float(), torch.stack([active for active, _ in used + [used_head]])
 
     def parameter_groups(self, lr, threshold_lr, weight_decay):
-        """Three groups for AdamW, of what is not frozen: matrices, decayed; biases and norms; and the thresholds, never decayed."""
+        """
+        What AdamW trains: matrices, decayed; biases and norms; thresholds, never decayed. Frozen: left out.
+        """
         trained = [(name.endswith('theta'), p) for name, p in self.named_parameters() if p.requires_grad]
-        return [dict(params=[p for theta, p in trained if p.dim() > 1 and not theta], lr=lr, weight_decay=weight_decay),
-                dict(params=[p for _, p in trained if p.dim() <= 1], lr=lr, weight_decay=0.0),
-                dict(params=[p for theta, p in trained if theta], lr=threshold_lr, weight_decay=0.0)]
+        matrices = [p for theta, p in trained if p.dim() > 1 and not theta]
+        return [{'params': matrices, 'lr': lr, 'weight_decay': weight_decay},
+                {'params': [p for _, p in trained if p.dim() <= 1], 'lr': lr, 'weight_decay': 0.0},
+                {'params': [p for theta, p in trained if theta], 'lr': threshold_lr, 'weight_decay': 0.0}]
 
 
 # -----------------------------------------------------------------------------
@@ -534,7 +540,7 @@ def next_token_loss(logits, targets):
 def two_way_kl(logits, teacher_logits):
     """
     (KL(teacher || student) + KL(student || teacher)) / 2, mean over tokens, in nats. logits (N, vocab), both.
-    Written out it is sum (p - q) (log p - log q) / 2, and the logits may stand for the logs: p - q sums to nothing.
+    That is sum (p - q) (log p - log q) / 2, and logits may stand for the logs, as p - q sums to nothing.
     """
     logits, teacher_logits = logits.float(), teacher_logits.float()
     difference = logits.softmax(-1) - teacher_logits.softmax(-1)
@@ -543,60 +549,68 @@ def two_way_kl(logits, teacher_logits):
 
 def flop_loss(active, dense, target):
     """
-    max(target - reduction, 0)^2, where reduction = dense / active; active: a tensor, the mean over all tokens of a step.
-    Once nothing at all is active there is nothing to push on.
+    max(target - reduction, 0)^2, where reduction = dense / active; active: a tensor, the mean over all tokens
+    of a step. Once nothing at all is active there is nothing to push on.
     """
     return (target - dense / active.clamp_min(1e-9 * dense)).clamp_min(0.0) ** 2
 
 
 def price(active, dense, target):
     """
-    What one active weight costs: the slope of flop_loss in active, a number. The loss of a mean is not the mean of losses,
-    so a step cut into micro-batches must not take the loss of each; but each can pay this one price for every weight used.
+    What one active weight costs: the slope of flop_loss in active, a number. The loss of a mean is not the
+    mean of losses, so micro-batches must not each take theirs; but each can pay this one price for every
+    weight it used.
     """
     active = torch.tensor(float(active), dtype=torch.float64, requires_grad=True)
     return float(torch.autograd.grad(flop_loss(active, dense, target), active)[0])
 
 
 # -----------------------------------------------------------------------------
-# adapters: a pretrained model stays as it is, and what is learned is thresholds and a small change of each matrix
+# adapters: a pretrained model stays as it is; thresholds are learned, and a small change of each matrix
 
 
 class LowRank(nn.Module):
-    """W -> W + A @ B (Hu et al., "LoRA", 2021). B starts at 0, so nothing changes at first. A (in, rank), B (rank, out)."""
+    """W + A @ B (Hu et al., "LoRA", 2021), at first W, as B starts at 0. A (in, rank), B (rank, out)."""
 
     def __init__(self, weight, rank):
         super().__init__()
-        self.A = nn.Parameter(torch.randn(weight.shape[0], rank, device=weight.device) / math.sqrt(rank))
+        self.A = nn.Parameter(torch.randn(weight.shape[0], rank, device=weight.device) / math.sqrt(weight.shape[0]))
         self.B = nn.Parameter(torch.zeros(rank, weight.shape[1], device=weight.device))
 
     def forward(self, weight):
         return weight + self.A @ self.B
 
 
-ADAPTERS = {'adapter': 'weight', 'adapter_up': 'up', 'adapter_down': 'down'}       # and the matrix that each one changes
+def adapters(model):
+    """[(layer, attribute that adapts a matrix, attribute that is this matrix)] of the whole model."""
+    names = {'adapter': 'weight', 'adapter_up': 'up', 'adapter_down': 'down'}
+    return [(layer, adapter, names[adapter]) for _, layer in model.gated()
+            for adapter in names if hasattr(layer, adapter)]
 
 
 def add_adapters(model, rank):
-    """Freezes all of the model but its thresholds, and gives each matrix a trainable change of the given rank."""
+    """Freezes all of the model but its thresholds, and gives each matrix a change of this rank to train."""
     for name, p in model.named_parameters():
         p.requires_grad_(name.endswith('theta'))
-    for _, layer in model.gated():
-        for adapter, matrix in ADAPTERS.items():
-            if hasattr(layer, matrix):
-                setattr(layer, adapter, LowRank(getattr(layer, matrix), rank))
+    for layer, adapter, matrix in adapters(model):
+        setattr(layer, adapter, LowRank(getattr(layer, matrix), rank))
 
 
 @torch.no_grad()
 def merge_adapters(model):
-    """Adds every change to its matrix, for good. The model computes the same, without adapters, and nothing is frozen."""
+    """Adds every change to its matrix, for good. The model computes the same, and nothing in it is frozen."""
     model.requires_grad_(True)
-    for _, layer in model.gated():
-        for adapter, matrix in ADAPTERS.items():
-            if isinstance(getattr(layer, adapter, None), LowRank):
-                weight = getattr(layer, matrix)
-                setattr(layer, matrix, nn.Parameter(getattr(layer, adapter)(weight)))
-                setattr(layer, adapter, nn.Identity())
+    for layer, adapter, matrix in adapters(model):
+        setattr(layer, matrix, nn.Parameter(getattr(layer, adapter)(getattr(layer, matrix))))
+        setattr(layer, adapter, nn.Identity())
+
+
+def dense_copy(model):
+    """A frozen copy to learn from, less adapters, in eval mode: run it with dense=True."""
+    teacher = copy.deepcopy(model).eval().requires_grad_(False)
+    for layer, adapter, _ in adapters(teacher):
+        setattr(layer, adapter, nn.Identity())
+    return teacher
 
 
 # -----------------------------------------------------------------------------
@@ -607,15 +621,20 @@ class CheckpointError(Exception):
     """A checkpoint that cannot be used, said in one line."""
 
 
+def dead(pid):
+    """Where there is no /proc nobody can tell, and all are taken to be alive."""
+    return os.path.exists('/proc/self') and not os.path.exists(f'/proc/{pid}')
+
+
 def write_atomically(path, write):
     """
-    Calls write(file) on a temporary file beside path and then gives it that name: a crash at any moment leaves the old file
-    or the new, whole. Removes what processes that were killed have left. Raises OSError.
+    Calls write(file) on a temporary file beside path and then gives it that name: a crash at any moment
+    leaves the old file or the new, whole. Removes what processes that were killed have left. Raises OSError.
     """
     folder, name = os.path.split(os.path.abspath(path))
-    for other in os.listdir(folder) if os.path.exists('/proc/self') else []:        # elsewhere nothing says who lives
-        owner = other.removeprefix(name + '.').removesuffix('.partial')
-        if other == f'{name}.{owner}.partial' and owner.isdigit() and not os.path.exists(f'/proc/{owner}'):
+    for other in os.listdir(folder):
+        owner = other.removeprefix(f'{name}.').removesuffix('.partial')
+        if other == f'{name}.{owner}.partial' and owner.isdigit() and dead(owner):
             os.remove(os.path.join(folder, other))
     partial = f'{path}.{os.getpid()}.partial'
     try:
@@ -631,9 +650,9 @@ def write_atomically(path, write):
 
 def save_checkpoint(path, model, narrow=False, **more):
     """
-    Writes {'model', 'config', **more} to path, atomically. With base=NAME, what is frozen is left out: load_checkpoint
-    takes it from that base. narrow: adapters in bf16, half the bytes. Raises CheckpointError where a number is not finite
-    or the disk does not take it.
+    Writes {'model', 'config', **more} to path, atomically. With base=NAME what is frozen is left out:
+    load_checkpoint takes it from that base. narrow: adapters in bf16, half the bytes. Raises CheckpointError
+    where a number is not finite or the disk does not take it.
     """
     frozen = {name for name, p in model.named_parameters() if not p.requires_grad and 'base' in more}
     state = {name: tensor.bfloat16() if narrow and '.adapter' in name else tensor
@@ -641,16 +660,17 @@ def save_checkpoint(path, model, narrow=False, **more):
     if not all(bool(torch.isfinite(tensor).all()) for tensor in state.values()):
         raise CheckpointError(f'{path} is not written: the model holds numbers that are not finite')
     try:
-        write_atomically(path, lambda file: torch.save({'model': state, 'config': asdict(model.config), **more}, file))
+        content = {'model': state, 'config': asdict(model.config), **more}
+        write_atomically(path, lambda file: torch.save(content, file))
     except (OSError, RuntimeError) as error:        # torch says "unexpected pos" of a full disk
         reason = getattr(error, 'strerror', None) or 'the disk may be full'
-        raise CheckpointError(f'{path} cannot be written ({reason}); what stood there before is whole') from None
+        raise CheckpointError(f'{path} cannot be written ({reason}); what stood there is whole') from None
 
 
 def build(config, state, rank=0):
     """
-    A model in eval mode made of state, a dict of tensors, without copying them; rank: of its adapters, or 0. Shapes are
-    compared first, on a model that takes no memory, so that a file which lies about its sizes costs nothing. Raises
+    A model in eval mode made of state, a dict of tensors, without copying them; rank: of its adapters, or 0.
+    Shapes are compared first, on a model that takes no memory: lies about sizes cost nothing. Raises
     ValueError.
     """
     if config.n_layer > len(state):
@@ -670,11 +690,11 @@ def build(config, state, rank=0):
 
 def load_checkpoint(path, device='cpu', base=None, merge=True):
     """
-    (model in eval mode, the checkpoint's dict). Runs no code from the file. Raises CheckpointError, in one line, where the
-    file is missing, truncated, or not one of ours.
+    (model in eval mode, the checkpoint's dict). Runs no code from the file. Raises CheckpointError, in one
+    line, where the file is missing, truncated, or not one of ours.
 
-    An adapter holds only what differs from its base, whose name is saved['base']: base(name) must give that model. The
-    adapter is merged into it, or with merge=False left apart, to be trained on.
+    An adapter holds only what differs from its base, named in saved['base']: base(name) must give that model.
+    It is merged, or with merge=False left apart, to be trained on.
     """
     damaged = f'{path}: not a CWIC checkpoint, or a damaged one'
     try:
@@ -686,7 +706,8 @@ def load_checkpoint(path, device='cpu', base=None, merge=True):
             saved = torch.load(file, map_location=device, weights_only=True)
         adapts, config, state = saved.get('base', ''), CWICConfig(**saved['config']), dict(saved['model'])
         # a tensor may be a view that repeats one number for ever, or hold none at all
-        if sum(t.nbytes for t in state.values()) > os.path.getsize(path) or any(t.is_meta for t in state.values()):
+        tensors = state.values()
+        if sum(t.nbytes for t in tensors) > os.path.getsize(path) or any(t.is_meta for t in tensors):
             raise ValueError('more numbers than the file holds')
         if not isinstance(adapts, str):
             raise TypeError('a base that is no name')
@@ -696,7 +717,7 @@ def load_checkpoint(path, device='cpu', base=None, merge=True):
         raise CheckpointError(f'{path}: no such checkpoint; train one with: python train.py') from None
     except OSError as error:
         raise CheckpointError(f'{path}: cannot be read ({error.strerror})') from None
-    except Exception as error:      # torch.load raises a dozen kinds for a file that is truncated, foreign or malicious
+    except Exception as error:      # torch.load raises a dozen kinds: truncated, foreign, malicious
         raise CheckpointError(f'{damaged} ({type(error).__name__})') from None
     if adapts:
         if base is None:
@@ -711,28 +732,20 @@ def load_checkpoint(path, device='cpu', base=None, merge=True):
     return model, saved
 
 
-def dense_copy(model):
-    """A frozen copy to learn from, less adapters, in eval mode: run it with dense=True."""
-    teacher = copy.deepcopy(model).eval().requires_grad_(False)
-    for _, layer in teacher.gated():
-        for adapter in ADAPTERS:
-            if hasattr(layer, adapter):
-                setattr(layer, adapter, nn.Identity())
-    return teacher
-
-
 # -----------------------------------------------------------------------------
 # generation, the plain way: the reference for the decoder
 
 
 def sample(logits, point, temperature=0.0, top_k=0, top_p=1.0, min_p=0.0):
     """
-    Draws a token for each row. point (B,): uniform random numbers from 0 to 1, one for each row, needed or not, so that two
-    models which are given the same ones can be compared token by token. Kept are the top_k likeliest tokens (0: all), of
-    these the fewest that hold top_p of the probability, and what has at least min_p times that of the likeliest.
+    Draws a token for each row. point (B,): uniform random numbers from 0 to 1, one for each row, needed or
+    not, so that two models which are given the same ones can be compared token by token. Kept are the top_k
+    likeliest tokens (0: all), of these the fewest that hold top_p of the probability, and of these what has
+    at least min_p times the probability of the likeliest. temperature: a number, greedy at 0, or one above 0
+    for each row (B, 1).
 
-    logits (B, vocab) -> ids (B,), and their probability (B,) under the model, before temperature and the like.
-    temperature: a number, or one for each row (B, 1); greedy at 0.
+    logits (B, vocab) -> ids (B,), and their probability (B,) under the model, before temperature and the
+    like.
     """
     p = logits.float().softmax(-1)                                                  # (B, vocab)
     if isinstance(temperature, (int, float)) and temperature == 0:
@@ -748,7 +761,8 @@ def sample(logits, point, temperature=0.0, top_k=0, top_p=1.0, min_p=0.0):
         if min_p:
             q = torch.where(q >= min_p * q.amax(-1, keepdim=True), q, 0.0)
         mass = q.cumsum(-1)
-        ids = torch.searchsorted(mass, point[:, None].to(mass) * mass[:, -1:], right=True).clamp_max(q.shape[-1] - 1)[:, 0]
+        ids = torch.searchsorted(mass, point[:, None].to(mass) * mass[:, -1:], right=True)[:, 0]
+        ids = ids.clamp_max(q.shape[-1] - 1)
         # rounding may lead past the last token that was kept
         ids = torch.where(q.gather(-1, ids[:, None])[:, 0] > 0, ids, q.argmax(-1))
         ids = ids if order is None else order.gather(-1, ids[:, None])[:, 0]
@@ -758,9 +772,10 @@ def sample(logits, point, temperature=0.0, top_k=0, top_p=1.0, min_p=0.0):
 @torch.no_grad()
 def generate(model, tokens, max_new_tokens, temperature=0.0, generator=None, cached=True):
     """
-    Continues a list of token ids, yielding (token, active (matrices,)) one at a time; active belongs to the pass that
-    produced the token. When the context is full, the window becomes its own last half and is read again from position 0.
-    cached=False computes every window anew: the same tokens, slowly. Raises ValueError for an empty list.
+    Continues a list of token ids, yielding (token, active (matrices,)) one at a time; active belongs to the
+    pass that produced the token. When the context is full, the window becomes its own last half and is read
+    again from position 0. cached=False computes every window anew: the same tokens, slowly. Raises ValueError
+    for an empty list.
     """
     if not tokens:
         raise ValueError('there must be at least one token to continue from')
