@@ -303,10 +303,8 @@ def load(config):
     return conversation, name, saved
 
 
-def scale_ends(model, saved):
-    """The colour scale's ends: nine tenths of the validation tokens lie between. None for a dense model."""
-    if not any(layer.theta.any() for _, layer in model.gated()):
-        return None, None
+def scale_ends(saved):
+    """The colour scale's ends, as a checkpoint has them: nine tenths of the validation tokens lie between."""
     try:
         low, high = (float(saved['compute_percentiles'][p]) for p in ('5', '95'))
         return (low, high) if 0 <= low < high - 1e-3 < 1 else (0.0, 1.0)
@@ -337,8 +335,8 @@ def main():
 
     terminal = sys.stdout.isatty() and not config.json
     mode = render.color_mode(sys.stdout, os.environ) if config.color == 'auto' else config.color
-    palette = render.Palette(mode, *scale_ends(conversation.model, saved))
-    chat = Chat(conversation, palette, terminal, config.json)
+    low, high = scale_ends(saved) if conversation.sparse else (None, None)
+    chat = Chat(conversation, render.Palette(mode, low, high), terminal, config.json)
     sys.stdout.reconfigure(errors='replace', **({} if sys.stdout.isatty() else {'encoding': 'utf-8'}))
     if config.prompt is not None:
         return chat.answer([config.prompt])

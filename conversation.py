@@ -16,6 +16,7 @@ decoder forgets the older half of what it sees, the system prompt included.
 
 import codecs
 import time
+from copy import copy
 from dataclasses import dataclass, field
 from itertools import groupby
 
@@ -53,7 +54,7 @@ class Turn:
     prompt: list = field(default_factory=list)      # of Token: those of new that fit the context
     reply: list = field(default_factory=list)       # of Token, also those of a stop sequence
     shown: list = field(default_factory=list)       # ('prompt' or 'reply', text, Token or None), in order
-    seconds: list = field(default_factory=list)     # for each token of the reply; reading the prompt included
+    seconds: list = field(default_factory=list)     # for reading the prompt, and for each token of the reply
     ended: str = 'length'   # or 'stop', 'end', 'interrupt'
 
     @property
@@ -67,7 +68,14 @@ class Turn:
     @property
     def speed(self):
         """Tokens per second after the first; None where none came after it."""
-        return (len(self.reply) - 1) / sum(self.seconds[1:]) if len(self.reply) > 1 else None
+        return (len(self.reply) - 1) / sum(self.seconds[2:]) if len(self.reply) > 1 else None
+
+    def tell(self, kind, chars, show):
+        """chars: [(character, Token)], of which those of one token are shown together."""
+        for _, run in groupby(chars, key=lambda pair: id(pair[1])):
+            texts, tokens = zip(*run)
+            self.shown.append((kind, ''.join(texts), tokens[0]))
+            show(*self.shown[-1])
 
 
 class Speller:
@@ -100,7 +108,7 @@ class Speller:
 # -----------------------------------------------------------------------------
 
 
-def make_decoder(model, config, dense=False):
+def make_decoder(model, config, dense):
     """-> a decoder, what it is in a few words, and why it is not the kernel's, or None. Raises ValueError."""
     dtype = config.dtype if config.dtype != 'auto' else 'int8' if model.dense() > LARGE else 'f32'
     try:
@@ -123,7 +131,8 @@ class Conversation:
     def __init__(self, model, spec, config):
         self.model, self.spec, self.config, self.encoding = model, spec, config, load_tokenizer(spec)
         self.stop_ids = stop_ids(spec, self.encoding)
-        self.decoder, self.engine, self.no_kernel = make_decoder(model, config)
+        self.sparse = any(bool(layer.theta.any()) for _, layer in model.gated())
+        self.decoder, self.engine, self.no_kernel = make_decoder(model, config, dense=not self.sparse)
         self.dense_decoder = None       # made when it is first asked for
         self.reset()
 
@@ -166,13 +175,65 @@ class Conversation:
         turn = Turn(typed, self.tokens, self.encode(typed), self.config, self.generator.get_state(),
                     self.decoder, self.engine)
         last, self.last = self.last, None
-        self.last = self.fill(turn, last, self.generator, show)
+        speller = Speller([unescape(stop) for stop in self.config.stop.split('|') if stop])
+        try:
+            last = self.read(turn, last, show)
+            while turn.ended == 'length' and len(turn.reply) < self.config.max_tokens:
+                last = self.add_token(turn, *last)
+                turn.tell('reply', speller.feed(turn.reply[-1]), show)
+                if speller.stopped or turn.reply[-1].id in self.stop_ids:
+                    turn.ended = 'stop' if speller.stopped else 'end'
+            self.last = last
+        except KeyboardInterrupt:
+            turn.ended = 'interrupt'
+        turn.tell('reply', speller.end(), show)
         said = [token.id for token in turn.reply]
         if turn.ended == 'stop':        # which may be within a token: what stood before it is encoded again
             said, self.last = self.encoding.encode_ordinary(turn.text), None
         self.tokens = turn.before + turn.new + said
         self.turns.append(turn)
         return turn
+
+    def read(self, turn, last, show):
+        """
+        Reads the turn's prompt; last: logits, active of the pass over the token before it, or None where the
+        decoder has not read that. Returns the same of the last pass.
+        """
+        start = time.perf_counter()
+        if last:
+            passes = [last] + [self.decoder.step(id) for id in turn.new]
+            logits, actives = passes[-1][0], [active for _, active in passes]
+        else:
+            logits, actives = self.decoder.prefill(turn.before + turn.new)
+        turn.seconds.append(time.perf_counter() - start)
+        speller, chars, actives = Speller(), [], [None, *actives]       # of the latest passes
+        for back in range(min(len(turn.new), len(actives) - 1), 0, -1):
+            turn.prompt.append(self.token(turn.new[-back], actives[-back], actives[-back - 1], None))
+            chars += speller.feed(turn.prompt[-1])
+        if self.has_template and turn.new:      # show what was typed, without the template around it
+            typed = turn.typed.strip()
+            begin = ''.join(char for char, _ in chars).rfind(typed)
+            chars = (chars if begin < 0 else chars[begin:begin + len(typed)]) + [('\n', None)]
+        turn.tell('prompt', chars, show)
+        return logits, actives[-1]
+
+    def add_token(self, turn, logits, predicted):
+        """Draws a token and reads it: it is shown when the pass over it is done. -> the same as read()."""
+        start = time.perf_counter()
+        ids, probability = sample(torch.from_numpy(logits[None, :self.encoding.n_vocab]),
+                                  torch.rand(1, generator=self.generator), self.config.temperature,
+                                  self.config.top_k, self.config.top_p, self.config.min_p)
+        logits, active = self.decoder.step(int(ids))
+        turn.seconds.append(time.perf_counter() - start)
+        turn.reply.append(self.token(int(ids), active, predicted, float(probability)))
+        return logits, active
+
+    def token(self, id, read, predicted, probability):
+        """read, predicted: the counts of the pass over it, and of the one before."""
+        active = read if self.config.color_by == 'read' else predicted
+        share = None if active is None else float(active.sum() / self.decoder.dense.sum())
+        piece, special = self.encoding.decode_single_token_bytes(id), self.encoding.is_special_token(id)
+        return Token(id, piece, special, active, share, probability)
 
     def retry(self, show):
         """The last turn once more, with other random numbers."""
@@ -184,65 +245,8 @@ class Conversation:
         """The last turn once more with every weight, and the same random numbers. It is not kept."""
         if self.dense_decoder is None:
             self.dense_decoder = make_decoder(self.model, self.config, dense=True)[0]
-        last, generator = self.turns[-1], torch.Generator()
-        generator.set_state(last.random_state)
-        turn = Turn(last.typed, last.before, last.new, last.config, last.random_state,
-                    self.dense_decoder, last.engine)
-        self.fill(turn, None, generator, show)
-        return turn
-
-    def fill(self, turn, last, generator, show):
-        """
-        Reads the turn's prompt and adds a reply. last: logits, active of the pass over the token before the
-        prompt, or None where the decoder has not read that. Returns the same of the last token of all.
-        """
-        config, decoder, new = turn.config, turn.decoder, turn.new
-        speller = Speller([unescape(stop) for stop in config.stop.split('|') if stop])
-
-        def token(id, read, predicted, probability=None):
-            active = read if config.color_by == 'read' else predicted
-            share = None if active is None else float(active.sum() / decoder.dense.sum())
-            piece, special = self.encoding.decode_single_token_bytes(id), self.encoding.is_special_token(id)
-            return Token(id, piece, special, active, share, probability)
-
-        def tell(kind, chars):
-            for _, run in groupby(chars, key=lambda pair: id(pair[1])):
-                texts, tokens = zip(*run)
-                turn.shown.append((kind, ''.join(texts), tokens[0]))
-                show(*turn.shown[-1])
-
-        try:
-            start = time.perf_counter()
-            if last:
-                passes = [last] + [decoder.step(id) for id in new]
-                logits, actives = passes[-1][0], [active for _, active in passes]
-            else:
-                logits, actives = decoder.prefill(turn.before + new)
-            spent = time.perf_counter() - start
-
-            chars, prompt_speller, actives = [], Speller(), [None, *actives]    # of the latest passes
-            for back in range(min(len(new), len(actives) - 1), 0, -1):
-                turn.prompt.append(token(new[-back], actives[-back], actives[-back - 1]))
-                chars += prompt_speller.feed(turn.prompt[-1])
-            if self.has_template and new:       # show what was typed, without the template around it
-                typed = turn.typed.strip()
-                begin = ''.join(char for char, _ in chars).rfind(typed)
-                chars = (chars if begin < 0 else chars[begin:begin + len(typed)]) + [('\n', None)]
-            tell('prompt', chars)
-
-            last = logits, actives[-1]
-            while turn.ended == 'length' and len(turn.reply) < config.max_tokens:
-                start, (logits, predicted) = time.perf_counter(), last
-                ids, probability = sample(torch.from_numpy(logits[None, :self.encoding.n_vocab]),
-                                          torch.rand(1, generator=generator),
-                                          config.temperature, config.top_k, config.top_p, config.min_p)
-                last = decoder.step(int(ids))       # a token is shown when the pass over it is done
-                turn.seconds.append(spent + time.perf_counter() - start)
-                turn.reply.append(token(int(ids), last[1], predicted, float(probability)))
-                spent = 0
-                tell('reply', speller.feed(turn.reply[-1]))
-                turn.ended = 'stop' if speller.stopped else 'end' if int(ids) in self.stop_ids else 'length'
-        except KeyboardInterrupt:
-            turn.ended, last = 'interrupt', None
-        tell('reply', speller.end())
-        return last
+        turn, other = self.turns[-1], copy(self)
+        other.config, other.decoder, other.generator = turn.config, self.dense_decoder, torch.Generator()
+        other.generator.set_state(turn.random_state)
+        other.tokens, other.turns, other.last = turn.before, [], None
+        return other.say(turn.typed, show)

@@ -173,7 +173,7 @@ def summary(turn):
     if not turn.reply:
         return f'0 tokens; {turn.engine}'
     speed = f', {turn.speed:.0f}/s' if turn.speed else ''
-    return (f'{len(turn.reply)} tokens{speed}, first {1000 * turn.seconds[0]:.0f} ms; '
+    return (f'{len(turn.reply)} tokens{speed}, first {1000 * sum(turn.seconds[:2]):.0f} ms; '
             f'used {100 * turn.share:.1f}%, reduction {reduction(turn.share):.2f}; {turn.engine}')
 
 
@@ -227,7 +227,7 @@ def as_json(turn):
         counted=COUNTED[turn.config.color_by], matrices=turn.decoder.names, dense=turn.decoder.dense.tolist(),
         active=[token.active.tolist() for token in turn.reply],             # [token][matrix]
         reduction=finite(reduction(turn.share)), share_of_dense=turn.share,
-        first_token_seconds=sum(turn.seconds[:1]), other_tokens_seconds=sum(turn.seconds[1:]),
+        first_token_seconds=sum(turn.seconds[:2]), other_tokens_seconds=sum(turn.seconds[2:]),
         tokens_per_second=turn.speed, engine=turn.engine), ensure_ascii=False, allow_nan=False)
     return CONTROLS.sub(lambda match: f'\\u{ord(match[0]):04x}', text)
 

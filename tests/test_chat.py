@@ -524,11 +524,12 @@ def test_dense_uses_every_weight_and_the_same_random_numbers(conversation):
         assert token.id == int(logits[0, -1].argmax()) and token.share == 1
         tokens.append(token.id)
     assert before == (conversation.tokens, conversation.last, conversation.generator.get_state().tolist())
-    # where nothing is skipped anyway, the same random numbers give the same text
+    # a model without thresholds skips nothing, not even zeros, and the same random numbers give the same text
     for _, layer in conversation.model.gated():
         layer.theta.data.zero_()
     same = Conversation(conversation.model, conversation.spec, chat.ChatConfig(max_tokens=20, threads=1))
-    assert same.say('def', silent).text == same.dense(silent).text
+    turn = same.say('def', silent)
+    assert turn.text == same.dense(silent).text and turn.share == 1
 
 
 def test_page_holds_the_decoders_counts(conversation, tmp_path):
@@ -698,7 +699,7 @@ def test_what_a_checkpoint_says_of_itself_is_not_believed(checkpoint, tmp_path, 
         cwic.save_checkpoint(path, model, tokenizer=spec, val_loss=odd, reduction=odd, **percentiles)
         code, _, lines = main(monkeypatch, capsys, '--ckpt', path, '--max_tokens', '2', '--threads', '1')
         assert code == 0 and 'loss' not in lines[0] and 'reduction' not in lines[0]
-        assert chat.scale_ends(model, percentiles) == (0, 1)
+        assert chat.scale_ends(percentiles) == (0, 1)
         cwic.save_checkpoint(path, model, tokenizer=spec, compute_percentiles=odd)
         assert main(monkeypatch, capsys, '--ckpt', path, '--max_tokens', '2', '--threads', '1')[0] == 0
     for p in model.parameters():
