@@ -255,12 +255,12 @@ def spec_from_json(folder):
         raise ValueError('SentencePiece, or something else than byte-level BPE')
     for step in cut.get('pretokenizers', [cut]):
         if step['type'] == 'ByteLevel' and not step['add_prefix_space']:
-            cuts += ['gpt2'] if step.get('use_regex', True) else []
+            cuts += ['gpt2'] if step.get('use_regex', True) else ['bytes']
         elif step['type'] == 'Digits' and step['individual_digits']:
             cuts += ['digits']
         else:
             cuts += [step['pattern']['Regex'] if step.get('behavior') == 'Isolated' else step]
-    known = {'gpt2': ['gpt2'], 'smollm': ['digits', 'gpt2'], 'llama3': [LLAMA3_PATTERN]}
+    known = {'gpt2': ['gpt2'], 'smollm': ['digits', 'gpt2'], 'llama3': [LLAMA3_PATTERN, 'bytes']}
     name = next((name for name in known if known[name] == cuts), None)
     if name is None:
         raise ValueError(f'text is cut otherwise than for GPT-2, SmolLM2 or Llama 3: {cuts!r:.100}')
@@ -284,8 +284,8 @@ def spec_from_gguf(metadata):
     name = {'gpt-2': 'gpt2', 'smollm': 'smollm', 'llama-bpe': 'llama3'}.get(said.get('pre'))
     if said.get('model') != 'gpt2' or name is None:
         kind = f"{said.get('model')!r:.40}, {said.get('pre')!r:.40}"
-        raise TokenizerError(f'the tokenizer is of kind {kind}; only byte-level BPE as in GPT-2 (gpt2, gpt-2), '
-                             'SmolLM2 (gpt2, smollm) and Llama 3 (gpt2, llama-bpe) is supported')
+        raise TokenizerError(f'a tokenizer of kind {kind}; supported is byte-level BPE as in GPT-2 '
+                             '(gpt2, gpt-2), SmolLM2 (gpt2, smollm) and Llama 3 (gpt2, llama-bpe)')
     try:
         vocab = {text: id for id, text in enumerate(said['tokens'])}
         kinds = zip(vocab.items(), said['token_type'], strict=True)
@@ -322,7 +322,7 @@ def tokenizer_spec(name):
             encoding = tiktoken.get_encoding('gpt2')
         except (OSError, ValueError) as e:    # no network (requests' errors are OSErrors); a broken download
             raise TokenizerError('the gpt2 tokenizer cannot be downloaded: go online once, or put vocab.bpe '
-                                 'and encoder.json of GPT-2 in a directory and name that as the tokenizer') from e
+                                 'and encoder.json of GPT-2 in a directory and name that') from e
         tokens = [encoding.decode_single_token_bytes(id) for id in range(encoding.eot_token)]
         return bpe_spec(name, GPT2_PATTERN, tokens)
     if Path(name).is_dir():

