@@ -200,6 +200,12 @@ class GatedProduct(torch.autograd.Function):
             return dx, None, dt, None, dW, None
 
 
+def random_weights(*shape):
+    """What GPT-2's weights were at first. On the meta device nothing: torch takes a second to learn how."""
+    weights = torch.empty(shape)
+    return weights if weights.is_meta else weights.normal_(std=0.02)
+
+
 class StripedLinear(Thresholds):
     """
     A linear layer, weights input-major, whose every (stripe, input) pair has a learned threshold:
@@ -214,7 +220,7 @@ class StripedLinear(Thresholds):
         super().__init__(n_in, stripes=math.ceil(n_out / stripe))
         self.n_out, self.stripe = n_out, min(stripe, n_out)
         self.dense = n_in * n_out       # weights a dense layer uses for each token
-        self.weight = nn.Parameter(torch.randn(n_in, n_out) * 0.02)             # (in, out)
+        self.weight = nn.Parameter(random_weights(n_in, n_out))                 # (in, out)
         self.bias = nn.Parameter(torch.zeros(n_out)) if bias else None          # (out,)
         self.adapter = nn.Identity()    # or a LowRank change of the weight
 
@@ -422,8 +428,8 @@ class Neurons(Thresholds):
     def __init__(self, n_embd, n_hidden):
         super().__init__(n_hidden, 1)
         self.dense = 2 * n_embd * n_hidden
-        self.up = nn.Parameter(torch.randn(n_embd, n_hidden) * 0.02)            # (d, neurons)
-        self.down = nn.Parameter(torch.randn(n_hidden, n_embd) * 0.02)          # (neurons, d)
+        self.up = nn.Parameter(random_weights(n_embd, n_hidden))                # (d, neurons)
+        self.down = nn.Parameter(random_weights(n_hidden, n_embd))              # (neurons, d)
         self.adapter_up, self.adapter_down = nn.Identity(), nn.Identity()
 
     def forward(self, x, z, dense=False):
@@ -462,16 +468,15 @@ class GPT(nn.Module):
         super().__init__()
         self.config = config
         if config.arch == 'gpt2':
-            self.wpe = nn.Embedding(config.block_size, config.n_embd)
-            nn.init.normal_(self.wpe.weight, std=0.02)
+            self.wpe = nn.Embedding.from_pretrained(random_weights(config.block_size, config.n_embd), freeze=False)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
         self.ln_f = norm(config)
         # the token embedding is the head read the other way: row i of its transpose is token i
         self.head = StripedLinear(config.n_embd, config.vocab_size, config.stripe_head, bias=False)
         for name, weight in self.named_parameters():
             # the more layers, the smaller is what each adds to the residual stream at first
-            if name.endswith(('attn.out.weight', 'mlp.down.weight', 'mlp.neurons.down')):
-                nn.init.normal_(weight, std=0.02 / math.sqrt(2 * config.n_layer))
+            if name.endswith(('attn.out.weight', 'mlp.down.weight', 'mlp.neurons.down')) and not weight.is_meta:
+                weight.data.div_(math.sqrt(2 * config.n_layer))
 
     def gated(self):
         """[(name, StripedLinear or Neurons)], in the order of every active count: 0.qkv, 0.out, ..., head."""
@@ -574,8 +579,11 @@ class LowRank(nn.Module):
 
     def __init__(self, weight, rank):
         super().__init__()
-        self.A = nn.Parameter(torch.randn(weight.shape[0], rank, device=weight.device) / math.sqrt(weight.shape[0]))
-        self.B = nn.Parameter(torch.zeros(rank, weight.shape[1], device=weight.device))
+        n_in, n_out = weight.shape
+        self.A = nn.Parameter(torch.empty(n_in, rank, device=weight.device))
+        self.B = nn.Parameter(torch.zeros(rank, n_out, device=weight.device))
+        if not weight.is_meta:
+            nn.init.normal_(self.A, std=1 / math.sqrt(n_in))
 
     def forward(self, weight):
         return weight + self.A @ self.B
