@@ -1,0 +1,113 @@
+"""evaluate.py: every number against a count done one token, or one sentence, at a time."""
+
+import json
+import lzma
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+import cwic
+import evaluate
+from data.common import DataError
+from tokenizer import end_id, load_tokenizer, tokenizer_spec
+
+SPEC = tokenizer_spec('bytes')
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    model = cwic.GPT(cwic.CWICConfig(vocab_size=257, block_size=40, n_layer=1, n_head=2, n_embd=16, stripe_qkv=16))
+    for _, layer in model.gated():
+        layer.sigma.fill_(1)
+        layer.theta.data.uniform_(0, 1 / layer.scale)
+    return model.eval().requires_grad_(False)
+
+
+def test_measure_equals_counting_token_by_token(model):
+    tokens = np.random.default_rng(0).integers(0, 257, (3, 13))
+    teacher = cwic.dense_copy(model)
+    results = evaluate.measure(model, tokens, teacher)
+    losses, shares, surprises, entropies, kls, same = [], [], [], [], [], []
+    for row in torch.from_numpy(tokens):
+        logits, active = model(row[None, :-1])
+        teacher_p = teacher(row[None, :-1], dense=True)[0][0].softmax(-1)
+        for i in range(12):
+            p = logits[0, i].softmax(-1)
+            losses.append(float(F.cross_entropy(logits[0, i], row[i + 1])))
+            kls.append(float((teacher_p[i] * (teacher_p[i] / p).log()).sum()))
+            same.append(float(p.argmax() == teacher_p[i].argmax()))
+            if i:
+                shares.append(float(active[:, 0, i].sum()) / model.dense())
+                surprises.append(-float(logits[0, i - 1].log_softmax(-1)[row[i]]))
+                entropies.append(-float((p * p.log()).sum()))
+    assert results['val_loss'] == pytest.approx(np.mean(losses), rel=1e-5)
+    assert results['kl'] == pytest.approx(np.mean(kls), rel=1e-3)
+    assert results['agreement'] == pytest.approx(np.mean(same))
+    assert results['surprise_correlation'] == pytest.approx(np.corrcoef(shares, surprises)[0, 1], abs=2e-3)
+    assert results['entropy_correlation'] == pytest.approx(np.corrcoef(shares, entropies)[0, 1], abs=2e-3)
+    # (f32 probabilities of a model that knows nothing hardly differ: hence the tolerance of the correlations)
+    assert results['compute_percentiles']['50'] == pytest.approx(np.percentile(shares, 50))
+    everything = sum(float(model(torch.from_numpy(row[None, :-1]))[1].sum()) for row in tokens)
+    assert results['reduction'] == pytest.approx(model.dense() * 36 / everything)
+
+
+def test_a_dense_model_agrees_with_itself(model):
+    results = evaluate.measure(model, np.random.default_rng(1).integers(0, 257, (2, 9)), cwic.dense_copy(model), dense=True)
+    assert results['kl'] == pytest.approx(0, abs=1e-7) and results['agreement'] == 1 and results['reduction'] == 1
+    assert set(results['active_share']) == {1.0} and results['surprise_correlation'] == 0
+
+
+def test_blimp_reads_sentences_of_one_length_together_and_scores_them_as_one_by_one(model):
+    pairs = [('a', 'the cat sleeps', 'the cat sleep'), ('a', 'she sees him', 'she see him'), ('b', 'who did it?', 'did it who?')]
+    encoding = load_tokenizer(SPEC)
+    start = end_id(SPEC, encoding)
+
+    def score(text):
+        ids = [start] + encoding.encode_ordinary(text)
+        logp = model(torch.tensor([ids[:-1]]))[0][0].log_softmax(-1)
+        return sum(float(logp[i, id]) for i, id in enumerate(ids[1:]))
+
+    expected = {'a': np.mean([score(good) > score(bad) for _, good, bad in pairs[:2]]), 'b': float(score(pairs[2][1]) > score(pairs[2][2]))}
+    accuracy, reduction = evaluate.blimp(model, encoding, start, pairs)
+    assert accuracy == expected
+    active, count = 0.0, 0
+    for _, *texts in pairs:
+        for text in texts:
+            ids = [start] + encoding.encode_ordinary(text)
+            active, count = active + float(model(torch.tensor([ids[:-1]]))[1].sum()), count + len(ids) - 1
+    assert reduction == pytest.approx(model.dense() * count / active)
+    assert evaluate.blimp(model, encoding, start, pairs, dense=True)[1] == 1
+
+
+def test_blimp_files(tmp_path):
+    rows = [{'UID': name, 'sentence_good': f'good {i}', 'sentence_bad': f'bad {i}'} for name in 'ab' for i in range(3)]
+    text = '\n'.join(map(json.dumps, rows))
+    (tmp_path / 'plain.jsonl').write_text(text, encoding='utf-8')
+    with lzma.open(tmp_path / 'packed.jsonl.xz', 'wt', encoding='utf-8') as f:
+        f.write(text)
+    for name in ('plain.jsonl', 'packed.jsonl.xz'):
+        assert evaluate.read_blimp(str(tmp_path / name), 2) == [(name, f'good {i}', f'bad {i}') for name in 'ab' for i in range(2)]
+    for content in (b'', b'{}', b'[1]', b'\xfd7zXZ\x00 damaged', b'{"UID": 1'):
+        for name in ('bad.jsonl', 'bad.jsonl.xz'):
+            (tmp_path / name).write_bytes(content)
+            with pytest.raises(DataError):
+                evaluate.read_blimp(str(tmp_path / name), 2)
+
+
+def test_text_becomes_windows_in_order_and_too_little_of_it_is_said(tmp_path):
+    (tmp_path / 'text').write_text('abcdefghij' * 10, encoding='utf-8')
+    windows = evaluate.text_windows(str(tmp_path / 'text'), load_tokenizer(SPEC), 4, 20)
+    assert windows.shape == (4, 21) and bytes(windows[0].tolist()) == b'abcdefghij' * 2 + b'a'
+    with pytest.raises(DataError, match='fewer'):
+        evaluate.text_windows(str(tmp_path / 'text'), load_tokenizer(SPEC), 4, 100)
+    with pytest.raises(DataError, match='read'):
+        evaluate.text_windows(str(tmp_path / 'none'), load_tokenizer(SPEC), 4, 10)
+
+
+def test_validation_windows_of_a_data_set_made_of_windows_begin_where_these_do():
+    data = np.arange(60, dtype=np.uint16)
+    assert evaluate.validation_windows(data, {'window': 10}, 3, 10)[:, 0].tolist() == [0, 20, 40]
+    assert evaluate.validation_windows(data, {}, 2, 10)[:, 0].tolist() == [0, 49]
