@@ -1,15 +1,15 @@
 /*
 Decodes a CWIC model in C11: what cwic.py computes in eval mode, but reading only the weights that a token uses.
 
-Decoding a token is mostly waiting for weights: each is used for one multiplication and one addition, so a token takes as
-long as its weights take to arrive from memory. A weight that is not read is time saved, if memory likes the order of those
-that remain. So weights are stored input by input: all weights of one input lie side by side, and a token that skips the
-input skips that whole row.
+Decoding a token is mostly waiting for weights: each is used for one multiplication and one addition, so a token
+takes as long as its weights take to arrive from memory. A weight that is not read is time saved, if memory likes
+the order of those that are. So weights are stored input by input: those that one input is multiplied with lie side
+by side, and a token that skips the input skips this whole row.
 
-Build it with: python build_kernel.py. decoder.py packs a model for it and checks all shapes before it makes a pointer.
+Build it with: python build_kernel.py. decoder.py packs models for it and checks shapes before it makes pointers.
 
-In this order: the structs, the small maths, the product of a vector with the rows that it uses (where the time goes),
-attention and the whole step, the team of threads.
+In this order: the structs, the small maths, rows (where the time goes), a matrix for one token, a matrix for the
+many tokens of a prompt, attention and the whole step, the team of threads.
 
 Not here: more than one sequence, f16, GPUs, Windows. Threads do not survive fork(): make a new team in the child.
 */
@@ -19,7 +19,7 @@ Not here: more than one sequence, f16, GPUs, Windows. Threads do not survive for
 #include <stdlib.h>
 #include <string.h>
 
-#if !defined(PLAIN)             // PLAIN: a build without threads and intrinsics, the short way through this file
+#if !defined(PLAIN)             // PLAIN: without threads and all that is only fast, the short way through this file
 #define THREADS
 #include <pthread.h>
 #include <sched.h>
@@ -30,27 +30,28 @@ Not here: more than one sequence, f16, GPUs, Windows. Threads do not survive for
 #endif
 #endif
 
-#if defined(__GNUC__)
-#define INLINE static inline __attribute__((always_inline))     // a constant dtype then leaves one loop for each format
-#define PREFETCH(address) __builtin_prefetch(address)
+#if defined(__GNUC__)           // inline always: each format, a constant then, gets a loop of its own
+#define INLINE static inline __attribute__((always_inline))
 #else
 #define INLINE static inline
-#define PREFETCH(address) ((void)0)
+#define __builtin_prefetch(address, write, level) ((void)0)
 #endif
 
-// ---------------------------------------------------------------------------------------------------------------------
+// -----------------------------------------------------------------------------------------------------------
 // the structs. build_kernel.py takes the declarations up to "end of interface" from here
 
 enum { F32, BF16, INT8 };       // formats of weights; everything else is f32
-enum { GPT2, LLAMA };           // kinds of models
+enum { GPT2, LLAMA };           // architectures
+enum { BATCH = 64 };            // tokens that can be read at once
+enum { BLOCK = 64 };            // numbers that are added up in registers
 
 typedef struct {                // a matrix with thresholds: a StripedLinear, or Llama's Neurons
     size_t n_in, n_out;
-    size_t stripe;              // columns that share their thresholds; n = ceil(n_out / stripe), the last may be narrower
+    size_t stripe;              // columns that share thresholds; n = ceil(n_out / stripe), the last may be narrower
     size_t tile;                // columns computed together: a stripe is cut into tiles, its last may be narrower
-    size_t splits;              // the inputs of each tile are split so often, to make tasks for all threads
-    const void *weight;         // (n_in, width) for each tile in turn; Neurons (n_in, 2, n_out): a column of up, a row of down
-    const float *scale;         // (n, n_in) for INT8, where a weight is scale * its byte; Neurons: the product of both scales
+    size_t splits;              // and each tile's inputs are cut so often, to make tasks for all threads
+    const void *weight;         // (n_in, width) for each tile in turn; Neurons: (n_in, 2, n_out), see add_rows
+    const float *scale;         // (n, n_in) for INT8, where a weight is scale * its byte; otherwise NULL
     const float *thresholds;    // (n, n_in)
     const float *mu;            // (n_in) the usual value of each input
     const float *base;          // (n_out) mu @ W + b: the output when every input is as usual
@@ -62,26 +63,27 @@ typedef struct {
 
 typedef struct {
     Norm ln_1, ln_2;
-    Matrix qkv, out, up, down;  // of Llama, up is the gate, and down are the neurons
+    Matrix qkv, out, up, down;  // Llama: up is the gate, down are the neurons
 } Block;
 
 typedef struct {
     int arch, dtype;
     size_t vocab_size, block_size, n_layer, n_head, n_kv_head, n_embd, n_hidden;
     float norm_eps;
-    const float *wpe;           // (block_size, n_embd); Llama has none
-    const float *cos, *sin;     // (block_size, head_dim / 2): Llama's rotations
+    const float *wpe;           // (block_size, n_embd) GPT-2's positions
+    const float *cos, *sin;     // (block_size, head_dim / 2) Llama's
     const Block *blocks;        // (n_layer)
     Norm ln_f;
-    Matrix head;                // its columns are the embeddings of the tokens, too
+    Matrix head;                // its columns are also the embeddings of the tokens
 } Model;
 
-typedef struct {                // what a sequence has left behind, and working memory
-    float *k, *v;               // (n_layer, n_kv_head, block_size, head_dim)
-    float *x, *h;               // (n_embd) the residual stream, and the same normalised
-    float *qkv;                 // ((n_head + 2 * n_kv_head) * head_dim)
-    float *mixed;               // (n_embd) what attention gathered
-    float *hidden;              // (n_hidden)
+typedef struct {                // what a sequence has left behind, and where its next tokens are worked on
+    float *k;                   // (n_layer, n_kv_head, ceil(block_size / BLOCK), head_dim, BLOCK)
+    float *v;                   // (n_layer, n_kv_head, block_size, ceil(head_dim / BLOCK) * BLOCK)
+    float *x, *h;               // (BATCH, n_embd) the residual stream, and what a norm makes of it
+    float *qkv;                 // (BATCH, (n_head + 2 * n_kv_head) * head_dim)
+    float *mixed;               // (BATCH, n_embd) what attention gathered
+    float *hidden;              // (BATCH, n_hidden)
 } State;
 
 typedef struct Team Team;       // threads
@@ -91,78 +93,71 @@ Team *team_new(int threads, size_t longest, size_t sums);
 int team_size(const Team *team);        // threads it really has
 void team_free(Team *team);
 
-// y (n_out) for the input x (n_in); active (1): weights used. 0, or -1 where sizes are impossible.
-// neurons: x (n_in) is z, what the gate says; h (n_out) is what their up is applied to. Otherwise h is NULL
-int multiply_alone(Team *team, const Matrix *matrix, int dtype, const float *x, const float *h, float *y, int64_t *active);
+// Reads count tokens, 1 to BATCH, the first at this position: logits (vocab_size) of the last one, and active
+// (count, 4 * n_layer + 1), the weights that each token used of each matrix. Many at once are read faster
+// than one after the other, and give the same numbers to the bit. 0, or -1 where a size, token or position is
+// impossible
+int decode(Team *team, const Model *model, const State *state, const uint32_t *tokens, size_t count,
+           size_t position, float *logits, int64_t *active);
 
-// one token at a position: logits (vocab_size), active (4 * n_layer + 1): weights used by each matrix. 0, or -1 where sizes
-// are impossible, or token or position out of range
-int decode_token(Team *team, const Model *model, const State *state, size_t token, size_t position,
-                 float *logits, int64_t *active);
-
-// reads every number once, on all threads: how fast memory is now. Returns their sum, so that no compiler skips the reading
-uint64_t read_all(Team *team, const uint64_t *data, size_t count);
+// One matrix alone, for tests and measurements: x (count, n_in) -> y (count, n_out), active (count). For
+// neurons x is what the gate says, and is overwritten, and h (count, n_out) what up is multiplied with;
+// otherwise h is NULL
+int multiply_alone(Team *team, const Matrix *matrix, int dtype, size_t count, float *x, const float *h, float *y,
+                   int64_t *active);
 
 // end of interface
 
 typedef struct {                // what each thread has for itself
-    uint32_t *index;            // (longest) which rows are active
-    float *value;               // (longest) and what they are multiplied by; or attention's scores
+    uint32_t *index;            // (longest) rows that are active
+    float *value;               // (longest) what they are multiplied with; or attention's scores
+    int64_t active[BATCH];      // weights that each token used
 } Worker;
 
-typedef struct Threads Threads; // how they wait for tasks and share them: at the end of this file
+typedef struct Threads Threads; // how they share tasks and wait for them: at the end of this file
 
 struct Team {
-    int size, n_workers;        // threads; workers, of whom a system short of threads may leave some without one
+    int size, n_workers;        // threads; workers, some without a thread on a system short of them
     Worker *workers;            // (n_workers)
     Threads *threads;
     size_t longest, n_sums;
-    float *sums;                // (n_sums) what the tasks of one matrix add up to
+    float *sums;                // (n_sums) what the tasks of a matrix leave behind
 };
 
-// does tasks 0, 1, ... in any order, each by whichever thread is free, and returns when all are done. A task returns how many
-// weights it used, run_tasks their total
-typedef int64_t Task(const void *argument, Worker *worker, size_t task);
-static int64_t run_tasks(Team *team, size_t tasks, Task *function, const void *argument);
+// does tasks 0, 1, ... in any order, each on whichever thread is free; returns when all are done
+typedef void Task(const void *argument, Worker *me, size_t task);
+static void run_tasks(Team *team, size_t tasks, Task *function, const void *argument);
 
-// ---------------------------------------------------------------------------------------------------------------------
-// the small maths. Loops are written so that compilers vectorise them: a sum needs leave to be reordered (omp simd), and
-// exp, which libm computes one at a time, is written out
+static size_t least(size_t a, size_t b) { return a < b ? a : b; }
+static size_t pieces(size_t whole, size_t piece) { return (whole + piece - 1) / piece; }
 
-static float sum(const float *x, size_t n)
-{
-    float s = 0;
-    #pragma omp simd reduction(+:s)
-    for (size_t i = 0; i < n; i++) s += x[i];
-    return s;
-}
-
-static float sum_of_squares(const float *x, float mean, size_t n)
-{
-    float s = 0;
-    #pragma omp simd reduction(+:s)
-    for (size_t i = 0; i < n; i++) s += (x[i] - mean) * (x[i] - mean);
-    return s;
-}
+// -----------------------------------------------------------------------------------------------------------
+// the small maths. Loops are written so that compilers vectorise them: a sum needs leave to be reordered (omp
+// simd), and exp, which libm computes one at a time, is written out
 
 // GPT-2's LayerNorm, or Llama's RMSNorm, which does not centre
 static void normalise(float *restrict y, const float *restrict x, Norm norm, const Model *m)
 {
     size_t n = m->n_embd;
-    float mean = m->arch == GPT2 ? sum(x, n) / (float)n : 0;
-    float scale = 1 / sqrtf(sum_of_squares(x, mean, n) / (float)n + m->norm_eps);
+    float sum = 0, squares = 0, mean = 0;
+    #pragma omp simd reduction(+:sum)
+    for (size_t i = 0; i < n; i++) sum += x[i];
+    if (m->arch == GPT2) mean = sum / (float)n;
+    #pragma omp simd reduction(+:squares)
+    for (size_t i = 0; i < n; i++) squares += (x[i] - mean) * (x[i] - mean);
+    float scale = 1 / sqrtf(squares / (float)n + m->norm_eps);
     for (size_t i = 0; i < n; i++) y[i] = (x[i] - mean) * scale * norm.gain[i] + (norm.bias ? norm.bias[i] : 0);
 }
 
-// e^x to 2 units in the last place: 2^n * e^r, where r, at most half of ln 2, is what n leaves. Adding 1.5 * 2^23 rounds
-// x / ln 2 to the integer n and leaves n in the low bits of the sum
-static inline float exponential(float x)
+// e^x to 2 units in the last place: 2^n * e^r, where r, at most half of ln 2, is what n leaves. Adding 1.5 *
+// 2^23 rounds x / ln 2 to the integer n and leaves n in the low bits of the sum
+INLINE float exponential(float x)
 {
     union { float f; uint32_t u; } n, power;
-    x = x < -87 ? -87 : x > 88 ? 88 : x;                    // NaN passes through
+    x = x < -87 ? -87 : x > 88 ? 88 : x;                                // NaN passes through
     n.f = x * 1.44269504f + 12582912;
     float whole = n.f - 12582912;
-    float r = x - whole * 0.693359375f + whole * 2.12194440e-4f;        // ln 2 in two parts, the first exact in any product
+    float r = x - whole * 0.693359375f + whole * 2.12194440e-4f;        // ln 2 in two parts, the first one exact
     power.u = (n.u + 127) << 23;
     float tail = 0.166666655f + r * (0.0416665792f + r * (0.00833345205f + r * 0.00138888f));
     return power.f * (1 + r * (1 + r * (0.5f + r * tail)));
@@ -182,14 +177,15 @@ static void silu(float *x, size_t n)
 
 static void softmax(float *x, size_t n)
 {
-    float largest = x[0];
+    float largest = x[0], sum = 0;
     for (size_t i = 1; i < n; i++) largest = x[i] > largest ? x[i] : largest;
     for (size_t i = 0; i < n; i++) x[i] = exponential(x[i] - largest);
-    float scale = 1 / sum(x, n);
-    for (size_t i = 0; i < n; i++) x[i] *= scale;
+    #pragma omp simd reduction(+:sum)
+    for (size_t i = 0; i < n; i++) sum += x[i];
+    for (size_t i = 0; i < n; i++) x[i] /= sum;
 }
 
-// number j of the first half of a head and number j of its second half turn together
+// rotary positions: number j of the first half of a head and number j of its second half turn together
 static void rotate(float *restrict head, const float *restrict cos, const float *restrict sin, size_t half)
 {
     for (size_t j = 0; j < half; j++) {
@@ -199,11 +195,12 @@ static void rotate(float *restrict head, const float *restrict cos, const float 
     }
 }
 
-// ---------------------------------------------------------------------------------------------------------------------
-// the product of a vector with the rows that it uses
+// -----------------------------------------------------------------------------------------------------------
+// rows: which ones a token uses, and what they add up to
 
-// the inputs from first to last that a stripe uses, centred: those with |x - mu| > t. A NaN is used too, so that it spreads
-// (as in PyTorch, where a masked NaN is 0 * NaN) and does not pass for an input that is as usual. Returns how many
+// The inputs from first to last that a stripe uses, centred (and scaled, for INT8): those with |x - mu| > t.
+// A NaN is used too, so that it spreads, as in PyTorch, and does not pass for an input that is as usual.
+// Returns how many, and of each its distance from the first in index, itself in value
 static size_t find_active(const Matrix *m, size_t stripe, const float *restrict x, size_t first, size_t last,
                           uint32_t *restrict index, float *restrict value)
 {
@@ -212,26 +209,26 @@ static size_t find_active(const Matrix *m, size_t stripe, const float *restrict 
     size_t n = 0, i = first;
 #ifdef AVX512
     const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-    for (; i + 16 <= last; i += 16) {       // 16 are stored, however many are active: what comes next overwrites the rest
+    for (; i + 16 <= last; i += 16) {   // 16 are stored, however few are active: what comes next overwrites the rest
         __m512 c = _mm512_sub_ps(_mm512_loadu_ps(x + i), _mm512_loadu_ps(mu + i));
         __mmask16 used = _mm512_cmp_ps_mask(_mm512_abs_ps(c), _mm512_loadu_ps(t + i), _CMP_NLE_UQ);
         if (scale) c = _mm512_mul_ps(c, _mm512_loadu_ps(scale + i));
         _mm512_storeu_ps(value + n, _mm512_maskz_compress_ps(used, c));
-        __m512i numbers = _mm512_add_epi32(lanes, _mm512_set1_epi32((int)i));
+        __m512i numbers = _mm512_add_epi32(lanes, _mm512_set1_epi32((int)(i - first)));
         _mm512_storeu_si512(index + n, _mm512_maskz_compress_epi32(used, numbers));
         n += (size_t)__builtin_popcount(used);
     }
 #endif
-    for (; i < last; i++) {                 // no branch to mispredict: always written, kept by moving on
+    for (; i < last; i++) {             // no branch to mispredict: always written, kept by moving on
         float c = x[i] - mu[i];
-        index[n] = (uint32_t)i;
+        index[n] = (uint32_t)(i - first);
         value[n] = scale ? c * scale[i] : c;
         n += !(fabsf(c) <= t[i]);
     }
     return n;
 }
 
-static size_t bytes(int dtype) { return dtype == F32 ? 4 : dtype == BF16 ? 2 : 1; }
+INLINE size_t bytes(int dtype) { return dtype == F32 ? 4 : dtype == BF16 ? 2 : 1; }
 
 // weight j of a row
 INLINE float weight(const char *row, size_t j, int dtype)
@@ -242,7 +239,7 @@ INLINE float weight(const char *row, size_t j, int dtype)
     return bits.f;
 }
 
-typedef struct {                // n rows of weights, and what each is multiplied by
+typedef struct {                // n rows of weights, and what each is multiplied with
     const char *weight;
     size_t stride, width;       // bytes from one row to the next; columns
     const uint32_t *index;      // (n) which rows
@@ -252,45 +249,53 @@ typedef struct {                // n rows of weights, and what each is multiplie
 
 #ifdef PLAIN
 
-// sums (width) += value[k] * row k, for up to eight rows from the k-th on. This is where a model's time goes
+// sums (width) += value[k] * row k, for up to eight rows from the k-th on: this is where a model's time goes
 static void add_eight(float *sums, Rows rows, size_t k, int dtype)
 {
-    for (size_t end = k + 8; k < end && k < rows.n; k++)
+    for (size_t end = least(k + 8, rows.n); k < end; k++)
         for (size_t j = 0; j < rows.width; j++)
             sums[j] += rows.value[k] * weight(rows.weight + rows.index[k] * rows.stride, j, dtype);
 }
 
-// value[k] *= row k . h, for the same eight
+// value[k] *= row k . h (width), for up to eight rows from the k-th on
 static void dot_eight(Rows rows, size_t k, const float *h, int dtype)
 {
-    for (size_t end = k + 8; k < end && k < rows.n; k++) {
+    for (size_t end = least(k + 8, rows.n); k < end; k++) {
         float dot = 0;
-        for (size_t j = 0; j < rows.width; j++) dot += h[j] * weight(rows.weight + rows.index[k] * rows.stride, j, dtype);
+        for (size_t j = 0; j < rows.width; j++)
+            dot += h[j] * weight(rows.weight + rows.index[k] * rows.stride, j, dtype);
         rows.value[k] *= dot;
     }
 }
 
 #else
 
-// The same, fast: sums is read and written once for eight weights, and rows are asked for before it is their turn. Which one
-// comes next no prefetcher of the hardware can guess, but we know: with every cache line of a row goes a request for the same
-// line of the row eight further on, and with those of the first eight a request for their own
+// The same, fast. sums is read and written once for eight weights. And rows are asked for before it is their
+// turn: no prefetcher of the hardware can guess which one comes next, but we know. With every cache line of a
+// row goes a request for the same line of the row eight further on; and with the first eight rows, one for
+// their own
 typedef struct {
     const char *row[8], *later[8];
     float value[8];
 } Eight;
 
+// asks for a cache line: into the first-level cache, or, where eight rows would fill that, into the second
+INLINE void request(const char *address, int dtype)
+{
+    if (dtype == F32) __builtin_prefetch(address, 0, 2);
+    else __builtin_prefetch(address, 0, 3);
+}
+
 INLINE Eight take_eight(Rows rows, size_t k, int dtype)
 {
     Eight e;
-    for (size_t r = 0; r < 8; r++) {        // past the end: the last row again, times nothing
-        size_t last = rows.n - 1, now = k + r < last ? k + r : last, later = k + r + 8 < last ? k + r + 8 : last;
-        e.row[r] = rows.weight + rows.index[now] * rows.stride;
-        e.later[r] = rows.weight + rows.index[later] * rows.stride;
+    for (size_t r = 0; r < 8; r++) {    // past the end: the last row again, times nothing
+        e.row[r] = rows.weight + rows.index[least(k + r, rows.n - 1)] * rows.stride;
+        e.later[r] = rows.weight + rows.index[least(k + r + 8, rows.n - 1)] * rows.stride;
         e.value[r] = k + r < rows.n ? rows.value[k + r] : 0;
     }
     for (size_t r = 0; k == 0 && r < 8; r++)
-        for (size_t i = 0; i < rows.width * bytes(dtype); i += 64) PREFETCH(e.row[r] + i);
+        for (size_t i = 0; i < rows.width * bytes(dtype); i += 64) request(e.row[r] + i, dtype);
     return e;
 }
 
@@ -307,14 +312,14 @@ INLINE __m512 load16(const char *row, size_t j, int dtype)
 INLINE void add_eight(float *restrict sums, Rows rows, size_t k, int dtype)
 {
     Eight e = take_eight(rows, k, dtype);
-    size_t line = 64 / bytes(dtype);
-    for (size_t start = 0; start < rows.width; start += line) {
-        size_t j = start, end = start + line < rows.width ? start + line : rows.width;
-        for (size_t r = 0; r < 8; r++) PREFETCH(e.later[r] + start * bytes(dtype));
+    for (size_t start = 0, line = 64 / bytes(dtype); start < rows.width; start += line) {
+        size_t j = start, end = least(start + line, rows.width);
+        for (size_t r = 0; r < 8; r++) request(e.later[r] + start * bytes(dtype), dtype);
 #ifdef AVX512
         for (; j + 16 <= end; j += 16) {
             __m512 sum = _mm512_loadu_ps(sums + j);
-            for (size_t r = 0; r < 8; r++) sum = _mm512_fmadd_ps(_mm512_set1_ps(e.value[r]), load16(e.row[r], j, dtype), sum);
+            for (size_t r = 0; r < 8; r++)
+                sum = _mm512_fmadd_ps(_mm512_set1_ps(e.value[r]), load16(e.row[r], j, dtype), sum);
             _mm512_storeu_ps(sums + j, sum);
         }
 #endif
@@ -327,12 +332,13 @@ INLINE void dot_eight(Rows rows, size_t k, const float *restrict h, int dtype)
 {
     Eight e = take_eight(rows, k, dtype);
     size_t line = 64 / bytes(dtype), j = 0;
-    float dot[8] = {0};
+    float dot[8];
 #ifdef AVX512
     __m512 sum[8] = {0};
     for (; j + 16 <= rows.width; j += 16) {
-        if (j % line == 0) for (size_t r = 0; r < 8; r++) PREFETCH(e.later[r] + j * bytes(dtype));
-        for (size_t r = 0; r < 8; r++) sum[r] = _mm512_fmadd_ps(load16(e.row[r], j, dtype), _mm512_loadu_ps(h + j), sum[r]);
+        for (size_t r = 0; j % line == 0 && r < 8; r++) request(e.later[r] + j * bytes(dtype), dtype);
+        for (size_t r = 0; r < 8; r++)
+            sum[r] = _mm512_fmadd_ps(load16(e.row[r], j, dtype), _mm512_loadu_ps(h + j), sum[r]);
     }
     for (size_t r = 0; r < 8; r++) dot[r] = _mm512_reduce_add_ps(sum[r]);
     for (; j < rows.width; j++)
@@ -340,11 +346,11 @@ INLINE void dot_eight(Rows rows, size_t k, const float *restrict h, int dtype)
 #else
     for (size_t r = 0; r < 8; r++) {
         const char *row = e.row[r];
-        float s = 0;
-        for (j = 0; j < rows.width; j += line) PREFETCH(e.later[r] + j * bytes(dtype));
-        #pragma omp simd reduction(+:s)
-        for (size_t i = 0; i < rows.width; i++) s += weight(row, i, dtype) * h[i];
-        dot[r] = s;
+        float sum = 0;
+        for (j = 0; j < rows.width; j += line) request(e.later[r] + j * bytes(dtype), dtype);
+        #pragma omp simd reduction(+:sum)
+        for (size_t i = 0; i < rows.width; i++) sum += weight(row, i, dtype) * h[i];
+        dot[r] = sum;
     }
 #endif
     for (size_t r = 0; r < 8 && k + r < rows.n; r++) rows.value[k + r] *= dot[r];
@@ -352,8 +358,13 @@ INLINE void dot_eight(Rows rows, size_t k, const float *restrict h, int dtype)
 
 #endif
 
-// sums (width) += every row times its value. Of neurons a row is one column of up and then one row of down, and its value is first multiplied
-// by what that column of up makes of h
+INLINE void dot_rows(Rows rows, const float *h, int dtype)
+{
+    for (size_t k = 0; k < rows.n; k += 8) dot_eight(rows, k, h, dtype);
+}
+
+// sums (width) += value[k] * row k, for all rows. A row of neurons is a column of up and, next to it, a row
+// of down: what the first makes of h multiplies the value before the second is added
 INLINE void add_rows(float *restrict sums, Rows rows, const float *restrict h, int dtype)
 {
     Rows down = rows;
@@ -364,231 +375,351 @@ INLINE void add_rows(float *restrict sums, Rows rows, const float *restrict h, i
     }
 }
 
-// ---------------------------------------------------------------------------------------------------------------------
-// a whole matrix
+// -----------------------------------------------------------------------------------------------------------
+// a matrix, for one token
 
-typedef struct { size_t stripe, start, width; } Tile;      // columns start to start + width - 1 of a stripe
+typedef struct { size_t stripe, start, width; } Tile;      // columns start to start + width - 1
 
 // tiles are numbered stripe by stripe; of the last stripe, which may be narrower, some may have no columns
 static Tile find_tile(const Matrix *m, size_t number)
 {
-    size_t per_stripe = (m->stripe + m->tile - 1) / m->tile, stripe = number / per_stripe;
-    size_t start = stripe * m->stripe + number % per_stripe * m->tile;
-    size_t end = (stripe + 1) * m->stripe < m->n_out ? (stripe + 1) * m->stripe : m->n_out;
-    size_t rest = start < end ? end - start : 0;
-    return (Tile){stripe, start, rest < m->tile ? rest : m->tile};
+    size_t tiles = pieces(m->stripe, m->tile), stripe = number / tiles;
+    size_t start = stripe * m->stripe + number % tiles * m->tile, end = least((stripe + 1) * m->stripe, m->n_out);
+    return (Tile){stripe, start, start < end ? least(end - start, m->tile) : 0};
 }
 
-static size_t count_tiles(const Matrix *m)
-{
-    return (m->stripe + m->tile - 1) / m->tile * ((m->n_out + m->stripe - 1) / m->stripe);
-}
+static size_t count_tiles(const Matrix *m) { return pieces(m->stripe, m->tile) * pieces(m->n_out, m->stripe); }
 
-enum { STORE, ADD, GELU, SILU };    // what becomes of the outputs: they replace y, are added to it, or pass through a function
+enum { STORE, ADD, GELU, SILU };    // outputs replace y, are added to it, or replace it after passing a function
 
-typedef struct {
+typedef struct {                // a matrix at work
     const Matrix *matrix;
     int dtype, then;
-    const float *x;             // (n_in)
-    const float *h;             // neurons: (n_out) what up is applied to; otherwise NULL
-    float *y;                   // (n_out)
+    size_t count;               // tokens
+    float *x;                   // (count, n_in)
+    const float *h;             // (count, n_out) for neurons: what up is multiplied with; otherwise NULL
+    float *y;                   // (count, n_out)
     float *sums;                // (tiles, splits, tile)
 } Product;
 
+// the rows of a tile from the first on, of which n are still to be found
+static Rows tile_rows(const Product *p, Tile tile, size_t first, Worker *me)
+{
+    size_t column = bytes(p->dtype) * (p->h ? 2 : 1), stride = tile.width * column;
+    const char *weight = (const char *)p->matrix->weight + tile.start * p->matrix->n_in * column + first * stride;
+    return (Rows){weight, stride, tile.width, me->index, me->value, 0};
+}
+
+// what the rows of some columns have added up to becomes a token's outputs
+static void finish(const Product *p, size_t token, float *sums, size_t start, size_t width)
+{
+    float *y = p->y + token * p->matrix->n_out + start;
+    for (size_t j = 0; j < width; j++) sums[j] += p->matrix->base[start + j];
+    if (p->then == GELU) gelu(sums, width);
+    if (p->then == SILU) silu(sums, width);
+    if (p->then == ADD) for (size_t j = 0; j < width; j++) y[j] += sums[j];
+    else memcpy(y, sums, width * sizeof *y);
+}
+
+// the splits of a tile are added in the same order always, whichever was done first
 static void finish_tile(const Product *p, size_t number)
 {
     const Matrix *m = p->matrix;
     Tile tile = find_tile(m, number);
-    float *sums = p->sums + number * m->splits * m->tile, *y = p->y + tile.start;
+    float *sums = p->sums + number * m->splits * m->tile;
     for (size_t split = 1; split < m->splits; split++)
         for (size_t j = 0; j < tile.width; j++) sums[j] += sums[split * m->tile + j];
-    for (size_t j = 0; j < tile.width; j++) sums[j] += m->base[tile.start + j];
-    if (p->then == GELU) gelu(sums, tile.width);
-    if (p->then == SILU) silu(sums, tile.width);
-    if (p->then == ADD) for (size_t j = 0; j < tile.width; j++) y[j] += sums[j];
-    else memcpy(y, sums, tile.width * sizeof *y);
+    finish(p, 0, sums, tile.start, tile.width);
 }
 
-static int64_t multiply_task(const void *argument, Worker *me, size_t task)
+// a task is one split of one tile
+static void multiply_task(const void *argument, Worker *me, size_t task)
 {
     const Product *p = argument;
     const Matrix *m = p->matrix;
-    size_t split = task % m->splits;
     Tile tile = find_tile(m, task / m->splits);
+    size_t split = task % m->splits, first = split * m->n_in / m->splits, last = (split + 1) * m->n_in / m->splits;
+    Rows rows = tile_rows(p, tile, first, me);
+    rows.n = find_active(m, tile.stripe, p->x, first, last, me->index, me->value);
+    me->active[0] += (int64_t)(rows.n * tile.width * (p->h ? 2 : 1));
     float *sums = p->sums + task * m->tile;
-    size_t n = find_active(m, tile.stripe, p->x, split * m->n_in / m->splits, (split + 1) * m->n_in / m->splits,
-                           me->index, me->value);
-    size_t per_input = p->h ? 2 * tile.width : tile.width;
-    Rows rows = {(const char *)m->weight + tile.start * m->n_in * bytes(p->dtype) * (p->h ? 2 : 1),
-                 per_input * bytes(p->dtype), tile.width, me->index, me->value, n};
     memset(sums, 0, tile.width * sizeof *sums);
     if (p->dtype == F32) add_rows(sums, rows, p->h, F32);
     else if (p->dtype == BF16) add_rows(sums, rows, p->h, BF16);
     else add_rows(sums, rows, p->h, INT8);
     if (m->splits == 1) finish_tile(p, task);
-    return (int64_t)(n * per_input);
 }
 
-// y (n_out) for the input x (n_in). Returns the number of weights used
-static int64_t multiply(Team *team, const Matrix *m, int dtype, const float *x, const float *h, float *y, int then)
+// -----------------------------------------------------------------------------------------------------------
+// a matrix, for many tokens at once. A block of weights, 64 x 64, is read and widened to f32 once, and then
+// serves, from the first-level cache, each token that uses it. Sums are taken in the same order as for one
+// token, so they are the same
+
+INLINE void widen(float *restrict block, const char *from, size_t stride, size_t rows, size_t columns, int dtype)
 {
-    Product product = {m, dtype, then, x, h, y, team->sums};
+    for (size_t r = 0; r < rows; r++)
+        for (size_t j = 0; j < columns; j++) block[r * BLOCK + j] = weight(from + r * stride, j, dtype);
+}
+
+// sums (BLOCK) += value[k] * row index[k] of a block; or row k, without an index. Rows are `stride` numbers
+// apart
+static void add_block(float *restrict sums, const float *restrict block, size_t stride,
+                      const uint32_t *restrict index, const float *restrict value, size_t n)
+{
+#if defined(__GNUC__) && !defined(PLAIN)        // vectors of any compiler, which stay in registers
+    typedef float Lanes __attribute__((vector_size(64), aligned(4), may_alias));
+    Lanes sum[BLOCK / 16];
+    memcpy(sum, sums, sizeof sum);
+    for (size_t k = 0; k < n; k++) {
+        const Lanes *row = (const Lanes *)(block + (index ? index[k] : k) * stride);
+        for (size_t j = 0; j < BLOCK / 16; j++) sum[j] += value[k] * row[j];
+    }
+    memcpy(sums, sum, sizeof sum);
+#else
+    for (size_t k = 0; k < n; k++)
+        for (size_t j = 0; j < BLOCK; j++) sums[j] += value[k] * block[(index ? index[k] : k) * stride + j];
+#endif
+}
+
+// a task is BLOCK columns of a tile
+static void multiply_many_task(const void *argument, Worker *me, size_t task)
+{
+    const Product *p = argument;
+    const Matrix *m = p->matrix;
+    Tile tile = find_tile(m, task / pieces(m->tile, BLOCK));
+    size_t column = task % pieces(m->tile, BLOCK) * BLOCK;
+    if (column >= tile.width) return;
+    size_t columns = least(BLOCK, tile.width - column);
+    float block[BLOCK * BLOCK] = {0}, sums[BATCH][BLOCK], total[BATCH][BLOCK], value[BLOCK];
+    uint32_t index[BLOCK];
+    for (size_t split = 0; split < m->splits; split++) {
+        memset(sums, 0, sizeof sums);
+        size_t first = split * m->n_in / m->splits, end = (split + 1) * m->n_in / m->splits;
+        for (size_t last; first < end; first = last) {
+            Rows rows = tile_rows(p, tile, first, me);
+            const char *from = rows.weight + column * bytes(p->dtype);
+            last = least(first + BLOCK, end);
+            if (p->dtype == F32) widen(block, from, rows.stride, last - first, columns, F32);
+            else if (p->dtype == BF16) widen(block, from, rows.stride, last - first, columns, BF16);
+            else widen(block, from, rows.stride, last - first, columns, INT8);
+            for (size_t token = 0; token < p->count; token++) {
+                size_t n = find_active(m, tile.stripe, p->x + token * m->n_in, first, last, index, value);
+                add_block(sums[token], block, BLOCK, index, value, n);
+                if (!p->h) me->active[token] += (int64_t)(n * columns);
+            }
+        }
+        for (size_t token = 0; token < p->count; token++)
+            for (size_t j = 0; j < BLOCK; j++) total[token][j] = sums[token][j] + (split ? total[token][j] : 0);
+    }
+    for (size_t token = 0; token < p->count; token++) finish(p, token, total[token], tile.start + column, columns);
+}
+
+// The first half of BLOCK neurons: x, what the gate says, becomes what down is multiplied with, 0 where a
+// neuron is not active. Then down is a matrix like any other, of which a token uses what is not 0
+static void multiply_up_task(const void *argument, Worker *me, size_t task)
+{
+    const Product *p = argument;
+    const Matrix *m = p->matrix;
+    size_t first = task * BLOCK, last = least(first + BLOCK, m->n_in);
+    Rows rows = tile_rows(p, find_tile(m, 0), first, me);
+    for (size_t token = 0; token < p->count; token++) {
+        float *x = p->x + token * m->n_in;
+        const float *h = p->h + token * m->n_out;
+        rows.n = find_active(m, 0, x, first, last, me->index, me->value);
+        if (p->dtype == F32) dot_rows(rows, h, F32);
+        else if (p->dtype == BF16) dot_rows(rows, h, BF16);
+        else dot_rows(rows, h, INT8);
+        memset(x + first, 0, (last - first) * sizeof *x);
+        for (size_t k = 0; k < rows.n; k++) x[first + me->index[k]] = me->value[k];
+        me->active[token] += (int64_t)(2 * rows.n * m->n_out);
+    }
+}
+
+// x (count, n_in) -> y (count, n_out), and the weights that each token used, written to every `step`-th
+// number of active
+static void multiply(Team *team, const Matrix *m, int dtype, size_t count, float *x, const float *h, float *y,
+                     int then, int64_t *active, size_t step)
+{
+    Product product = {m, dtype, then, count, x, h, y, team->sums};
     size_t tiles = count_tiles(m);
-    int64_t active = run_tasks(team, tiles * m->splits, multiply_task, &product);
-    for (size_t i = 0; m->splits > 1 && i < tiles; i++) finish_tile(&product, i);   // splits are added in one order always
-    return active;
+    Matrix down = *m;
+    if (count == 1) {
+        run_tasks(team, tiles * m->splits, multiply_task, &product);
+        for (size_t i = 0; m->splits > 1 && i < tiles; i++) finish_tile(&product, i);
+    } else {
+        if (h) {
+            run_tasks(team, pieces(m->n_in, BLOCK), multiply_up_task, &product);
+            down.weight = (const char *)m->weight + m->n_out * bytes(dtype);
+            down.thresholds = m->mu;                            // which are 0
+            down.scale = NULL;
+            product.matrix = &down;
+        }
+        run_tasks(team, tiles * pieces(m->tile, BLOCK), multiply_many_task, &product);
+    }
+    for (size_t token = 0; token < count; token++) {
+        active[token * step] = 0;
+        for (int i = 0; i < team->n_workers; i++) {
+            active[token * step] += team->workers[i].active[token];
+            team->workers[i].active[token] = 0;
+        }
+    }
+}
+
+// how many weights a token would use of a matrix
+static int64_t count_active(const Matrix *m, const float *x, Worker *me)
+{
+    size_t active = 0;
+    for (size_t stripe = 0, start = 0; start < m->n_out; stripe++, start += m->stripe)
+        active += least(m->stripe, m->n_out - start) * find_active(m, stripe, x, 0, m->n_in, me->index, me->value);
+    return (int64_t)active;
 }
 
 static int possible(const Team *team, const Matrix *m, int dtype, size_t n_in, size_t n_out)
 {
-    return m->n_in == n_in && m->n_out == n_out && n_in && n_in <= team->longest && n_out
+    return n_in && n_out && m->n_in == n_in && m->n_out == n_out && n_in <= team->longest
         && m->stripe && m->stripe <= n_out && m->tile && m->tile <= m->stripe && m->splits && m->splits <= n_in
         && count_tiles(m) * m->splits * m->tile <= team->n_sums
         && (dtype == F32 || dtype == BF16 || (dtype == INT8 && m->scale));
 }
 
-int multiply_alone(Team *team, const Matrix *m, int dtype, const float *x, const float *h, float *y, int64_t *active)
+int multiply_alone(Team *team, const Matrix *m, int dtype, size_t count, float *x, const float *h, float *y,
+                   int64_t *active)
 {
-    if (!possible(team, m, dtype, m->n_in, m->n_out) || (h && m->tile < m->n_out)) return -1;
-    *active = multiply(team, m, dtype, x, h, y, STORE);
+    if (!count || count > BATCH || !possible(team, m, dtype, m->n_in, m->n_out)) return -1;
+    if (h && m->tile < m->n_out) return -1;
+    multiply(team, m, dtype, count, x, h, y, STORE, active, 1);
     return 0;
 }
 
-// ---------------------------------------------------------------------------------------------------------------------
-// attention, and the step
+// -----------------------------------------------------------------------------------------------------------
+// attention, and the whole step
 
-typedef struct {
-    const Model *model;
-    const State *state;
-    size_t layer, position;
-} Attention;
+typedef struct { const Model *model; const State *state; size_t count, position, layer; } Attention;
 
-// where the cache has the keys of one head at this layer, or the values
-static float *cached(float *cache, const Model *m, size_t layer, size_t head)
+// a token's embedding is its column of the head; GPT-2 adds one for its position
+static void embed(const Model *m, float *x, size_t token, size_t position)
 {
-    return cache + (layer * m->n_kv_head + head) * m->block_size * (m->n_embd / m->n_head);
-}
-
-// positions are turned into the queries and keys of this token, and its keys and values join the cache
-static void remember(const Attention *now)
-{
-    const Model *m = now->model;
-    size_t size = m->n_embd / m->n_head;
-    float *q = now->state->qkv, *k = q + m->n_embd, *v = k + m->n_kv_head * size;
-    for (size_t i = 0; m->arch == LLAMA && i < m->n_head + m->n_kv_head; i++)
-        rotate(q + i * size, m->cos + now->position * size / 2, m->sin + now->position * size / 2, size / 2);
-    for (size_t i = 0; i < m->n_kv_head; i++) {
-        memcpy(cached(now->state->k, m, now->layer, i) + now->position * size, k + i * size, size * sizeof *k);
-        memcpy(cached(now->state->v, m, now->layer, i) + now->position * size, v + i * size, size * sizeof *v);
+    const Matrix *head = &m->head;
+    size_t stripe = token / head->stripe;
+    Tile tile = find_tile(head, stripe * pieces(head->stripe, head->tile) + token % head->stripe / head->tile);
+    const char *column = (const char *)head->weight + (tile.start * head->n_in + token - tile.start) * bytes(m->dtype);
+    for (size_t i = 0; i < m->n_embd; i++) {
+        x[i] = weight(column, i * tile.width, m->dtype) * (head->scale ? head->scale[stripe * head->n_in + i] : 1);
+        if (m->arch == GPT2) x[i] += m->wpe[position * m->n_embd + i];
     }
 }
 
-// one head: its query is compared with all keys so far, and gathers their values. Neighbouring heads may share these
-static int64_t attend(const void *argument, Worker *me, size_t head)
+// where the cache has what a head remembers of a position: keys, one number in each of head_dim rows; values,
+// a row
+static float *cached_k(const Attention *now, size_t head, size_t position)
+{
+    const Model *m = now->model;
+    size_t size = m->n_embd / m->n_head, of_head = pieces(m->block_size, BLOCK) * size * BLOCK;
+    return now->state->k + (now->layer * m->n_kv_head + head) * of_head + position / BLOCK * size * BLOCK + position % BLOCK;
+}
+
+static float *cached_v(const Attention *now, size_t head, size_t position)
+{
+    const Model *m = now->model;
+    size_t width = pieces(m->n_embd / m->n_head, BLOCK) * BLOCK;
+    return now->state->v + ((now->layer * m->n_kv_head + head) * m->block_size + position) * width;
+}
+
+// Llama's queries and keys are turned to their position; keys and values join the cache
+static void remember(const Attention *now, float *qkv, size_t position)
+{
+    const Model *m = now->model;
+    size_t size = m->n_embd / m->n_head, half = size / 2;
+    for (size_t i = 0; m->arch == LLAMA && i < m->n_head + m->n_kv_head; i++)
+        rotate(qkv + i * size, m->cos + position * half, m->sin + position * half, half);
+    for (size_t i = 0; i < m->n_kv_head; i++) {
+        float *k = qkv + (m->n_head + i) * size, *v = k + m->n_kv_head * size, *to = cached_k(now, i, position);
+        for (size_t j = 0; j < size; j++) to[j * BLOCK] = k[j];
+        memcpy(cached_v(now, i, position), v, size * sizeof *v);
+    }
+}
+
+// One head of one token: its query is compared with all keys up to its position, and gathers their values.
+// Several heads may share keys and values
+static void attend_task(const void *argument, Worker *me, size_t task)
 {
     const Attention *now = argument;
     const Model *m = now->model;
-    size_t size = m->n_embd / m->n_head, length = now->position + 1, kv = head / (m->n_head / m->n_kv_head);
-    Rows keys = {(char *)cached(now->state->k, m, now->layer, kv), size * sizeof(float), size, me->index, me->value, length};
-    Rows values = keys;
-    values.weight = (char *)cached(now->state->v, m, now->layer, kv);
-    for (size_t t = 0; t < length; t++) {
-        me->index[t] = (uint32_t)t;
-        me->value[t] = 1 / sqrtf((float)size);
+    size_t size = m->n_embd / m->n_head, head = task / now->count, token = task % now->count;
+    size_t shared = head / (m->n_head / m->n_kv_head), length = now->position + token + 1;
+    const float *q = now->state->qkv + (token * (m->n_head + 2 * m->n_kv_head) + head) * size;
+    float *y = now->state->mixed + (token * m->n_head + head) * size, *scores = me->value, sums[BLOCK];
+    for (size_t t = 0; t < length; t += BLOCK) {
+        memset(sums, 0, sizeof sums);
+        add_block(sums, cached_k(now, shared, t), BLOCK, NULL, q, size);
+        for (size_t i = 0; i < BLOCK && t + i < length; i++) scores[t + i] = sums[i] / sqrtf((float)size);
     }
-    for (size_t t = 0; t < length; t += 8) dot_eight(keys, t, now->state->qkv + head * size, F32);
-    softmax(me->value, length);
-    memset(now->state->mixed + head * size, 0, size * sizeof(float));
-    add_rows(now->state->mixed + head * size, values, NULL, F32);
-    return 0;
-}
-
-// a token's embedding is its column of the head
-static void embed(float *x, const Matrix *head, int dtype, size_t token)
-{
-    size_t per_stripe = (head->stripe + head->tile - 1) / head->tile, stripe = token / head->stripe;
-    Tile tile = find_tile(head, stripe * per_stripe + token % head->stripe / head->tile);
-    for (size_t i = 0; i < head->n_in; i++) {
-        x[i] = weight((const char *)head->weight, tile.start * head->n_in + i * tile.width + token - tile.start, dtype);
-        if (dtype == INT8) x[i] *= head->scale[stripe * head->n_in + i];
+    softmax(scores, length);
+    for (size_t j = 0; j < size; j += BLOCK) {
+        memset(sums, 0, sizeof sums);
+        add_block(sums, cached_v(now, shared, 0) + j, pieces(size, BLOCK) * BLOCK, NULL, scores, length);
+        memcpy(y + j, sums, least(BLOCK, size - j) * sizeof *y);
     }
 }
 
-int decode_token(Team *team, const Model *model, const State *state, size_t token, size_t position,
-                 float *logits, int64_t *active)
+int decode(Team *team, const Model *model, const State *state, const uint32_t *tokens, size_t count,
+           size_t position, float *logits, int64_t *active)
 {
     const Model *m = model;
     const State *s = state;
     size_t d = m->n_embd, qkv = m->n_head && m->n_kv_head ? d + 2 * m->n_kv_head * (d / m->n_head) : 0;
+    size_t matrices = 4 * m->n_layer + 1;
     int gpt2 = m->arch == GPT2;
-    if (token >= m->vocab_size || position >= m->block_size || m->block_size > team->longest) return -1;
-    if (!qkv || d % m->n_head || m->n_head % m->n_kv_head || !possible(team, &m->head, m->dtype, d, m->vocab_size)) return -1;
+    if (!count || count > BATCH || position + count > m->block_size || m->block_size > team->longest) return -1;
+    if (!qkv || d % m->n_head || m->n_head % m->n_kv_head) return -1;
+    if (!possible(team, &m->head, m->dtype, d, m->vocab_size)) return -1;
     for (const Block *b = m->blocks; b < m->blocks + m->n_layer; b++)
         if (!possible(team, &b->qkv, m->dtype, d, qkv) || !possible(team, &b->out, m->dtype, d, d)
             || !possible(team, &b->up, m->dtype, d, m->n_hidden) || !possible(team, &b->down, m->dtype, m->n_hidden, d)
             || (!gpt2 && b->down.tile < d)) return -1;
+    for (size_t i = 0; i < count; i++) if (tokens[i] >= m->vocab_size) return -1;
 
-    embed(s->x, &m->head, m->dtype, token);
-    for (size_t i = 0; gpt2 && i < d; i++) s->x[i] += m->wpe[position * d + i];
-    for (size_t layer = 0; layer < m->n_layer; layer++) {
-        const Block *b = &m->blocks[layer];
-        Attention attention = {m, s, layer, position};
-        normalise(s->h, s->x, b->ln_1, m);
-        *active++ = multiply(team, &b->qkv, m->dtype, s->h, NULL, s->qkv, STORE);
-        remember(&attention);
-        run_tasks(team, m->n_head, attend, &attention);
-        *active++ = multiply(team, &b->out, m->dtype, s->mixed, NULL, s->x, ADD);
-        normalise(s->h, s->x, b->ln_2, m);
-        *active++ = multiply(team, &b->up, m->dtype, s->h, NULL, s->hidden, gpt2 ? GELU : SILU);
-        *active++ = multiply(team, &b->down, m->dtype, s->hidden, gpt2 ? NULL : s->h, s->x, ADD);
+    Attention now = {m, s, count, position, 0};
+    for (size_t i = 0; i < count; i++) embed(m, s->x + i * d, tokens[i], position + i);
+    for (; now.layer < m->n_layer; now.layer++) {
+        const Block *b = &m->blocks[now.layer];
+        int64_t *used = active + 4 * now.layer;
+        for (size_t i = 0; i < count; i++) normalise(s->h + i * d, s->x + i * d, b->ln_1, m);
+        multiply(team, &b->qkv, m->dtype, count, s->h, NULL, s->qkv, STORE, used, matrices);
+        for (size_t i = 0; i < count; i++) remember(&now, s->qkv + i * qkv, position + i);
+        run_tasks(team, count * m->n_head, attend_task, &now);
+        multiply(team, &b->out, m->dtype, count, s->mixed, NULL, s->x, ADD, used + 1, matrices);
+        for (size_t i = 0; i < count; i++) normalise(s->h + i * d, s->x + i * d, b->ln_2, m);
+        multiply(team, &b->up, m->dtype, count, s->h, NULL, s->hidden, gpt2 ? GELU : SILU, used + 2, matrices);
+        multiply(team, &b->down, m->dtype, count, s->hidden, gpt2 ? NULL : s->h, s->x, ADD, used + 3, matrices);
     }
-    normalise(s->h, s->x, m->ln_f, m);
-    *active = multiply(team, &m->head, m->dtype, s->h, NULL, logits, STORE);
+    for (size_t i = 0; i < count; i++) {
+        int64_t *used = active + (i + 1) * matrices - 1;
+        normalise(s->h, s->x + i * d, m->ln_f, m);
+        if (i + 1 < count) *used = count_active(&m->head, s->h, team->workers);     // nobody asks for the logits
+        else multiply(team, &m->head, m->dtype, 1, s->h, NULL, logits, STORE, used, 1);
+    }
     return 0;
 }
 
-// ---------------------------------------------------------------------------------------------------------------------
-// memory alone, for bench.py
-
-enum { CHUNK = 1 << 15 };       // 256 KiB
-
-typedef struct { const uint64_t *data; size_t count; } Reading;
-
-static int64_t read_chunk(const void *argument, Worker *me, size_t chunk)
-{
-    const Reading *r = argument;
-    size_t end = (chunk + 1) * CHUNK < r->count ? (chunk + 1) * CHUNK : r->count;
-    uint64_t sum = 0;
-    for (size_t i = chunk * CHUNK; i < end; i++) sum += r->data[i];
-    (void)me;
-    return (int64_t)(sum & UINT32_MAX);
-}
-
-uint64_t read_all(Team *team, const uint64_t *data, size_t count)
-{
-    Reading reading = {data, count};
-    return (uint64_t)run_tasks(team, (count + CHUNK - 1) / CHUNK, read_chunk, &reading);
-}
-
-// ---------------------------------------------------------------------------------------------------------------------
-// the team of threads. The calling thread says what is to be done and in how many tasks, takes tasks itself, and goes on when
-// all are done. The others claim tasks as long as there are any, so a thread that gets cheap ones, or a core to itself, does
-// more of them; and one that a neighbour has pushed off its core is waited for only if it holds a task
+// -----------------------------------------------------------------------------------------------------------
+// the team of threads. The calling thread says what is to be done and in how many tasks, takes tasks itself,
+// and goes on when all are done. The others claim tasks as long as there are any, so a thread that gets cheap
+// ones, or a core to itself, does more; and one that a neighbour has pushed off its core is waited for only
+// if it holds a task
 
 #ifdef THREADS
 
 struct Threads {
-    Task *function;             // these four may be read by who has claimed a task
-    Team *team;
-    size_t tasks;
+    Task *function;             // these three may be read by a thread that has claimed a task
     const void *argument;
+    size_t tasks;
     // what all threads write, each on a cache line of its own
-    _Alignas(64) atomic_uint_fast64_t open; // tasks not yet claimed; above them, in 32 bits, the number of the run
-    _Alignas(64) atomic_size_t done;        // tasks done, and the sum of what they returned
-    atomic_int_fast64_t active;
+    _Alignas(64) atomic_uint_fast64_t open;     // tasks not yet claimed; above them, in 32 bits, the number of the run
+    _Alignas(64) atomic_size_t done;            // tasks done
     _Alignas(64) atomic_int sleeping;
     atomic_int stop;
-    int started;                // threads besides the caller's
+    int started;                // threads besides the calling one
     pthread_mutex_t mutex;
     pthread_cond_t wake;
     pthread_t *thread;          // (started)
@@ -611,31 +742,28 @@ static void work(Threads *t, Worker *me)
     uint_fast64_t open = atomic_load_explicit(&t->open, memory_order_acquire);
     while (open & UINT32_MAX) {
         if (!atomic_compare_exchange_weak(&t->open, &open, open - 1)) continue;             // another was faster
-        int64_t active = t->function(t->argument, me, t->tasks - (size_t)(open & UINT32_MAX));
-        atomic_fetch_add_explicit(&t->active, active, memory_order_relaxed);
+        t->function(t->argument, me, t->tasks - (size_t)(open & UINT32_MAX));
         atomic_fetch_add_explicit(&t->done, 1, memory_order_acq_rel);
         open = atomic_load_explicit(&t->open, memory_order_acquire);
     }
 }
 
-static int64_t run_tasks(Team *team, size_t tasks, Task *function, const void *argument)
+static void run_tasks(Team *team, size_t tasks, Task *function, const void *argument)
 {
     Threads *t = team->threads;
     uint_fast64_t number = (atomic_load_explicit(&t->open, memory_order_relaxed) >> 32) + 1;
     t->function = function;
-    t->tasks = tasks;
     t->argument = argument;
+    t->tasks = tasks;
     atomic_store_explicit(&t->done, 0, memory_order_relaxed);
-    atomic_store_explicit(&t->active, 0, memory_order_relaxed);
     atomic_store(&t->open, number << 32 | tasks);
     if (atomic_load(&t->sleeping)) {
         pthread_mutex_lock(&t->mutex);
         pthread_cond_broadcast(&t->wake);
         pthread_mutex_unlock(&t->mutex);
     }
-    work(t, &team->workers[0]);
+    work(t, team->workers);
     for (unsigned tries = 0; atomic_load_explicit(&t->done, memory_order_acquire) < tasks; tries++) pause_a_moment(tries);
-    return atomic_load_explicit(&t->active, memory_order_relaxed);
 }
 
 typedef struct { Threads *threads; Worker *worker; } Start;
@@ -654,7 +782,8 @@ static void *thread_main(void *argument)
         } else {                                            // nothing to do for a while: sleep
             pthread_mutex_lock(&t->mutex);
             atomic_fetch_add(&t->sleeping, 1);
-            while (!(atomic_load(&t->open) & UINT32_MAX) && !atomic_load(&t->stop)) pthread_cond_wait(&t->wake, &t->mutex);
+            while (!(atomic_load(&t->open) & UINT32_MAX) && !atomic_load(&t->stop))
+                pthread_cond_wait(&t->wake, &t->mutex);
             atomic_fetch_sub(&t->sleeping, 1);
             pthread_mutex_unlock(&t->mutex);
         }
@@ -662,7 +791,8 @@ static void *thread_main(void *argument)
     return NULL;
 }
 
-// returns the number of threads there are, the caller's among them: a system short of threads gives fewer. 0: no memory
+// returns the number of threads there are, the calling one among them: a system short of them gives fewer. 0:
+// no memory
 static int start_threads(Team *team, int size)
 {
     Threads *t = team->threads = aligned_alloc(64, sizeof *t);
@@ -696,11 +826,9 @@ static void stop_threads(Threads *t)
 
 #else
 
-static int64_t run_tasks(Team *team, size_t tasks, Task *function, const void *argument)
+static void run_tasks(Team *team, size_t tasks, Task *function, const void *argument)
 {
-    int64_t active = 0;
-    for (size_t task = 0; task < tasks; task++) active += function(argument, team->workers, task);
-    return active;
+    for (size_t task = 0; task < tasks; task++) function(argument, team->workers, task);
 }
 
 static int start_threads(Team *team, int size) { (void)team; (void)size; return 1; }
@@ -714,10 +842,7 @@ void team_free(Team *team)
 {
     if (!team) return;
     if (team->threads) stop_threads(team->threads);
-    for (int i = 0; team->workers && i < team->n_workers; i++) {
-        free(team->workers[i].index);
-        free(team->workers[i].value);
-    }
+    for (int i = 0; i < team->n_workers; i++) free(team->workers[i].value);
     free(team->workers);
     free(team->sums);
     free(team);
@@ -725,20 +850,20 @@ void team_free(Team *team)
 
 Team *team_new(int threads, size_t longest, size_t sums)
 {
-    if (threads < 1 || threads > 1024 || longest < 1 || longest > UINT32_MAX || sums < 1 || sums > UINT32_MAX) return NULL;
+    if (threads < 1 || threads > 1024 || !longest || longest > UINT32_MAX || !sums || sums > UINT32_MAX) return NULL;
     Team *team = calloc(1, sizeof *team);
     if (!team) return NULL;
     team->longest = longest;
     team->n_sums = sums;
     team->sums = malloc(sums * sizeof *team->sums);
     team->workers = calloc((size_t)threads, sizeof *team->workers);
-    team->n_workers = threads;
-    int fine = team->sums && team->workers;
-    for (int i = 0; fine && i < threads; i++) {
-        team->workers[i].index = malloc(longest * sizeof(uint32_t));
-        team->workers[i].value = malloc(longest * sizeof(float));
-        fine = team->workers[i].index && team->workers[i].value;
+    for (; team->workers && team->n_workers < threads; team->n_workers++) {
+        Worker *w = &team->workers[team->n_workers];
+        w->value = malloc(longest * (sizeof *w->value + sizeof *w->index));
+        if (!w->value) break;
+        w->index = (uint32_t *)(w->value + longest);
     }
-    if (!fine || !(team->size = start_threads(team, threads))) { team_free(team); return NULL; }
-    return team;
+    if (team->n_workers == threads && team->sums && (team->size = start_threads(team, threads))) return team;
+    team_free(team);
+    return NULL;
 }
