@@ -604,7 +604,7 @@ def train(run, data, rank, world):
 
     def batch(step):
         """This process's share of a step: inputs, targets (B, T)."""
-        starts = step_starts(train_data, meta, config, step)[rank::world]
+        starts = np.array_split(step_starts(train_data, meta, config, step), world)[rank]
         return windows(train_data, starts, config.block_size, run.device)
 
     while run.step < config.last_step() and not stop:
