@@ -468,14 +468,16 @@ class GPT(nn.Module):
         super().__init__()
         self.config = config
         if config.arch == 'gpt2':
-            self.wpe = nn.Embedding.from_pretrained(random_weights(config.block_size, config.n_embd), freeze=False)
+            positions = random_weights(config.block_size, config.n_embd)
+            self.wpe = nn.Embedding.from_pretrained(positions, freeze=False)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
         self.ln_f = norm(config)
         # the token embedding is the head read the other way: row i of its transpose is token i
         self.head = StripedLinear(config.n_embd, config.vocab_size, config.stripe_head, bias=False)
         for name, weight in self.named_parameters():
             # the more layers, the smaller is what each adds to the residual stream at first
-            if name.endswith(('attn.out.weight', 'mlp.down.weight', 'mlp.neurons.down')) and not weight.is_meta:
+            adds = name.endswith(('attn.out.weight', 'mlp.down.weight', 'mlp.neurons.down'))
+            if adds and not weight.is_meta:
                 weight.data.div_(math.sqrt(2 * config.n_layer))
 
     def gated(self):

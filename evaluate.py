@@ -1,17 +1,17 @@
 """
 How good a model is, at what compute, and how close to its dense teacher.
 
-    python evaluate.py out/best.pt                                  # on the validation split it was trained with
-    python evaluate.py adapters/smollm2.pt --text FILE              # on a text file of yours
-    python evaluate.py adapters/smollm2.pt --blimp blimp.jsonl.xz   # grammar: 67 paradigms of 1,000 pairs of sentences
-    python evaluate.py out/best.pt --dense                          # the same model with every weight
+    python evaluate.py out/best.pt                          # on the validation split it was trained with
+    python evaluate.py out/best.pt --dense                  # the same model with every weight
+    python evaluate.py adapters/smollm2.pt --text FILE      # on a text file of yours
+    python evaluate.py adapters/smollm2.pt --blimp FILE     # grammar: 67 paradigms of 1,000 pairs each
 
-An adapter is also compared with its base, the dense model it learned from. Every token counts, the LM head's compute included,
-and every token is as sparse as it is in decoding; all in f32.
+An adapter is also compared with its base, the dense model it learned from. Every token counts, the LM head's
+compute included, and every token is as sparse as it is in decoding; all in f32.
 
-BLiMP (Warstadt et al., 2020, github.com/alexwarstadt/blimp) is one JSON object a line, with 'sentence_good', 'sentence_bad'
-and 'UID', the paradigm; the files of its data/ folder one after the other, packed with xz or not, are what --blimp takes.
-A pair is right where the model gives the good sentence more probability; chance is a half.
+BLiMP (Warstadt et al., 2020, github.com/alexwarstadt/blimp) is one JSON object a line, with 'sentence_good',
+'sentence_bad' and 'UID', the paradigm; --blimp takes the files of its data/ folder one after the other in one
+file, packed with xz or not. A pair is right where the good sentence is the likelier; chance is a half.
 
 Not here: benchmarks that need a generation to be judged.
 """
@@ -27,13 +27,13 @@ import numpy as np
 import torch
 
 import weights
-from cwic import CheckpointError, dense_copy
-from data.common import DataError, load_dataset
+from cwic import CheckpointError
+from data.common import DataError, load_dataset, run
 from device import choose_device
 from options import fail, option, parse_options
-from tokenizer import end_id, load_tokenizer
+from tokenizer import TokenizerError, end_id, load_tokenizer
 
-# no more logits than this, or one sequence's, exist at a time: what a CPU's cache likes, what keeps a GPU busy
+# no more logits than this, or one sequence's, exist at a time: what a CPU's cache likes, what a GPU needs
 LOGITS_AT_ONCE = {'cpu': 2 ** 22, 'cuda': 2 ** 28, 'mps': 2 ** 26}
 PERCENTILES = (1, 5, 25, 50, 75, 95, 99)
 
@@ -41,9 +41,10 @@ PERCENTILES = (1, 5, 25, 50, 75, 95, 99)
 @dataclass
 class EvaluateConfig:
     """Validation loss, reduction, spread of compute, distance to the dense teacher, BLiMP."""
+    checkpoint: tuple = option((), 'what weights.load takes: a checkpoint, an adapter, a name (out/best.pt)')
     json: bool = option(False, 'print one JSON object')
     dense: bool = option(False, 'use every weight')
-    data: str = option('', 'folder in data/ whose validation split is read; without it, the one the checkpoint was trained with')
+    data: str = option('', 'folder in data/ whose validation split is read; else the one it was trained with')
     text: str = option('', 'a UTF-8 text file to read instead')
     blimp: str = option('', 'BLiMP as JSON lines, packed with xz or not')
     blimp_pairs: int = option(1000, 'of each paradigm, the first so many')
@@ -60,38 +61,43 @@ def rows_at_once(model, length):
 @torch.no_grad()
 def measure(model, tokens, teacher=None, dense=False):
     """
-    Reads windows of text, tokens np.int64 (windows, T + 1), in eval mode and f32. Returns a dict: val_loss (nats per token),
-    reduction, active_share (of each matrix's weights, in the order of gated()), spread (the standard deviation of the
-    compute of a token, over its mean), compute_percentiles (of a token's share of dense compute), and the correlation of a
-    token's compute with the surprise of that token (-log p, given before it was read) and with the entropy of what is
-    predicted from it. With a teacher also kl, KL(teacher || student) in nats, and agreement, how often both find the same
-    token likeliest.
+    Reads windows of text, tokens np.int64 (windows, T + 1), in eval mode and f32. Returns a dict: val_loss
+    (nats per token), reduction, active_share (of each matrix's weights, in the order of gated()), spread (the
+    standard deviation of the compute of a token, over its mean), compute_percentiles (of a token's share of
+    dense compute), and the correlation of a token's compute with the surprise of that token (-log p, given
+    before it was read) and with the entropy of what is predicted from it. With a teacher also kl,
+    KL(teacher || student) in nats, and agreement, how often both find the same token likeliest.
     """
     device, training = model.head.weight.device, model.training
     model.eval()
-    sums, shares, entropies, surprises = {'loss': 0.0, 'active': 0.0, 'kl': 0.0, 'agreement': 0.0}, [], [], []
+    sums, shares, entropies, surprises = {'loss': 0, 'active': 0, 'kl': 0, 'agreement': 0}, [], [], []
     for batch in np.array_split(tokens, math.ceil(len(tokens) / rows_at_once(model, tokens.shape[1]))):
         batch = torch.from_numpy(batch).to(device)
-        logits, active = model(batch[:, :-1], dense=dense)                                  # (B, T, vocab), (matrices, B, T)
-        logp, active = logits.log_softmax(-1), active.cpu().double()                        # not every GPU has doubles
-        surprise = -logp.gather(-1, batch[:, 1:, None])[:, :, 0]                            # (B, T), of the token that follows
+        logits, active = model(batch[:, :-1], dense=dense)              # (B, T, vocab), (matrices, B, T)
+        logp, active = logits.log_softmax(-1), active.cpu().double()    # not every GPU has doubles
+        surprise = -logp.gather(-1, batch[:, 1:, None])[:, :, 0]        # (B, T), of the token that follows
+        entropy = -(logp.exp() * logp).sum(-1)                          # (B, T)
         sums['loss'] += float(surprise.sum())
         sums['active'] += active.sum((1, 2))
         if teacher is not None:
             teacher_logp = teacher(batch[:, :-1], dense=True)[0].log_softmax(-1)
             sums['kl'] += float((teacher_logp.exp() * (teacher_logp - logp)).sum())
             sums['agreement'] += float((teacher_logp.argmax(-1) == logp.argmax(-1)).sum())
-        shares.append((active.sum(0) / model.dense())[:, 1:].flatten())                     # the first token surprises nobody
-        entropies.append(-(logp.exp() * logp).sum(-1)[:, 1:].flatten().cpu().double())
+        shares.append((active.sum(0) / model.dense())[:, 1:].flatten())     # the first token surprises nobody
+        entropies.append(entropy[:, 1:].flatten().cpu().double())
         surprises.append(surprise[:, :-1].flatten().cpu().double())
     model.train(training)
     count = tokens.shape[0] * (tokens.shape[1] - 1)
     shares, entropies, surprises = map(torch.cat, (shares, entropies, surprises))
-    spread = float(shares.std() / shares.mean())
-    correlations = torch.corrcoef(torch.stack([shares, surprises, entropies]))[0, 1:].tolist() if spread > 1e-9 else (0.0, 0.0)
-    results = dict(val_loss=sums['loss'] / count, reduction=float(model.dense() * count / sums['active'].sum()), spread=spread,
-                   active_share=[float(a) / count / layer.dense for a, (_, layer) in zip(sums['active'], model.gated())],
-                   surprise_correlation=correlations[0], entropy_correlation=correlations[1],
+    spread, with_surprise, with_entropy = float(shares.std() / shares.mean()), 0.0, 0.0
+    if spread > 1e-9:
+        correlations = torch.corrcoef(torch.stack([shares, surprises, entropies]))
+        with_surprise, with_entropy = correlations[0, 1:].tolist()
+    results = dict(val_loss=sums['loss'] / count, spread=spread,
+                   reduction=float(model.dense() * count / sums['active'].sum()),
+                   active_share=[float(active) / count / layer.dense
+                                 for active, (_, layer) in zip(sums['active'], model.gated())],
+                   surprise_correlation=with_surprise, entropy_correlation=with_entropy,
                    compute_percentiles={str(p): float(np.percentile(shares, p)) for p in PERCENTILES})
     if teacher is not None:
         results.update(kl=sums['kl'] / count, agreement=sums['agreement'] / count)
@@ -101,12 +107,13 @@ def measure(model, tokens, teacher=None, dense=False):
 @torch.no_grad()
 def blimp(model, encoding, start, pairs, dense=False, progress=lambda done: None):
     """
-    pairs: [(paradigm, good sentence, bad sentence)] -> (accuracy of each paradigm, a dict; dense / active weights over all
-    tokens read). start: the id that comes before each sentence. Sentences of one length are read together, without padding.
+    pairs: [(paradigm, good sentence, bad sentence)] -> (accuracy of each paradigm, a dict; dense / active
+    weights over all tokens read). start: the id that comes before each sentence. Sentences of one length are
+    read together, without padding.
     """
     device = model.head.weight.device
-    sentences = sorted(((encoding.encode_ordinary(text), pair, good) for pair, (_, *texts) in enumerate(pairs)
-                        for text, good in zip(texts, (0, 1))), key=lambda sentence: len(sentence[0]))
+    sentences = sorted(((encoding.encode_ordinary(text), pair, bad) for pair, (_, *texts) in enumerate(pairs)
+                        for bad, text in enumerate(texts)), key=lambda sentence: len(sentence[0]))
     scores, active_sum, count, done = np.zeros((len(pairs), 2)), 0.0, 0, 0
     while done < len(sentences):
         length = len(sentences[done][0])
@@ -115,20 +122,27 @@ def blimp(model, encoding, start, pairs, dense=False, progress=lambda done: None
         tokens = torch.tensor([[start] + ids for ids, _, _ in batch], device=device)
         logits, active = model(tokens[:, :-1], dense=dense)
         logp = logits.log_softmax(-1).gather(-1, tokens[:, 1:, None])[:, :, 0].sum(1).cpu().numpy()
-        scores[[pair for _, pair, _ in batch], [which for _, _, which in batch]] = logp
-        active_sum, count, done = active_sum + float(active.sum()), count + tokens[:, 1:].numel(), done + len(batch)
+        scores[[pair for _, pair, _ in batch], [bad for _, _, bad in batch]] = logp
+        active_sum, count = active_sum + float(active.sum()), count + tokens[:, 1:].numel()
+        done += len(batch)
         progress(done / len(sentences))
     right = {}
     for (paradigm, *_), (good, bad) in zip(pairs, scores):
         right.setdefault(paradigm, []).append(float(good > bad))
-    return {paradigm: float(np.mean(hits)) for paradigm, hits in right.items()}, model.dense() * count / active_sum
+    accuracy = {paradigm: float(np.mean(hits)) for paradigm, hits in right.items()}
+    return accuracy, model.dense() * count / active_sum
+
+
+def show_progress(done):
+    """done: from 0 to 1."""
+    if sys.stderr.isatty():
+        print(f'\r{100 * done:.0f}%' + '\n' * (done == 1), end='', file=sys.stderr, flush=True)
 
 
 def read_blimp(path, most):
     """[(paradigm, good, bad)], the first `most` of each paradigm. Raises DataError."""
     try:
-        opened = lzma.open(path, 'rt', encoding='utf-8') if path.endswith('.xz') else open(path, encoding='utf-8')
-        with opened as f:
+        with (lzma.open if path.endswith('.xz') else open)(path, 'rt', encoding='utf-8') as f:
             rows = [json.loads(line) for line in f if line.strip()]
         seen, pairs = {}, []
         for row in rows:
@@ -145,7 +159,7 @@ def read_blimp(path, most):
 
 
 def text_windows(path, encoding, count, length):
-    """np.int64 (windows, length + 1): a text file cut into windows, of which `count` are taken evenly. Raises DataError."""
+    """np.int64 (windows, length + 1): `count` windows of a text file, evenly spread. Raises DataError."""
     try:
         with open(path, encoding='utf-8') as f:
             ids = np.array(encoding.encode_ordinary(f.read()), np.int64)
@@ -165,31 +179,33 @@ def validation_windows(data, meta, count, length):
 
 
 def main():
-    argv = sys.argv[1:]
-    path = argv.pop(0) if argv and not argv[0].startswith('-') else 'out/best.pt'
-    config, _ = parse_options(EvaluateConfig, 'python evaluate.py CHECKPOINT', argv=argv)
-    device, start = choose_device(config.device), time.perf_counter()
+    config, _ = parse_options(EvaluateConfig, 'python evaluate.py')
+    if len(config.checkpoint) > 1:
+        fail('give one checkpoint')
+    path = config.checkpoint[0] if config.checkpoint else 'out/best.pt'
+    device, start = choose_device(config.device), time.time()
     try:
         model, saved = weights.load(path)
-        encoding = load_tokenizer(saved['tokenizer'])
-        teacher = weights.load(saved['base'])[0].to(device) if saved.get('base') else None
-        options = saved.get('options') or {}
+        spec = saved['tokenizer']
+        encoding = load_tokenizer(spec)
+        options = saved.get('options', {})
         length = min(options.get('block_size', 512), model.config.block_size)
         model.to(device)
-        results = {}
         if config.blimp:
             pairs = read_blimp(config.blimp, config.blimp_pairs)
-            report = (lambda done: print(f'\r{100 * done:.0f}%', end='', file=sys.stderr, flush=True)) if sys.stderr.isatty() else lambda done: None
-            by_paradigm, reduction = blimp(model, encoding, end_id(saved['tokenizer'], encoding), pairs, config.dense, report)
-            results.update(blimp=float(np.mean(list(by_paradigm.values()))), blimp_reduction=reduction, blimp_by_paradigm=by_paradigm)
+            by_paradigm, reduction = blimp(model, encoding, end_id(spec, encoding), pairs, config.dense,
+                                           show_progress)
+            results = dict(blimp=float(np.mean(list(by_paradigm.values()))), reduction=reduction,
+                           pairs=len(pairs), by_paradigm=by_paradigm)
         else:
+            teacher = weights.load(saved['base'])[0].to(device) if saved.get('base') else None
             if config.text:
                 tokens = text_windows(config.text, encoding, config.windows, length)
             else:
                 _, data, meta = load_dataset(config.data or options.get('data', 'python'), length)
                 tokens = validation_windows(data, meta, config.windows, length)
-            results.update(windows=len(tokens), length=length, **measure(model, tokens, teacher, config.dense))
-    except (CheckpointError, weights.WeightsError, DataError) as error:
+            results = dict(measure(model, tokens, teacher, config.dense), windows=len(tokens), length=length)
+    except (CheckpointError, weights.WeightsError, TokenizerError) as error:
         fail(error, 1)
     if config.json:
         print(json.dumps(results))
@@ -197,11 +213,8 @@ def main():
     for name, value in results.items():
         if isinstance(value, (int, float)):
             print(f'{name:22}{value:.4f}' if isinstance(value, float) else f'{name:22}{value}')
-    print(f'{time.perf_counter() - start:.0f} s on {device}', file=sys.stderr)
+    print(f'{time.time() - start:.0f} s on {device}', file=sys.stderr)
 
 
 if __name__ == '__main__':
-    try:
-        main()
-    except KeyboardInterrupt:
-        sys.exit(130)
+    run(main)

@@ -1,17 +1,18 @@
 """
 Text that a chat model writes itself -> train.bin, val.bin, meta.json: what its sparse copy learns from.
 
-    python data/selfwritten/prepare.py --model smollm2 --tokens 15000000        # minutes on a GPU; on a CPU, days: try --tokens 50000
+    python data/selfwritten/prepare.py --model smollm2      # 16M tokens: 150 seconds on an H200
+    python data/selfwritten/prepare.py --tokens 50000       # on two CPU cores: minutes, at some 100 tokens/s
 
-Half of the windows are dialogues: given is only the template up to where the user speaks, and the model writes the question,
-then the answer, then the next question, to the end of the window. The other half are plain documents, begun from a random
-token; where one ends, the next begins. No corpus and no licence but the model's own, and the text is just what the model
-gives weight to. Users and documents are drawn at temperature 1, answers at 0.7, all with min-p 0.05.
+Half of the windows are dialogues: given is only the template up to where the user speaks, and the model
+writes the question, then the answer, then the next question, to the end of the window. The other half are
+plain documents, begun from a random token; where one ends, the next begins. No corpus and no licence but the
+model's own. Users and documents are drawn at temperature 1, answers at 0.7, all with min-p 0.05.
 
-The text depends on the seed and the options alone. A run that stops is taken up where it was by the same command: finished
-windows wait in train.bin.part and val.bin.part, and progress.json says how many there are.
+The text depends on the seed, the options and the device alone. A run that stops is taken up where it was by
+the same command: finished windows wait in train.bin.part and val.bin.part, progress.json counts them.
 
-Not here: filtering, and repeated windows taken out: at these temperatures there are next to none.
+Not here: filtering. At these temperatures next to no window comes twice.
 """
 
 import json
@@ -40,21 +41,21 @@ MIN_P = 0.05
 @dataclass
 class SelfWrittenConfig:
     """Text that a chat model writes itself: half dialogues, half plain documents."""
-    model: str = option('smollm2', 'the chat model: smollm2, a Llama-family folder or GGUF file, or a checkpoint')
-    tokens: int = option(15_000_000, 'how many to write, at least')
-    window: int = option(512, 'length of the independent windows, in tokens')
-    batch: int = option(0, 'windows written at once; 0: 4096 on a GPU, 16 on a CPU')
-    user_temperature: float = option(1.0, 'of questions and documents')
-    answer_temperature: float = option(0.7, 'of answers')
-    seed: int = option(1, 'of the random numbers')
+    model: str = option('smollm2', 'the chat model: smollm2, a Llama-family folder or GGUF file, ...')
+    tokens: int = option(16_000_000, 'how many to write, at least', at_least=1)
+    window: int = option(512, 'length of the independent windows, in tokens', at_least=32)
+    batch: int = option(0, 'windows written at once; 0: 4096 on a GPU, 16 on a CPU', at_least=0)
+    user_temperature: float = option(1.0, 'of questions and documents', at_least=0.01)
+    answer_temperature: float = option(0.7, 'of answers', at_least=0.01)
+    seed: int = option(1, 'of the random numbers', at_least=0)
     device: str = option('auto', 'auto, cpu, cuda or mps')
     out: str = option(str(HERE), 'folder for train.bin, val.bin and meta.json')
 
 
 def template_pieces(spec, encoding):
     """
-    What the chat template puts around the words, as lists of ids: before the first user's, between user and assistant, and
-    between assistant and user. Found by comparing dialogues that differ in one word.
+    What the chat template puts around the words, as lists of ids: before the first user's, between user and
+    assistant, and between assistant and user. Found by comparing dialogues that differ in one word.
     """
     def around_last_word(before):
         a, b = (dialogue_ids(spec, encoding, before + [('user', word)]) for word in ('a', 'b'))
@@ -64,16 +65,16 @@ def template_pieces(spec, encoding):
     opening, to_answer = around_last_word([])
     dialogue, _ = around_last_word([('user', 'a'), ('assistant', 'a')])
     to_question = dialogue[len(opening) + 1 + len(to_answer) + 1:]
-    if to_answer[0] not in stop_ids(spec, encoding) or to_question[0] not in stop_ids(spec, encoding):
-        raise DataError('the chat template does not end its turns with a stop token: dialogues cannot be written')
+    if not {to_answer[0], to_question[0]} <= stop_ids(spec, encoding):
+        raise DataError('turns do not end with a stop token in this chat template: no dialogues')
     return opening, to_answer, to_question
 
 
 @torch.inference_mode()
 def write_windows(model, spec, encoding, count, config, device, generator):
     """
-    count windows of config.window tokens (count, window), the first half dialogues, the others documents; all rows advance
-    one token at a time through one KV cache.
+    Windows of text np.int64 (count, config.window), the first half dialogues, the others documents. All
+    advance together, one token at a time, through one KV cache.
     """
     opening, to_answer, to_question = template_pieces(spec, encoding)
     stops = torch.tensor(sorted(stop_ids(spec, encoding)), device=device)
@@ -83,14 +84,15 @@ def write_windows(model, spec, encoding, count, config, device, generator):
     # forced[0] follows the stop token of a question, forced[1] that of an answer
     lengths = torch.tensor([len(to_answer) - 1, len(to_question) - 1], device=device)
     longest = int(lengths.max())
-    forced = torch.tensor([(ids[1:] + [0] * longest)[:longest] for ids in (to_answer, to_question)], device=device)
+    padded = [(ids[1:] + [0] * longest)[:longest] for ids in (to_answer, to_question)]
+    forced = torch.tensor(padded, device=device)                    # (2, longest)
     # a dialogue's turns end with the stop token, and with nothing else; a document may end where it likes
     forbidden = torch.zeros(2, model.config.vocab_size, device=device)
     forbidden[:, special] = -torch.inf
     forbidden[0, end], forbidden[1, to_answer[0]] = 0, 0
 
-    speaker = torch.zeros(count, dtype=torch.long, device=device)               # 0: user, 1: assistant
-    said = torch.full((count,), longest, device=device)                         # how many of the forced tokens; all of them: the model speaks
+    speaker = torch.zeros(count, dtype=torch.long, device=device)   # 0: user, 1: assistant
+    said = torch.full((count,), longest, device=device)         # of the forced tokens; all: the model speaks
     window = torch.zeros(count, config.window, dtype=torch.long, device=device)
     window[dialogue, :len(opening)] = torch.tensor(opening, device=device)
 
@@ -100,16 +102,19 @@ def write_windows(model, spec, encoding, count, config, device, generator):
     window[~dialogue, 0] = random_token()[~dialogue]
     cache = KVCache(replace(model.config, block_size=config.window), count, device, model.head.weight.dtype)
     for i in range(config.window - 1):
-        logits, _ = model(window[:, i:i + 1], cache, dense=True)                # (count, 1, vocab)
-        temperature = torch.where(dialogue & (speaker == 1), config.answer_temperature, config.user_temperature)
+        logits, _ = model(window[:, i:i + 1], cache, dense=True)    # (count, 1, vocab)
+        answers = dialogue & (speaker == 1)
+        temperature = torch.where(answers, config.answer_temperature, config.user_temperature)
         point = torch.rand(count, generator=generator).to(device)
-        drawn, _ = sample(logits[:, 0] + forbidden[dialogue.long()], point, temperature[:, None], min_p=MIN_P)
-        # what the template says comes before what the model says; its last token hands over to the other speaker
+        logits = logits[:, 0] + forbidden[dialogue.long()]
+        drawn, _ = sample(logits, point, temperature[:, None], min_p=MIN_P)
+        # what the template says comes before what the model says; then the other one speaks
         must, given = dialogue & (said < lengths[speaker]), dialogue & (i + 1 < len(opening))
         token = torch.where(must, forced[speaker, said.clamp_max(longest - 1)], drawn)
         token = torch.where(~dialogue & (window[:, i] == end), random_token(), token)
         said = torch.where(must, said + 1, said)
-        speaker, said = (torch.where(must & (said == lengths[speaker]), new, old) for new, old in ((1 - speaker, speaker), (longest, said)))
+        done = must & (said == lengths[speaker])
+        speaker, said = torch.where(done, 1 - speaker, speaker), torch.where(done, longest, said)
         said = torch.where(dialogue & ~must & ~given & torch.isin(token, stops), 0, said)
         window[:, i + 1] = torch.where(given, window[:, i + 1], token)
     return window.cpu().numpy()
@@ -119,8 +124,8 @@ def main():
     config, _ = parse_options(SelfWrittenConfig, 'python data/selfwritten/prepare.py')
     device = choose_device(config.device)
     batch = config.batch or (4096 if device == 'cuda' else 16)
-    if config.tokens < 1 or config.window < 32 or batch < 2:
-        raise DataError('--tokens must be at least 1, --window at least 32, and --batch at least 2')
+    if batch == 1:
+        raise DataError('--batch must be at least 2: a dialogue and a document')
     folder = Path(config.out)
     progress_file = folder / 'progress.json'
     if (folder / 'meta.json').exists() and not progress_file.exists():
@@ -142,28 +147,31 @@ def main():
     if progress_file.exists():
         progress = json.loads(progress_file.read_text(encoding='utf-8'))
         if progress['settings'] != settings:
-            raise DataError(f'{progress_file} is of a run with {progress["settings"]}: give the same options, or delete it to start over')
+            raise DataError(f'{progress_file} is of a run with {progress["settings"]}: give the same '
+                            'options, or delete it to start over')
     batches = -(-config.tokens // (batch * config.window))
     dtype = token_dtype(encoding.n_vocab)
-    every = min(VAL_EVERY, batch // 2)          # of the dialogues as of the documents, and at least one of each
+    every = min(VAL_EVERY, batch // 2)      # of the dialogues as of the documents, and at least one of each
     val_rows = np.arange(batch) % every == every - 1
-    parts = {'train': folder / 'train.bin.part', 'val': folder / 'val.bin.part'}
-    rows_of = {'train': ~val_rows, 'val': val_rows}
+    split_rows = {'train': ~val_rows, 'val': val_rows}
+    parts = {split: folder / f'{split}.bin.part' for split in split_rows}
     for i in range(progress['batches'], batches):
         start, generator = time.perf_counter(), torch.Generator().manual_seed(config.seed * 1_000_003 + i)
         text = write_windows(model, spec, encoding, batch, config, device, generator).astype(dtype)
         for split, path in parts.items():
-            with open(path, 'ab') as f:
-                f.truncate(i * int(rows_of[split].sum()) * config.window * dtype().itemsize)     # what a kill left after the last record
-                f.write(np.ascontiguousarray(text[rows_of[split]]))
+            rows = split_rows[split]
+            with open(path, 'ab') as f:     # less what a kill left after the last record
+                f.truncate(i * int(rows.sum()) * config.window * dtype().itemsize)
+                f.write(np.ascontiguousarray(text[rows]))
                 f.flush()
                 os.fsync(f.fileno())
         progress['batches'] = i + 1
         replace_file(progress_file, json.dumps(progress).encode('ascii'))
-        print(f'{(i + 1) * batch * config.window:,} tokens written, {batch * config.window / (time.perf_counter() - start):,.0f}/s', flush=True)
-    tokens = {split: batches * int(rows.sum()) * config.window for split, rows in rows_of.items()}
-    size = {split: sum(len(encoding.decode_bytes(window.tolist())) for window in np.fromfile(parts[split], dtype).reshape(-1, config.window))
-            for split in parts}
+        speed = batch * config.window / (time.perf_counter() - start)
+        print(f'{(i + 1) * batch * config.window:,} tokens written, {speed:,.0f}/s', flush=True)
+    tokens = {split: batches * int(rows.sum()) * config.window for split, rows in split_rows.items()}
+    size = {split: len(encoding.decode_bytes(np.fromfile(path, dtype).tolist()))
+            for split, path in parts.items()}
     meta = {**make_meta(encoding, spec, f'written by {config.model}', tokens, size), 'window': config.window}
     publish(folder, meta)
     progress_file.unlink()
