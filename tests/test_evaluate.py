@@ -19,7 +19,8 @@ SPEC = tokenizer_spec('bytes')
 @pytest.fixture
 def model():
     torch.manual_seed(0)
-    model = cwic.GPT(cwic.CWICConfig(vocab_size=257, block_size=40, n_layer=1, n_head=2, n_embd=16, stripe_qkv=16))
+    config = cwic.CWICConfig(vocab_size=257, block_size=40, n_layer=1, n_head=2, n_embd=16, stripe_qkv=16)
+    model = cwic.GPT(config)
     for _, layer in model.gated():
         layer.sigma.fill_(1)
         layer.theta.data.uniform_(0, 1 / layer.scale)
@@ -55,13 +56,16 @@ def test_measure_equals_counting_token_by_token(model):
 
 
 def test_a_dense_model_agrees_with_itself(model):
-    results = evaluate.measure(model, np.random.default_rng(1).integers(0, 257, (2, 9)), cwic.dense_copy(model), dense=True)
-    assert results['kl'] == pytest.approx(0, abs=1e-7) and results['agreement'] == 1 and results['reduction'] == 1
+    tokens = np.random.default_rng(1).integers(0, 257, (2, 9))
+    results = evaluate.measure(model, tokens, cwic.dense_copy(model), dense=True)
+    assert results['kl'] == pytest.approx(0, abs=1e-7)
+    assert results['agreement'] == results['reduction'] == 1
     assert set(results['active_share']) == {1.0} and results['surprise_correlation'] == 0
 
 
 def test_blimp_reads_sentences_of_one_length_together_and_scores_them_as_one_by_one(model):
-    pairs = [('a', 'the cat sleeps', 'the cat sleep'), ('a', 'she sees him', 'she see him'), ('b', 'who did it?', 'did it who?')]
+    pairs = [('a', 'the cat sleeps', 'the cat sleep'), ('a', 'she sees him', 'she see him'),
+             ('b', 'who did it?', 'did it who?')]
     encoding = load_tokenizer(SPEC)
     start = end_id(SPEC, encoding)
 
@@ -70,7 +74,8 @@ def test_blimp_reads_sentences_of_one_length_together_and_scores_them_as_one_by_
         logp = model(torch.tensor([ids[:-1]]))[0][0].log_softmax(-1)
         return sum(float(logp[i, id]) for i, id in enumerate(ids[1:]))
 
-    expected = {'a': np.mean([score(good) > score(bad) for _, good, bad in pairs[:2]]), 'b': float(score(pairs[2][1]) > score(pairs[2][2]))}
+    right = [score(good) > score(bad) for _, good, bad in pairs]
+    expected = {'a': np.mean(right[:2]), 'b': float(right[2])}
     accuracy, reduction = evaluate.blimp(model, encoding, start, pairs)
     assert accuracy == expected
     active, count = 0.0, 0
@@ -83,13 +88,15 @@ def test_blimp_reads_sentences_of_one_length_together_and_scores_them_as_one_by_
 
 
 def test_blimp_files(tmp_path):
-    rows = [{'UID': name, 'sentence_good': f'good {i}', 'sentence_bad': f'bad {i}'} for name in 'ab' for i in range(3)]
+    rows = [{'UID': name, 'sentence_good': f'good {i}', 'sentence_bad': f'bad {i}'}
+            for name in 'ab' for i in range(3)]
     text = '\n'.join(map(json.dumps, rows))
     (tmp_path / 'plain.jsonl').write_text(text, encoding='utf-8')
     with lzma.open(tmp_path / 'packed.jsonl.xz', 'wt', encoding='utf-8') as f:
         f.write(text)
     for name in ('plain.jsonl', 'packed.jsonl.xz'):
-        assert evaluate.read_blimp(str(tmp_path / name), 2) == [(name, f'good {i}', f'bad {i}') for name in 'ab' for i in range(2)]
+        pairs = evaluate.read_blimp(str(tmp_path / name), 2)
+        assert pairs == [(name, f'good {i}', f'bad {i}') for name in 'ab' for i in range(2)]
     for content in (b'', b'{}', b'[1]', b'\xfd7zXZ\x00 damaged', b'{"UID": 1'):
         for name in ('bad.jsonl', 'bad.jsonl.xz'):
             (tmp_path / name).write_bytes(content)

@@ -1,4 +1,4 @@
-"""data/selfwritten/prepare.py: what is written has the form of dialogues and documents, again and again the same."""
+"""data/selfwritten/prepare.py: dialogues and documents of the right form, again and again the same."""
 
 import importlib.util
 import json
@@ -16,9 +16,10 @@ from tokenizer import PATTERNS, bpe_spec, load_tokenizer
 ROOT = os.path.dirname(os.path.abspath(cwic.__file__))
 SCRIPT = os.path.join(ROOT, 'data', 'selfwritten', 'prepare.py')
 SPECIAL = {'<|endoftext|>': 0, '<|im_start|>': 1, '<|im_end|>': 2}
-TEMPLATE = {'begin': '', 'message': '<|im_start|>{role}\n{text}<|im_end|>\n', 'prefix': '', 'system': 'be brief', 'strip': False,
-            'stop': ['<|im_end|>']}
-SPEC = bpe_spec('tiny', PATTERNS['smollm'], [bytes([b]) for b in range(256)], special=SPECIAL, template=TEMPLATE)
+TEMPLATE = {'begin': '', 'message': '<|im_start|>{role}\n{text}<|im_end|>\n', 'prefix': '',
+            'system': 'be brief', 'strip': False, 'stop': ['<|im_end|>']}
+BYTES = [bytes([b]) for b in range(256)]
+SPEC = bpe_spec('tiny', PATTERNS['smollm'], BYTES, special=SPECIAL, template=TEMPLATE)
 OPTIONS = ['--window', '96', '--batch', '4', '--tokens', str(3 * 4 * 96), '--device', 'cpu']
 
 
@@ -26,8 +27,8 @@ OPTIONS = ['--window', '96', '--batch', '4', '--tokens', str(3 * 4 * 96), '--dev
 def chat_model(tmp_path_factory):
     """A tiny Llama that says stop tokens often, so that turns change many times in a window."""
     torch.manual_seed(0)
-    model = cwic.GPT(cwic.CWICConfig(arch='llama', vocab_size=259, block_size=128, n_layer=1, n_head=2, n_kv_head=1, n_embd=16,
-                                     n_hidden=24))
+    model = cwic.GPT(cwic.CWICConfig(arch='llama', vocab_size=259, block_size=128, n_layer=1, n_head=2,
+                                     n_kv_head=1, n_embd=16, n_hidden=24))
     hidden = model.trunk(torch.randint(259, (1, 64)))[0].mean((0, 1))
     for id in (0, 2):
         model.head.weight.data[:, id] += 4 * hidden.detach() / hidden.norm() ** 2
@@ -37,8 +38,9 @@ def chat_model(tmp_path_factory):
 
 
 def prepare(out, model, *more):
-    return subprocess.run([sys.executable, SCRIPT, '--model', model, '--out', str(out), *OPTIONS, *more], capture_output=True, text=True,
-                          encoding='utf-8', env={**os.environ, 'OMP_NUM_THREADS': '1'}, timeout=120)
+    command = [sys.executable, SCRIPT, '--model', model, '--out', str(out), *OPTIONS, *more]
+    return subprocess.run(command, capture_output=True, text=True, encoding='utf-8', timeout=120,
+                          env={**os.environ, 'OMP_NUM_THREADS': '1'})
 
 
 @pytest.fixture(scope='module')
@@ -52,7 +54,8 @@ def written(chat_model, tmp_path_factory):
 def test_dialogues_follow_the_template_and_documents_hold_no_other_token_of_it(written):
     encoding = load_tokenizer(SPEC)
     meta = json.loads((written / 'meta.json').read_text(encoding='utf-8'))
-    windows = [np.fromfile(written / f'{split}.bin', np.uint16).reshape(-1, 96).tolist() for split in ('train', 'val')]
+    windows = [np.fromfile(written / f'{split}.bin', np.uint16).reshape(-1, 96).tolist()
+               for split in ('train', 'val')]
     assert meta['window'] == 96 and [len(split) for split in windows] == [6, 6]
     turns = documents = 0
     for window in windows[0] + windows[1]:
@@ -68,7 +71,7 @@ def test_dialogues_follow_the_template_and_documents_hold_no_other_token_of_it(w
         while '<|im_end|>' in rest:
             words, rest = rest.split('<|im_end|>', 1)
             assert '<|' not in words
-            role, turns = {'user': 'assistant', 'assistant': 'user'}[role], turns + 1
+            role, turns = 'assistant' if role == 'user' else 'user', turns + 1
             follows = f'\n<|im_start|>{role}\n'
             assert rest.startswith(follows) or follows.startswith(rest)
             rest = rest[len(follows):]
@@ -79,28 +82,31 @@ def test_dialogues_follow_the_template_and_documents_hold_no_other_token_of_it(w
 def test_the_same_seed_writes_the_same_and_another_seed_does_not(written, chat_model, tmp_path):
     for seed, same in (('1', True), ('2', False)):
         assert prepare(tmp_path / seed, chat_model, '--seed', seed).returncode == 0
-        assert ((tmp_path / seed / 'train.bin').read_bytes() == (written / 'train.bin').read_bytes()) is same
+        bins = [(folder / 'train.bin').read_bytes() for folder in (tmp_path / seed, written)]
+        assert (bins[0] == bins[1]) is same
 
 
 def test_a_run_that_was_killed_goes_on_and_ends_with_the_same_bytes(written, chat_model, tmp_path, monkeypatch):
-    """Progress is recorded after the windows are on the disk; what a kill leaves behind the last record is cut off again."""
+    """Progress is recorded after the windows; what a kill leaves behind the last record is cut off again."""
     spec = importlib.util.spec_from_file_location('selfwritten', SCRIPT)
     script = importlib.util.module_from_spec(spec)
     monkeypatch.setitem(sys.modules, 'selfwritten', script)
     spec.loader.exec_module(script)
-    monkeypatch.setattr(sys, 'argv', ['prepare.py', '--model', chat_model, '--out', str(tmp_path), *OPTIONS])
+    argv = ['prepare.py', '--model', chat_model, '--out', str(tmp_path), *OPTIONS]
+    monkeypatch.setattr(sys, 'argv', argv)
     recorded, killed = script.replace_file, []
 
     def replace_file(path, data):
         if os.path.basename(path) == 'progress.json' and json.loads(data)['batches'] == 2 and not killed:
             killed.append(True)
-            raise KeyboardInterrupt         # the windows of the second batch are written, the record of them is not
+            raise KeyboardInterrupt         # the second batch is written, the record of it is not
         recorded(path, data)
 
     monkeypatch.setattr(script, 'replace_file', replace_file)
     with pytest.raises(KeyboardInterrupt):
         script.main()
-    assert os.path.getsize(tmp_path / 'train.bin.part') == 2 * 2 * 96 * 2 and not (tmp_path / 'meta.json').exists()
+    assert os.path.getsize(tmp_path / 'train.bin.part') == 2 * 2 * 96 * 2
+    assert not (tmp_path / 'meta.json').exists()
     script.main()
     for name in ('train.bin', 'val.bin', 'meta.json'):
         assert (tmp_path / name).read_bytes() == (written / name).read_bytes()
@@ -108,11 +114,13 @@ def test_a_run_that_was_killed_goes_on_and_ends_with_the_same_bytes(written, cha
 
 
 def test_what_a_user_gets_wrong_is_one_line(chat_model, written, tmp_path):
-    cases = [(prepare(written, chat_model), 'prepared already'), (prepare(tmp_path / 'a', str(tmp_path / 'none.pt')), 'none.pt'),
+    cases = [(prepare(written, chat_model), 'prepared already'),
+             (prepare(tmp_path / 'a', str(tmp_path / 'none.pt')), 'none.pt'),
              (prepare(tmp_path / 'b', chat_model, '--window', '20'), 'window')]
     torch.manual_seed(0)
     plain = cwic.GPT(cwic.CWICConfig(vocab_size=257, block_size=96, n_layer=1, n_head=1, n_embd=8))
     cwic.save_checkpoint(str(tmp_path / 'plain.pt'), plain, tokenizer={'kind': 'bytes'})
     cases.append((prepare(tmp_path / 'c', str(tmp_path / 'plain.pt')), 'chat template'))
     for result, said in cases:
-        assert result.returncode and said in result.stderr and len(result.stderr.splitlines()) == 1, result.stderr
+        assert result.returncode and said in result.stderr, result.stderr
+        assert len(result.stderr.splitlines()) == 1, result.stderr
