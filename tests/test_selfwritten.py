@@ -66,7 +66,7 @@ def test_dialogues_follow_the_template_and_documents_hold_no_other_token_of_it(w
             continue
         opening = '<|im_start|>system\nbe brief<|im_end|>\n<|im_start|>user\n'
         assert text.startswith(opening)
-        # read on as a parser of the format would: words up to the stop token, then exactly what the template says
+        # read on as a parser of the format would: words to the stop token, then what the template says
         rest, role = text[len(opening):], 'user'
         while '<|im_end|>' in rest:
             words, rest = rest.split('<|im_end|>', 1)
@@ -86,7 +86,7 @@ def test_the_same_seed_writes_the_same_and_another_seed_does_not(written, chat_m
         assert (bins[0] == bins[1]) is same
 
 
-def test_a_run_that_was_killed_goes_on_and_ends_with_the_same_bytes(written, chat_model, tmp_path, monkeypatch):
+def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(written, chat_model, tmp_path, monkeypatch):
     """Progress is recorded after the windows; what a kill leaves behind the last record is cut off again."""
     spec = importlib.util.spec_from_file_location('selfwritten', SCRIPT)
     script = importlib.util.module_from_spec(spec)
