@@ -1,26 +1,35 @@
-"""Distillation in train.py: it starts at the exact dense model, its loss goes through the head in pieces, and what --init_from implies."""
+"""
+train.py from a pretrained model: it starts at the exact dense model, its loss goes through the head in
+pieces, what --init_from implies, adapters, and torch.compile.
+"""
 
 import csv
 import glob
 import os
-from contextlib import nullcontext
+from dataclasses import asdict
 
+import numpy as np
 import pytest
 import torch
 
 import cwic
+import evaluate
 import train
 from options import parse_options
-from test_cwic import small_model
-from test_train import ROOT, TINY, data, one_line, run       # data: a fixture
+import test_train
+from test_cwic import BOTH, one_thread, small_model         # noqa: F401  one_thread is a fixture
+from test_train import (ROOT, SCHEDULE, SIZES, batch, call, equal, flags, load, new_run, one_line, resume,
+                        trained)
 
-SIZES = dict(n_layer=1, n_head=2, n_embd=16, block_size=16, stripe_qkv=16, stripe_out=16, stripe_up=32, stripe_down=16, stripe_head=100)
 
-
-def dense_model(**changes):
-    """A random dense model: thresholds at 0, no statistics yet, far from the uniform predictions of a fresh one."""
+def dense_model(arch='gpt2', **changes):
+    """
+    Random and dense: thresholds at 0, no statistics yet, far from the uniform predictions of a fresh model.
+    """
     torch.manual_seed(5)
-    model = cwic.GPT(cwic.CWICConfig(vocab_size=257, **{**SIZES, **changes}))
+    llama = {'arch': 'llama', 'n_kv_head': 1} if arch == 'llama' else {}
+    sizes = {'vocab_size': 257, **SIZES, **llama, **changes}
+    model = cwic.GPT(cwic.CWICConfig(**sizes))
     with torch.no_grad():
         for name, p in model.named_parameters():
             if not name.endswith('theta'):
@@ -28,73 +37,97 @@ def dense_model(**changes):
     return model.eval()
 
 
-@pytest.fixture(scope='module')
-def dense_checkpoint(tmp_path_factory):
-    path = tmp_path_factory.mktemp('dense') / 'dense.pt'
-    cwic.save_checkpoint(path, dense_model(), tokenizer={'kind': 'bytes'})
-    return str(path)
+@pytest.fixture(scope='session')
+def dense(tmp_path_factory):
+    """{arch: the path of such a model}"""
+    folder = tmp_path_factory.mktemp('dense')
+    for arch in ('gpt2', 'llama'):
+        cwic.save_checkpoint(folder / f'{arch}.pt', dense_model(arch), tokenizer={'kind': 'bytes'})
+    return {arch: str(folder / f'{arch}.pt') for arch in ('gpt2', 'llama')}
 
 
-def batches(count, size=4, vocab=257, block_size=16):
-    generator = torch.Generator().manual_seed(7)
-    rows = torch.randint(0, vocab, (count, size, block_size + 1), generator=generator)
-    return [(r[:, :-1], r[:, 1:]) for r in rows]
-
-
-def step(model, teacher, tokens, targets, **more):
-    """backward() on one batch -> loss, active, sums, gradients."""
-    options = dict(dense=False, teacher_share=1.0, price=0.0, share=1.0, recompute=False)
-    loss, active, sums = train.backward(model, teacher, tokens, targets, **{**options, **more})
-    return [loss, active, *sums, *(p.grad for p in model.parameters())]
+def distil(source, data, out, *args):
+    """A small run from a model, without dense steps."""
+    schedule = {name: value for name, value in SCHEDULE.items() if name != 'dense_steps'}
+    return call('--init_from', source, *flags(schedule), '--data', data, '--out', out, *args)
 
 
 # -----------------------------------------------------------------------------
 # the start
 
 
-def test_distillation_starts_at_the_exact_dense_model():
+@BOTH
+@pytest.mark.parametrize('rank', [0, 3])
+def test_distillation_starts_at_the_exact_dense_model(arch, rank):
     """
-    With warm statistics and thresholds at 0 the sparse model is the dense one computed another way: nothing is skipped, and
-    the KL to the teacher is 0 but for rounding. Once a layer inside each block started at another threshold than the others.
+    With warm statistics and thresholds at 0 the sparse model is the dense one computed another way: nothing
+    is skipped, and the KL to the teacher is 0 but for rounding. Once a layer inside each block started at
+    another threshold than the others; and an adapter whose B is not 0 would start elsewhere.
     """
-    model, tokens = dense_model().train(), batches(1)[0]
-    teacher = cwic.dense_copy(model)
+    model = dense_model(arch).train()
+    if rank:
+        cwic.add_adapters(model, rank)
+    run = new_run(model, batch_size=4, teacher=1.0)
+    run.teacher = train.frozen_teacher(run)
     before = {name: x.clone() for name, x in model.state_dict().items()}
-    train.warm_statistics(model, batches(20), 4, nullcontext)
-    assert all(float(linear.sigma.min()) > 0 for _, linear in model.linears())
-    loss, active, *_ = step(model, teacher, *tokens)
-    assert abs(float(loss)) < 1e-9
-    assert abs(float(active.sum()) / model.dense() - 1) < 1e-6
+    train.warm_statistics(run, [batch(vocab=257, seed=seed)[0] for seed in range(train.WARM_BATCHES)])
+    assert all(float(layer.sigma.min()) > 0 for _, layer in model.gated())
+    assert all(torch.equal(before[name], x) for name, x in model.state_dict().items()
+               if not name.endswith(('mu', 'sigma', 'seen')))
+    loss, active, _ = train.backward(run, *batch(vocab=257), dense=False, price=0.0)
+    assert abs(float(loss)) < 1e-9 and abs(float(active.sum()) / model.dense() - 1) < 1e-6
     # far from what a wrong start would give
-    assert float(step(model, cwic.dense_copy(small_model(vocab_size=257)), *tokens)[0]) > 0.1
-    assert all(torch.equal(before[name], x) for name, x in model.state_dict().items() if not name.endswith(('mu', 'sigma', 'seen')))
-    assert not any(x.requires_grad for x in teacher.parameters())
+    run.teacher = cwic.dense_copy(small_model(arch, vocab_size=257))
+    assert float(train.backward(run, *batch(vocab=257), dense=False, price=0.0)[0]) > 0.1
+    assert not any(x.requires_grad for x in run.teacher.parameters())
+
+
+def test_the_first_step_of_the_program(dense, data, tmp_path):
+    """No dense step, KL alone, thresholds off the floor only by what the first step moves them."""
+    assert distil(dense['gpt2'], data, tmp_path, '--eval_every', 1, '--max_steps', 1).returncode == 0
+    with open(tmp_path / 'log.csv', encoding='utf-8') as f:
+        row = next(csv.DictReader(f))
+    assert abs(float(row['loss'])) < 1e-8 and abs(float(row['reduction']) - 1) < 1e-6
+    assert float(row['target']) > 1
+    model, saved = cwic.load_checkpoint(tmp_path / 'last.pt')
+    assert saved['step'] == 1 and saved['options']['dense_steps'] == 0 and saved['options']['teacher'] == 1
+    for _, layer in model.gated():
+        in_sigmas = layer.theta.detach() * layer.scale
+        assert cwic.FLOOR * 0.999 <= float(in_sigmas.min())
+        assert float(in_sigmas.max()) <= cwic.BANDWIDTH / 2 * 1.001
+    assert all(torch.equal(saved['teacher'][name], x) for name, x in dense_model().named_parameters())
+
+
+def test_statistics_are_warmed_in_two_goes():
+    """
+    A spread measured around a centre that is still wrong is too large: where an input's mean is many
+    sigmas, sigma was 1.5 to 2.5 times too large when sparsity began. The first batches find the centres,
+    and are forgotten.
+    """
+    model = dense_model()
+    with torch.no_grad():
+        model.ln_f.bias.copy_(torch.linspace(-3, 3, 16))       # the head's inputs: means of up to 15 sigmas
+        model.ln_f.weight.fill_(0.2)
+    run = new_run(model)
+    batches = [batch(16, vocab=257, seed=seed)[0] for seed in range(train.WARM_BATCHES)]
+    train.warm_statistics(run, batches)
+    with torch.no_grad():
+        x = torch.cat([model.trunk(tokens, dense=True)[0] for tokens in batches])
+    x = x.flatten(0, 1)                                         # (tokens, in)
+    mu = x.median(0).values
+    sigma = (x - mu).abs().mean(0) * (torch.pi / 2) ** 0.5
+    assert float((model.head.mu - mu).abs().div(sigma).max()) < 0.15
+    assert float((model.head.sigma / sigma - 1).abs().max()) < 0.1
 
 
 def test_warm_statistics_do_not_depend_on_the_micro_batch():
-    models = [dense_model().train() for _ in range(2)]
-    for model, micro_batch in zip(models, (4, 1)):
-        train.warm_statistics(model, batches(20), micro_batch, nullcontext)
-    for (_, a), (_, b) in zip(models[0].linears(), models[1].linears()):
+    runs = [new_run(dense_model(), micro_batch=micro_batch) for micro_batch in (8, 4)]
+    batches = [batch(8, vocab=257, seed=seed)[0] for seed in range(train.WARM_BATCHES)]
+    for run in runs:
+        train.warm_statistics(run, batches)
+    for (_, a), (_, b) in zip(*(run.model.gated() for run in runs)):
         torch.testing.assert_close(a.mu, b.mu, rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(a.sigma, b.sigma, rtol=1e-4, atol=1e-5)
-
-
-def test_the_first_step_of_the_program(dense_checkpoint, data, tmp_path):
-    """No dense step, KL alone, thresholds off the floor only by what the first step moves them; and --eval_every shows it in the log."""
-    result = run('train.py', *TINY, '--data', data, '--init_from', dense_checkpoint, '--dense_steps', str(train.TrainConfig.dense_steps), '--eval_every', '1',
-                 '--out', str(tmp_path), '--max_steps', '1')
-    assert result.returncode == 0, result.stderr
-    with open(tmp_path / 'log.csv', encoding='utf-8') as f:
-        row = next(csv.DictReader(f))
-    assert abs(float(row['loss'])) < 1e-8 and abs(float(row['reduction']) - 1) < 1e-6 and float(row['target']) > 1
-    model, saved = cwic.load_checkpoint(tmp_path / 'last.pt')
-    assert saved['step'] == 1 and saved['options']['dense_steps'] == 0 and saved['options']['teacher'] == 1
-    for _, linear in model.linears():
-        in_sigmas = linear.theta.detach() * linear.scale
-        assert float(in_sigmas.min()) >= cwic.FLOOR * 0.999 and float(in_sigmas.max()) <= cwic.BANDWIDTH / 2 * 1.001
-    dense = dense_model()
-    assert all(torch.equal(saved['teacher'][name], x) for name, x in dense.named_parameters())
 
 
 # -----------------------------------------------------------------------------
@@ -104,135 +137,306 @@ def test_the_first_step_of_the_program(dense_checkpoint, data, tmp_path):
 @pytest.mark.parametrize('teacher_share', [1.0, 0.3])
 @pytest.mark.parametrize('logits_at_once', [1, 16 * 50 * 2, 16 * 50 * 3])
 def test_loss_in_pieces_equals_the_plain_one(monkeypatch, teacher_share, logits_at_once):
-    """50,257-wide logits of a batch are never held at once; here is the same loss on all of them, in plain autograd: value and every gradient."""
-    monkeypatch.setitem(train.LOGITS_AT_ONCE, 'cpu', logits_at_once)
-    tokens, targets = batches(1, size=5, vocab=50)[0]
-    teacher, rows = cwic.dense_copy(small_model(seed=3)), []
-    ours, plain = small_model(thresholds=1.0).train(), small_model(thresholds=1.0).train()
-    ours.head.register_forward_hook(lambda module, args, out: rows.append(out[0].shape[:2].numel()))
-    price = 1e-4
-    got = step(ours, teacher, tokens, targets, teacher_share=teacher_share, price=price)
-    assert max(rows) * 50 <= max(logits_at_once, 16 * 50) and sum(rows) == tokens.numel()
+    """
+    50,257-wide logits of a batch are never held at once; here is the same loss on all of them, in plain
+    autograd: value and every gradient.
+    """
+    monkeypatch.setitem(evaluate.LOGITS_AT_ONCE, 'cpu', logits_at_once)
+    (tokens, targets), teacher, sizes = batch(5), cwic.dense_copy(small_model(seed=3)), []
+    run = new_run(small_model(), teacher, batch_size=5, teacher=teacher_share)
+    plain, price = small_model().train(), 1e-4
+    run.model.head.register_forward_hook(lambda module, args, out: sizes.append(out[0].shape[:2].numel()))
+    loss, active, _ = train.backward(run, tokens, targets, dense=False, price=price)
+    assert max(sizes) * 50 <= max(logits_at_once, 16 * 50) and sum(sizes) == tokens.numel()
 
-    logits, active = plain(tokens)
+    logits, counts = plain(tokens)
     with torch.no_grad():
         logits_teacher, _ = teacher(tokens, dense=True)
     p, q = logits.log_softmax(-1), logits_teacher.log_softmax(-1)
     kl = 0.5 * ((p.exp() * (p - q)).sum(-1) + (q.exp() * (q - p)).sum(-1)).mean()
     expected = teacher_share * kl - (1 - teacher_share) * p.gather(-1, targets[..., None]).mean()
-    (expected + price * active.mean((1, 2)).sum()).backward()
-    torch.testing.assert_close(got[0], expected.detach(), rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(got[1], active.mean((1, 2)).detach(), rtol=1e-5, atol=0)
-    for a, b in zip(ours.parameters(), plain.parameters(), strict=True):
-        torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-5 * float(b.grad.abs().max()))
+    (expected + price * counts.mean((1, 2)).sum()).backward()
+    torch.testing.assert_close(loss, expected.detach(), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(active, counts.mean((1, 2)).detach(), rtol=1e-5, atol=0)
+    for ours, theirs in zip(run.model.parameters(), plain.parameters(), strict=True):
+        atol = 1e-5 * float(theirs.grad.abs().max())
+        torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-4, atol=atol)
 
 
+@BOTH
 @pytest.mark.parametrize('dense', [False, True])
-def test_recomputing_changes_nothing(dense):
+def test_recomputing_changes_nothing(arch, dense):
     """
-    Statistics were once updated only inside a recomputed pass, or twice with one. Blocks return what they saw, so loss, compute,
-    statistics and gradients are the same to the last bit, and the statistics move once.
+    Statistics were once updated only inside a recomputed pass, or twice with one. Blocks return what they
+    saw, so loss, compute, statistics and gradients are the same to the last bit, and the statistics move
+    once.
     """
-    tokens, targets = batches(1, vocab=50)[0]
     results = []
     for recompute in (False, True):
-        model = small_model(thresholds=1.0).train()
-        teacher = cwic.dense_copy(small_model(seed=3))
-        before = [linear.mu.clone() for _, linear in model.linears()]
-        got = train.backward(model, teacher, tokens, targets, dense=dense, teacher_share=0.0 if dense else 0.5,
-                             price=0.0 if dense else 1e-4, share=1.0, recompute=recompute)
-        assert all(torch.equal(mu, linear.mu) for mu, (_, linear) in zip(before, model.linears()))
-        loss, active, sums = got
-        if not dense:
-            model.update_statistics(sums)
-        gradients = [p.grad for p in model.parameters() if p.grad is not None]
-        results.append([loss, active, *([] if dense else sums), *gradients, *model.state_dict().values()])
-    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+        frozen = cwic.dense_copy(small_model(arch, seed=3))
+        run = new_run(small_model(arch), frozen, batch_size=4, teacher=0.5, recompute=recompute)
+        loss, active, _ = train.train_step(run, *batch(), target=3.0, dense=dense)
+        gradients = [p.grad for p in run.model.parameters() if p.grad is not None]
+        results.append([torch.tensor(loss), active, *gradients, *run.model.state_dict().values()])
+    assert equal(*results)
 
 
 @pytest.mark.parametrize('sequences, at_once, pieces', [(4, 3, [2, 2]), (5, 2, [2, 2, 1]), (4, 9, [4])])
 def test_pieces_are_of_one_size_where_they_can_be(monkeypatch, sequences, at_once, pieces):
-    """16 sequences once went through the head as 5, 5, 5 and 1, and torch.compile compiled again for the last, for any size and slower."""
-    monkeypatch.setitem(train.LOGITS_AT_ONCE, 'cpu', 16 * 50 * at_once)
-    model, seen = small_model(thresholds=1.0).train(), []
-    model.head.register_forward_hook(lambda module, args, out: seen.append(len(args[0])))
-    step(model, None, *batches(1, size=sequences, vocab=50)[0], teacher_share=0.0)
+    """16 sequences went through the head as 5, 5, 5 and 1, and torch.compile compiled again for the last."""
+    monkeypatch.setitem(evaluate.LOGITS_AT_ONCE, 'cpu', 16 * 50 * at_once)
+    run, seen = new_run(small_model()), []
+    run.model.head.register_forward_hook(lambda module, args, out: seen.append(len(args[0])))
+    train.backward(run, *batch(sequences), dense=False, price=0.0)
     assert seen == pieces
-
-
-@pytest.mark.parametrize('dense', [False, True])
-def test_compiling_changes_nothing(dense):
-    """
-    torch.compile must find one graph in a block and one in the head with its loss, custom backward included, and get the
-    same numbers from them.
-    """
-    tokens, targets = batches(1, vocab=50)[0]
-    results = []
-    for compiled in (False, True):
-        torch._dynamo.reset()
-        model, teacher = small_model(thresholds=1.0).train(), cwic.dense_copy(small_model(seed=3))
-        options = dict(backend='aot_eager', fullgraph=True)         # all of the compiler but its last part, which writes C++
-        for block in [*model.blocks, *teacher.blocks] if compiled else ():
-            block.compile(**options)
-        head_loss = torch.compile(train.head_loss, **options) if compiled else train.head_loss
-        got = [train.backward(model, teacher, tokens, targets, dense=dense, teacher_share=0.0 if dense else 0.5, price=0.0 if dense else 1e-4,
-                              share=0.5, recompute=False, head_loss=head_loss) for _ in range(2)]
-        (first, *_), (loss, active, sums) = got
-        assert float(first) == float(loss)
-        results.append([loss, active, *([] if dense else sums), *(p.grad for p in model.parameters() if p.grad is not None)])
-    for a, b in zip(*results, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
-
-
-def test_compile_as_an_option(dense_checkpoint, data, tmp_path):
-    """It reaches the model, the teacher and the head; where torch.compile cannot work the program ends before it has trained."""
-    command = ['train.py', *TINY, '--data', data, '--init_from', dense_checkpoint, '--max_steps', '2', '--compile', '--out']
-    result = run(*command, str(tmp_path), env=dict(TORCHDYNAMO_DISABLE='1'))
-    assert result.returncode == 0 and 'compile' in result.stdout, result.stderr
-    error = one_line(run(*command, str(tmp_path / 'none'), env=dict(CXX='no-such-compiler', TORCHINDUCTOR_CACHE_DIR=str(tmp_path / 'cache'))), 1)
-    assert error.startswith('train.py: --compile: does not work here') and 'C++ compiler' in error and not (tmp_path / 'none' / 'last.pt').exists()
 
 
 # -----------------------------------------------------------------------------
 # what --init_from implies
 
 
-def test_options_implied_by_a_dense_model(dense_checkpoint):
-    model, tokenizer, config = train.starting_model(train.TrainConfig(init_from=dense_checkpoint))
-    assert tokenizer == {'kind': 'bytes'} and (config.dense_steps, config.teacher) == (0, 1.0)
-    assert all(getattr(config, name) == size == getattr(model.config, name) for name, size in SIZES.items())
-    _, _, config = train.starting_model(train.TrainConfig(init_from=dense_checkpoint, teacher=0.0, dense_steps=7, lr=0.5))
-    assert (config.teacher, config.dense_steps, config.lr) == (0.0, 7, 0.5)
+def starting(**options):
+    """(model, options) that begin a run which was asked for these."""
+    model, saved, config = train.starting_model(train.TrainConfig(**options), set(options))
+    assert saved['tokenizer'] == {'kind': 'bytes'}
+    return model, config
 
 
-def test_other_stripes_leave_the_function_as_it_is(dense_checkpoint):
-    tokens = batches(1)[0][0]
-    model, _, config = train.starting_model(train.TrainConfig(init_from=dense_checkpoint, stripe_up=24, stripe_head=7))
+@BOTH
+def test_options_implied_by_a_dense_model(arch, dense):
+    """
+    Values that were asked for were dropped in silence where they equal a default: --dense_steps 700,
+    --teacher 0, --stripe_up 320.
+    """
+    model, config = starting(init_from=dense[arch])
+    assert (config.dense_steps, config.teacher, config.init_from) == (0, 1.0, dense[arch])
+    sizes = asdict(model.config)
+    assert {name: getattr(config, name) for name in sizes if hasattr(config, name)} == {
+        name: size for name, size in sizes.items() if hasattr(config, name)}
+    default = train.TrainConfig()
+    model, config = starting(init_from=dense[arch], dense_steps=default.dense_steps, teacher=0.0,
+                             stripe_up=default.stripe_up, block_size=8)
+    assert (config.dense_steps, config.teacher, config.stripe_up) == (700, 0.0, 320)
+    # windows may be shorter than the context, which stays
+    assert config.block_size == 8 and model.config.block_size == 16
+
+
+def test_asked_for_sizes_that_the_model_does_not_have(dense, capsys):
+    """--block_size 256 once trained at 16, because 256 is the default."""
+    for name, value in (('block_size', 256), ('n_embd', 320), ('bias', False), ('arch', 'llama')):
+        with pytest.raises(SystemExit):
+            starting(init_from=dense['gpt2'], **{name: value})
+        assert f'--{name} {value}: {dense["gpt2"]} has' in capsys.readouterr().err
+
+
+def test_other_stripes_leave_the_function_as_it_is(dense):
+    model, config = starting(init_from=dense['gpt2'], stripe_up=24, stripe_head=7)
     assert (config.stripe_up, config.stripe_head, config.stripe_qkv) == (24, 7, 16)
-    assert model.blocks[0].mlp.up.theta.shape == (3, 16) and model.head.theta.shape == (37, 16) and model.blocks[0].attn.qkv.theta.shape == (3, 16)
+    assert model.blocks[0].mlp.up.theta.shape == (3, 16) and model.head.theta.shape == (37, 16)
+    assert model.blocks[0].attn.qkv.theta.shape == (3, 16)
+    tokens = batch(vocab=257)[0]
     torch.testing.assert_close(model.eval()(tokens)[0], dense_model()(tokens)[0])
 
 
+def test_windows_shorter_than_the_context(dense, data, tmp_path):
+    """Of SmolLM2's 2,048 tokens, training windows are 512; and so they stay when a run is resumed."""
+    more = ['--block_size', 8, '--max_steps', 5, '--weight_decay', 0]
+    assert distil(dense['gpt2'], data, tmp_path, *more).returncode == 0
+    assert resume(tmp_path).returncode == 0
+    saved = load(tmp_path)
+    assert saved['options']['block_size'] == 8 and saved['config']['block_size'] == 16
+    assert torch.equal(saved['model']['wpe.weight'][8:], dense_model().wpe.weight[8:])          # never read
+
+
+def test_what_a_run_cannot_start_from(dense, data, tmp_path):
+    """Something sparse, weights that are all zero, and tokenizers that are not the data's, or none at all."""
+    assert distil(dense['gpt2'], data, tmp_path / 'a').returncode == 0
+    ended = distil(tmp_path / 'a' / 'best.pt', data, tmp_path / 'b')
+    assert 'is sparse already' in one_line(ended, 2)
+    zeros = dense_model().requires_grad_(False)
+    for p in zeros.parameters():
+        p.zero_()
+    for i, (tokenizer, code, words) in enumerate((
+            ({'kind': 'bytes'}, 1, 'is a layer all 0?'),
+            ({'kind': 'bpe', 'name': 'other'}, 2, 'the model has other'),
+            (None, 2, 'the model has None'), (7, 2, 'the model has 7'))):
+        cwic.save_checkpoint(tmp_path / 'zeros.pt', zeros, tokenizer=tokenizer)
+        assert words in one_line(distil(tmp_path / 'zeros.pt', data, tmp_path / str(i)), code)
+
+
+def test_no_step_at_all(dense, tmp_path):
+    """--max_steps 0 saves what was read, without any data; and does nothing to a run that is resumed."""
+    ended = call('--init_from', dense['gpt2'], '--max_steps', 0, '--data', 'nowhere', '--out', tmp_path)
+    assert ended.returncode == 0 and 'no step to do' in ended.stdout
+    model, saved = cwic.load_checkpoint(tmp_path / 'best.pt')
+    assert equal(model.state_dict(), dense_model().state_dict()) and saved['tokenizer'] == {'kind': 'bytes'}
+
+
 def test_a_run_of_ours_can_be_distilled_to_less_compute(data, tmp_path):
-    """The whole way: a dense run, then the sparse copy of it, which ends at its target; and what it learned from goes along in last.pt."""
-    out = str(tmp_path / 'teacher')
-    dense = run('train.py', *TINY, '--data', data, '--target_reduction', '1', '--hold_steps', '40', '--eval_every', '48', '--out', out)
-    assert dense.returncode == 0, dense.stderr
-    result = run('train.py', '--init_from', os.path.join(out, 'best.pt'), '--data', data, '--out', str(tmp_path / 'sparse'),
-                 '--target_reduction', '2', '--ramp_steps', '150', '--hold_steps', '100', '--warmup_steps', '10', '--threshold_lr', '1',
-                 '--lr', '3e-3', '--dtype', 'float32', '--eval_every', '250', '--eval_windows', '8')
-    assert result.returncode == 0, result.stderr
-    assert cwic.load_checkpoint(tmp_path / 'sparse' / 'best.pt')[1]['reduction'] > 1.9
-    teacher, last = cwic.load_checkpoint(os.path.join(out, 'best.pt'))[0], cwic.load_checkpoint(tmp_path / 'sparse' / 'last.pt')[1]
-    assert torch.equal(last['teacher']['head.weight'], teacher.head.weight)
+    """
+    The whole way: a dense run, then its sparse copy, which ends at its target; its teacher goes along in
+    last.pt.
+    """
+    sizes = {**SIZES, **SCHEDULE, 'target_reduction': 1, 'hold_steps': 40, 'eval_every': 48}
+    assert call(*flags(sizes), '--data', data, '--out', tmp_path / 'dense').returncode == 0
+    ended = distil(tmp_path / 'dense' / 'best.pt', data, tmp_path / 'sparse', *flags({
+        'target_reduction': 2, 'ramp_steps': 150, 'hold_steps': 100, 'warmup_steps': 10, 'threshold_lr': 1,
+        'lr': 3e-3, 'eval_every': 250, 'eval_windows': 8}))
+    assert ended.returncode == 0 and load(tmp_path / 'sparse', 'best.pt')['reduction'] > 1.9
+    teacher = load(tmp_path / 'dense', 'best.pt')['model']
+    assert torch.equal(load(tmp_path / 'sparse')['teacher']['head.weight'], teacher['head.weight'])
 
 
-@pytest.mark.parametrize('path', sorted(glob.glob(os.path.join(ROOT, 'config', '*.toml'))), ids=os.path.basename)
+# -----------------------------------------------------------------------------
+# adapters
+
+
+def base_of(name):
+    return cwic.load_checkpoint(name)[0]
+
+
+@pytest.fixture(scope='session', params=['gpt2', 'llama'])
+def adapter(request, dense, data, tmp_path_factory):
+    """(folder, path of its base) of a whole run with --rank 3."""
+    out = tmp_path_factory.mktemp(f'adapter_{request.param}')
+    ended = distil(dense[request.param], data, out, '--rank', 3)
+    assert ended.returncode == 0 and 'of them trained' in ended.stdout, ended
+    return out, dense[request.param]
+
+
+def test_an_adapter_holds_what_was_trained(adapter):
+    """
+    Weights, optimiser and teacher of the base are in none of its files; and the base is as it was, to the
+    bit.
+    """
+    out, base = adapter
+    for file in ('best.pt', 'last.pt'):
+        saved = load(out, file)
+        assert saved['base'] == base
+        assert all(name.endswith(('.A', '.B', 'theta', 'mu', 'sigma', 'seen')) for name in saved['model'])
+    sizes = [x.shape for name, x in saved['model'].items() if '.adapter' in name or name.endswith('theta')]
+    optimizer = [x['exp_avg'].shape for x in saved['optimizer']['state'].values()]
+    assert sorted(optimizer) == sorted(sizes) and saved['teacher'] is None
+    assert load(out, 'best.pt')['model']['head.adapter.A'].dtype == torch.bfloat16
+    model, _ = cwic.load_checkpoint(out / 'last.pt', base=base_of, merge=False)
+    frozen = {name: p for name, p in model.named_parameters() if not p.requires_grad}
+    original = base_of(base).state_dict()
+    assert len(frozen) >= 9 and all(torch.equal(p, original[name]) for name, p in frozen.items())
+    assert any(float(x.abs().max()) > 0 for name, x in saved['model'].items() if name.endswith('.B'))
+
+
+def test_a_merged_adapter_is_the_full_model(adapter):
+    """
+    W + A @ B in numpy's double, of what the file and the base hold, is what the loaded model computes with.
+    """
+    out, base = adapter
+    saved, original = load(out)['model'], base_of(base).state_dict()
+    merged, _ = cwic.load_checkpoint(out / 'last.pt', base=base_of)
+    apart, _ = cwic.load_checkpoint(out / 'last.pt', base=base_of, merge=False)
+    changed = 0
+    for name, p in merged.named_parameters():
+        layer, _, matrix = name.rpartition('.')
+        key = f'{layer}.adapter' + ('' if matrix == 'weight' else f'_{matrix}')
+        expected = saved.get(name, original.get(name)).double().numpy()
+        if f'{key}.A' in saved and not name.endswith(('theta', 'bias')):
+            expected = expected + saved[f'{key}.A'].double().numpy() @ saved[f'{key}.B'].double().numpy()
+            changed += 1
+        np.testing.assert_allclose(p.detach().numpy(), expected, rtol=1e-5, atol=1e-6)
+    assert changed == sum(2 if isinstance(layer, cwic.Neurons) else 1 for _, layer in merged.gated())
+    tokens = batch(vocab=257)[0]
+    with torch.no_grad():
+        for x, y in zip(merged(tokens), apart(tokens)):
+            torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-4)
+
+
+def test_a_resumed_adapter_equals_the_uninterrupted_one(adapter, data, tmp_path):
+    out, base = adapter
+    assert distil(base, data, tmp_path, '--rank', 3, '--max_steps', 3).returncode == 0
+    assert resume(tmp_path).returncode == 0
+    assert equal(trained(tmp_path), trained(out))
+
+
+def test_going_on_from_an_adapter(adapter, data, tmp_path):
+    """
+    A long run in pieces: each goes on from the thresholds, statistics and changes of the last, towards the
+    same base; and pays a price for compute as the last one left it, not as if it were dense.
+    """
+    out, base = adapter
+    source, saved = out / 'best.pt', load(out, 'best.pt')
+    argv = ['--init_from', str(source), '--data', data]
+    begun, _ = train.begin(*parse_options(train.TrainConfig, 'train', argv=argv), 'cpu')
+    config, state = begun.config, begun.model.state_dict()
+    assert (config.init_from, config.rank, config.dense_steps, config.teacher) == (base, 3, 0, 1.0)
+    assert all(equal(state[name], x.float()) for name, x in saved['model'].items())
+    reduction = begun.model.dense() / float(begun.active.sum())
+    assert abs(reduction - saved['reduction']) < 1e-6 and reduction > 1.1
+    assert distil(source, data, tmp_path, '--ramp_steps', 0, '--hold_steps', 2).returncode == 0
+    assert load(tmp_path)['base'] == base and load(tmp_path, 'best.pt')['reduction'] > 1.1
+    for name, value in (('rank', 5), ('stripe_up', 8), ('n_layer', 2)):
+        ended = distil(source, data, tmp_path / 'b', f'--{name}', value)
+        assert f'--{name} {value}: {source} has' in one_line(ended, 2)
+
+
+# -----------------------------------------------------------------------------
+# torch.compile
+
+
+@BOTH
+@pytest.mark.parametrize('dense, rank, one_stripe', [(True, 0, False), (False, 0, False), (False, 3, True)])
+def test_compiling_changes_nothing(arch, dense, rank, one_stripe):
+    """
+    torch.compile must find one graph in a block and one in the head with its loss, custom backward
+    included, and get the same numbers from them. With one stripe a matrix it once gave a gradient of the
+    wrong shape ([576] for [1, 576]).
+    """
+    stripes = {f'stripe_{name}': 999 for name in ('qkv', 'out', 'up', 'down', 'head')} if one_stripe else {}
+    results = []
+    for compiled in (False, True):
+        torch._dynamo.reset()
+        model, frozen = small_model(arch, **stripes), cwic.dense_copy(small_model(arch, seed=3))
+        run = new_run(model, frozen, batch_size=8, teacher=0.5)
+        if rank:
+            cwic.add_adapters(model, rank)
+        if compiled:
+            options = dict(backend='aot_eager', fullgraph=True)     # all of the compiler but what writes C++
+            run.head_loss = torch.compile(train.head_loss, **options)
+            for block in [*model.blocks, *frozen.blocks]:
+                block.compile(**options)
+        for _ in range(2):
+            loss, active, sums = train.backward(run, *batch(), dense, price=0.0 if dense else 1e-4)
+        gradients = [p.grad for p in run.model.parameters() if p.requires_grad and p.grad is not None]
+        assert dense or run.model.head.theta.grad.shape == run.model.head.theta.shape
+        results.append([loss, active, *([] if dense else sums), *gradients])
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
+
+
+def test_compile_as_an_option(dense, data, tmp_path, monkeypatch):
+    """
+    It reaches the head, and each block of the model and of its teacher, before the first step of the run.
+    """
+    compiled = []
+    monkeypatch.setattr(torch, 'compile', lambda f: compiled.append(f) or f)
+    monkeypatch.setattr(torch.nn.Module, 'compile', lambda module: compiled.append(module))
+    ended = distil(dense['gpt2'], data, tmp_path, '--max_steps', 2, '--compile')
+    assert ended.returncode == 0 and 'compile the first step' in ended.stdout, ended
+    assert len(compiled) == 4 and compiled[1] is train.head_loss
+    assert [type(x) for x in compiled[2:]] == [cwic.Block, cwic.Block] and compiled[2] is not compiled[3]
+
+
+def test_where_compiling_does_not_work(data, tmp_path):
+    """It ended in a hundred lines of torch, after the data was read and the model made."""
+    env = {'CXX': 'no-such-compiler', 'TORCHINDUCTOR_CACHE_DIR': str(tmp_path / 'cache')}
+    ended = test_train.run('train.py', '--data', data, '--block_size', 16, '--compile', '--out', tmp_path,
+                           env=env)
+    assert 'C++ compiler' in one_line(ended, 1) and '--compile: does not work here' in ended.stderr
+
+
+@pytest.mark.parametrize('path', sorted(glob.glob(f'{ROOT}/config/*.toml')), ids=os.path.basename)
 def test_presets_are_valid(path):
     """Every option exists and has the right type, and its comment says where it runs and how long."""
-    config = parse_options(train.TrainConfig, 'train', presets=True, argv=[path])
-    config.check()
-    assert config.out != 'out' and config.batch_size % config.micro_batch == 0
+    config, given = parse_options(train.TrainConfig, 'train', presets=True, argv=[path])
+    assert config.out != 'out' and config.batch_size % config.micro_batch == 0 and 'target_reduction' in given
     with open(path, encoding='utf-8') as f:
         text = f.read()
     assert text.startswith('# ') and ('minutes' in text or 'hours' in text)

@@ -38,7 +38,6 @@ SIZES = {'n_layer': 1, 'n_head': 2, 'n_embd': 16, 'block_size': 16, 'stripe_qkv'
 SCHEDULE = {'dense_steps': 4, 'ramp_steps': 2, 'hold_steps': 6, 'warmup_steps': 2, 'target_reduction': 1.2,
             'threshold_lr': 10, 'eval_every': 4, 'eval_windows': 4, 'batch_size': 4, 'micro_batch': 4,
             'dtype': 'float32', 'device': 'cpu'}
-TEXT = 'def add(a, b):\n    return a + b\n\n\nfor i in range(10):\n    print(i)\n' * 60
 
 
 def flags(options):
@@ -57,12 +56,6 @@ def write_data(folder, ids, **meta):
     meta = {'tokenizer': {'kind': 'bytes'}, 'vocab_size': 257, 'source': 'a test', **meta}
     (folder / 'meta.json').write_text(json.dumps(meta), encoding='utf-8')
     return str(folder)
-
-
-@pytest.fixture(scope='session')
-def data(tmp_path_factory):
-    """The same few lines, again and again."""
-    return write_data(tmp_path_factory.mktemp('data'), list(TEXT.encode()))
 
 
 class Ended(NamedTuple):

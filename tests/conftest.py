@@ -1,0 +1,11 @@
+"""What several files of tests share."""
+
+import pytest
+
+
+@pytest.fixture(scope='session')
+def data(tmp_path_factory):
+    """The path of a data set of bytes: the same few lines of code, again and again."""
+    from test_train import write_data
+    text = 'def add(a, b):\n    return a + b\n\n\nfor i in range(10):\n    print(i)\n' * 60
+    return write_data(tmp_path_factory.mktemp('data'), list(text.encode()))
