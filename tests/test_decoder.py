@@ -1,43 +1,39 @@
 """decoder.py: the kernel's whole step against the model in PyTorch, token by token."""
 
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+from cwic import GPT, CWICConfig, Neurons, add_adapters, generate, merge_adapters
+from decoder import Decoder, PackedMatrix, TorchDecoder, pack_rows, row_scale
 
-import build_kernel
-from cwic import GPT, CWICConfig, KVCache, generate
-from decoder import Decoder, Packed, TorchDecoder, quantise
+torch.set_num_threads(1)        # tiny matrices: more threads only wait for each other
 
-torch.set_num_threads(1)        # tiny matrices: more threads only wait for each other, long where a neighbour has their core
-
-try:
-    KERNEL = build_kernel.load()
-except build_kernel.KernelUnavailable as error:
-    pytest.skip(str(error), allow_module_level=True)
+SIZES = {'gpt2': dict(n_head=3, n_embd=51, stripe_up=204, stripe_down=7),
+         'llama': dict(arch='llama', n_head=6, n_kv_head=2, n_embd=60, n_hidden=101, stripe_up=40)}
 
 
-def random_model(share=None, **changes):
+def random_model(arch='gpt2', share=None, **changes):
     """
-    A small model with odd widths and stripes, random statistics and biases. share: of thresholds that are 0, the others being
-    out of reach, so that no rounding can change what is active; None: thresholds like a trained model's.
+    A small model with odd widths and stripes, random statistics and biases. share: of thresholds that are 0, the
+    others being out of reach, so that no rounding can change what is active; None: thresholds like a trained model's.
     """
     torch.manual_seed(0)
-    config = CWICConfig(**{**dict(vocab_size=307, block_size=32, n_layer=2, n_head=3, n_embd=51, stripe_qkv=51, stripe_out=20,
-                                  stripe_up=204, stripe_down=7, stripe_head=100), **changes})
+    config = CWICConfig(**{**dict(vocab_size=307, block_size=32, n_layer=2, stripe_qkv=51, stripe_out=20,
+                                  stripe_head=100), **SIZES[arch], **changes})
     model = GPT(config).eval()
     with torch.no_grad():
         for p in model.parameters():
             p.add_(torch.randn_like(p) * 0.05)
-        for _, linear in model.linears():
-            linear.mu.normal_(0, 0.1)
-            linear.sigma.fill_(1)
-            t = torch.rand(linear.theta.shape)
-            linear.theta.copy_((t if share is None else torch.where(t < share, 0, 1e9)) / linear.scale)
+        for _, layer in model.gated():
+            neurons = isinstance(layer, Neurons)
+            layer.sigma.fill_(0.05 if neurons and share is None else 1)
+            if not neurons:
+                layer.mu.normal_(0, 0.1)
+            t = torch.rand(layer.theta.shape)
+            layer.theta.copy_((t if share is None else torch.where(t < share, 0, 1e9)) / layer.scale)
     return model
 
 
@@ -45,77 +41,115 @@ def random_tokens(model, count):
     return np.random.default_rng(0).integers(0, model.config.vocab_size, count).tolist()
 
 
-@pytest.mark.parametrize('bias', [True, False])
+@pytest.mark.parametrize('changes', [dict(arch='gpt2'), dict(arch='gpt2', bias=False), dict(arch='llama'),
+                                     dict(arch='llama', n_kv_head=6), dict(arch='llama', n_kv_head=1)])
 @pytest.mark.parametrize('share', [0, 0.5, 1])
-@pytest.mark.parametrize('threads', [1, 2])
-def test_step_equals_the_model(bias, share, threads):
-    """Logits of every step to 1e-4 of the largest, all active counts exactly; prints the largest difference."""
-    model = random_model(share, bias=bias)
-    reference, decoder = TorchDecoder(model), Decoder(model, 'f32', threads)
+@pytest.mark.parametrize('dense', [False, True])
+def test_step_equals_the_model(changes, share, dense):
+    """Logits of a prompt and of every step to 1e-4 of the largest, all active counts exactly; prints the largest difference."""
+    model = random_model(share=share, **changes)
+    reference, decoder = TorchDecoder(model, dense), Decoder(model, 'f32', 2, dense)
     tokens, worst = random_tokens(model, 28), 0
-    reference.prefill(tokens[:5])
-    decoder.prefill(tokens[:5])
-    for token in tokens[5:]:
-        (want, want_active), (logits, active) = reference.step(token), decoder.step(token)
-        assert active.dtype == np.int64 and (active == want_active).all()
+    for read in [lambda d: d.prefill(tokens[:5]), lambda d: d.extend(tokens[5:9])] + [
+            lambda d, token=token: d.step(token) for token in tokens[9:]]:
+        (want, want_active), (logits, active) = read(reference), read(decoder)
+        assert active.dtype == np.int64 and active.shape == want_active.shape and (active == want_active).all()
+        assert not dense or (active == decoder.dense).all()
         worst = max(worst, np.abs(logits - want).max() / np.abs(want).max())
     print(f'largest difference {worst:.1e}')
     assert worst < 1e-4
 
 
-def test_thresholds_within_rounding():
+@pytest.mark.parametrize('arch', SIZES)
+def test_thresholds_within_rounding(arch):
     """
-    With thresholds everywhere, an input may lie so near one that the order of a sum decides. Each step starts from the same
-    cache; where counts differ, the first matrix where they do must have an input that is within rounding of a threshold.
+    With thresholds everywhere, an input may lie so near one that the order of a sum decides. Where counts differ, the
+    first matrix where they do must have an input that is within rounding of a threshold.
     """
-    model = random_model()
-    reference, decoder = TorchDecoder(model), Decoder(model, 'f32', 2)
-    inputs = {}
-    for name, linear in model.linears():
-        linear.register_forward_hook(lambda module, args, out, name=name: inputs.__setitem__(name, args[0][0, -1].clone()))
-    tokens, equal = random_tokens(model, 200), 0
-    reference.prefill(tokens[:1])
-    decoder.prefill(tokens[:1])
-    for token in tokens[1:]:
-        decoder.cache.k.copy_(reference.cache.k)
-        decoder.cache.v.copy_(reference.cache.v)
-        (logits, active), (want, want_active) = decoder.step(token), reference.step(token)
+    model = random_model(arch)
+    inputs, equal = {}, 0
+    for name, layer in model.gated():
+        layer.register_forward_hook(lambda layer, args, out, name=name: inputs.__setitem__(name, args[-2][0]))
+    for start in range(20):
+        tokens = random_tokens(model, 20 + start)[start:]
+        (want, want_active), (logits, active) = TorchDecoder(model).prefill(tokens), Decoder(model).prefill(tokens)
         if (active == want_active).all():
             equal += 1
             assert np.abs(logits - want).max() < 1e-4 * np.abs(want).max()
-        else:
-            name, linear = model.linears()[int((active != want_active).argmax())]
-            assert ((inputs[name] - linear.mu).abs() - linear.thresholds()).abs().min() < 1e-5
-    assert equal > 190
+            continue
+        token, matrix = sorted(np.argwhere(active != want_active).tolist(), key=lambda at: at[1])[0]
+        name, layer = model.gated()[matrix]
+        assert ((inputs[name][token] - layer.mu).abs() - layer.thresholds()).abs().min() < 1e-5
+    assert equal > 10
 
 
+@pytest.mark.parametrize('arch', SIZES)
+@pytest.mark.parametrize('dtype', ['f32', 'bf16', 'int8'])
+def test_a_prompt_is_what_its_tokens_are_one_by_one(arch, dtype):
+    """The kernel reads many tokens at once to the same bits as one after the other, however many threads there are."""
+    model = random_model(arch, block_size=200)
+    tokens = random_tokens(model, 150)                                  # more than the kernel reads in one go
+    steps = Decoder(model, dtype, 1)
+    actives = [steps.step(token) for token in tokens]
+    for threads in (1, 2, 3):
+        decoder = Decoder(model, dtype, threads)
+        logits, active = decoder.prefill(tokens[:140])
+        assert np.array_equal(logits, actives[139][0])
+        assert np.array_equal(active, [active for _, active in actives[:140]])
+        logits, active = decoder.extend(tokens[140:])
+        assert np.array_equal(logits, actives[-1][0]) and np.array_equal(active[-1], actives[-1][1])
+
+
+@pytest.mark.parametrize('arch', SIZES)
 @pytest.mark.parametrize('dtype, bound', [('f32', 1e-4), ('bf16', 0.02), ('int8', 0.05)])
-def test_formats(dtype, bound):
-    """Narrower weights change the logits by little, and thresholds not at all: the first matrix's active set is the same."""
-    model = random_model(0.5)
+def test_formats(arch, dtype, bound):
+    """Narrower weights change the logits by little, and thresholds not at all: the first matrix uses the same inputs."""
+    model = random_model(arch, 0.5)
     reference, decoder = TorchDecoder(model), Decoder(model, dtype)
-    reference.prefill([1, 2])
-    decoder.prefill([1, 2])
-    (want, want_active), (logits, active) = reference.step(3), decoder.step(3)
-    assert active[0] == want_active[0]
+    (want, want_active), (logits, active) = reference.prefill([1, 2, 3]), decoder.prefill([1, 2, 3])
+    assert (active[:, 0] == want_active[:, 0]).all()
     assert np.abs(logits - want).max() < bound * np.abs(want).max()
 
 
-def test_quantise():
-    """Every weight within half a step of its own (input, stripe) scale; zeros stay zeros; the last stripe may be narrower."""
-    weight = torch.randn(9, 23) * torch.logspace(-3, 2, 9)[:, None]
-    weight[4, 10:20] = 0
-    small, scale = quantise(weight, 10)
-    assert small.dtype == torch.int8 and scale.shape == (3, 9)
-    wide = scale.repeat_interleave(10, 0)[:23].t()                      # (in, out)
-    assert ((small * wide - weight).abs() <= wide * 0.5001).all()
-    assert (small[4, 10:20] == 0).all()
+@pytest.mark.parametrize('scaling', [(), (8.0, 1.0, 4.0, 512.0)])
+def test_rotary_positions_far_out(scaling):
+    """Logits at position 2,000 are within 1e-4 of PyTorch's, with Llama 3's scaling too: angles must not lose precision."""
+    model = random_model('llama', 1, block_size=2048, n_layer=1, rope_theta=100000.0, rope_scaling=scaling)
+    tokens = random_tokens(model, 2001)
+    with torch.no_grad():
+        want = model(torch.tensor([tokens]))[0][0, -1].numpy()
+    logits, _ = Decoder(model).prefill(tokens)
+    assert np.abs(logits - want).max() < 1e-4 * np.abs(want).max()
 
 
+def test_int8_rows():
+    """Every weight within half a step of its row's scale, in units of which the largest is 127; zeros stay zeros."""
+    rows = torch.randn(9, 23) * torch.logspace(-3, 2, 9)[:, None]
+    rows[4] = 0
+    scale, packed = row_scale(rows, 'int8'), torch.empty(9, 23, dtype=torch.int8)
+    pack_rows(rows, scale, packed)
+    assert ((packed * scale[:, None] - rows).abs() <= scale[:, None] * 0.5001).all()
+    assert (packed.abs().amax(1) == torch.tensor([127] * 4 + [0] + [127] * 4)).all()
+    assert row_scale(rows, 'bf16') is None
+
+
+def test_int8_scales_belong_to_stripes():
+    """A scale for each (input, stripe): one large weight must not coarsen those of other stripes, nor a tile have its own."""
+    model = random_model(vocab_size=9000, stripe_head=4500, n_layer=1)
+    with torch.no_grad():
+        model.head.weight[3, 4400] = 1000                               # the second of two tiles of the first stripe
+    packed = PackedMatrix(model.head, 'int8')
+    assert packed.sizes['tile'] == 2250
+    assert packed.tensors['scale'].shape == (2, 51)
+    assert packed.tensors['scale'][0, 3] == pytest.approx(1000 / 127)
+    assert packed.tensors['scale'][1, 3] == pytest.approx(float(model.head.weight[3, 4500:].abs().max()) / 127)
+
+
+@pytest.mark.parametrize('arch', SIZES)
 @pytest.mark.parametrize('make', [TorchDecoder, Decoder])
-def test_window_slides_as_in_the_reference(make):
-    """Past the context length nothing crashes nor drifts: 100 greedy tokens in a context of 32 are generate()'s, compute too."""
-    model = random_model(0.5)
+def test_window_slides_as_in_the_reference(make, arch):
+    """Past the context length nothing crashes nor drifts: 100 greedy tokens in a context of 32 are generate()'s."""
+    model = random_model(arch, 0.5)
     prompt = random_tokens(model, 7)
     decoder = make(model)
     logits, active = decoder.prefill(prompt)
@@ -126,9 +160,21 @@ def test_window_slides_as_in_the_reference(make):
         logits, active = decoder.step(token)
 
 
+@pytest.mark.parametrize('make', [TorchDecoder, Decoder])
+def test_extending_is_stepping(make):
+    """Many tokens at once across the end of the context, and one by one: the same window, logits and counts."""
+    model = random_model(share=0.5)
+    tokens = random_tokens(model, 90)
+    one, other = make(model), make(model)
+    steps = [one.step(token) for token in tokens]
+    logits, active = other.extend(tokens)
+    assert one.window == other.window and len(one.window) < 32
+    assert np.allclose(logits, steps[-1][0], atol=1e-4) and (active == [active for _, active in steps]).all()
+
+
 def test_prompt_longer_than_the_context():
     """The last block_size tokens of a long prompt are read, and no more is claimed to have been."""
-    model = random_model(1)
+    model = random_model(share=1)
     tokens = random_tokens(model, 50)
     decoder = Decoder(model)
     logits, active = decoder.prefill(tokens)
@@ -140,79 +186,85 @@ def test_prompt_longer_than_the_context():
     assert np.array_equal(again, logits)
 
 
-@pytest.mark.parametrize('dtype', ['f32', 'bf16', 'int8'])
-def test_same_bits_however_many_threads(dtype):
-    model = random_model()
-    decoders = [Decoder(model, dtype, threads) for threads in (1, 2, 3)]
-    for decoder in decoders:
-        decoder.prefill([5])
-    for token in random_tokens(model, 20):
-        steps = [decoder.step(token) for decoder in decoders]
-        assert all(np.array_equal(logits, steps[0][0]) and (active == steps[0][1]).all() for logits, active in steps)
-
-
 def test_is_a_snapshot_made_anew_each_time():
     """
-    A cached mu @ W went stale when weights changed after it was made. Here it belongs to the decoder, not to the model: a new
-    decoder has the new weights, the bias and mu included.
+    A cached mu @ W went stale when weights changed after it was made. Here it belongs to the decoder, not to the model: a
+    new decoder has the new weights, the bias and mu included, and an old one keeps the old ones.
     """
-    model = random_model(0.5)
-    Decoder(model).prefill([1])
+    model = random_model(share=0.5)
+    old = Decoder(model)
+    before, _ = old.prefill([1, 2])
     with torch.no_grad():
-        for _, linear in model.linears():
-            linear.mu.add_(0.5)
-            linear.weight.mul_(1.5)
-            if linear.bias is not None:
-                linear.bias.add_(1)
-    reference, decoder = TorchDecoder(model), Decoder(model)
-    reference.prefill([1])
-    decoder.prefill([1])
-    assert np.allclose(decoder.step(2)[0], reference.step(2)[0], atol=1e-4)
+        for _, layer in model.gated():
+            layer.mu.add_(0.5)
+            layer.weight.mul_(1.5)
+            if layer.bias is not None:
+                layer.bias.add_(1)
+    assert np.allclose(Decoder(model).prefill([1, 2])[0], TorchDecoder(model).prefill([1, 2])[0], atol=1e-4)
+    assert np.array_equal(old.prefill([1, 2])[0], before)
 
 
-def test_long_context_and_tiny_models():
-    """A context wider than any layer, one head, one layer, stripes of 1 and of everything: the scratch buffers must still fit."""
-    for changes in (dict(block_size=600, n_embd=8, n_head=1, n_layer=1, vocab_size=3), dict(n_embd=1, n_head=1, stripe_qkv=1),
-                    dict(stripe_head=1, stripe_up=1), dict(stripe_qkv=9999, stripe_head=9999, vocab_size=5000), dict(block_size=1)):
-        model = random_model(0.5, **changes)
+@pytest.mark.parametrize('arch', SIZES)
+def test_adapters(arch):
+    """A model with a low-rank change beside its weights is packed as what the two amount to."""
+    model = random_model(arch, 0.5)
+    add_adapters(model, 3)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if name.endswith('.B'):
+                p.normal_(0, 0.1)
+    logits, _ = Decoder(model).prefill([1, 2, 3])
+    assert np.allclose(logits, TorchDecoder(model).prefill([1, 2, 3])[0], atol=1e-4)
+    merge_adapters(model)
+    assert np.allclose(logits, Decoder(model).prefill([1, 2, 3])[0], atol=1e-4)
+
+
+@pytest.mark.parametrize('arch', SIZES)
+def test_long_context_and_tiny_models(arch):
+    """A context wider than any layer, one layer, stripes of 1 and of everything: the scratch memory must still do."""
+    tiny = dict(n_embd=1, n_head=1, n_hidden=1) if arch == 'gpt2' else dict(n_embd=2, n_head=1, n_kv_head=1, n_hidden=1)
+    for changes in (dict(block_size=600, n_embd=8, n_head=1, n_kv_head=1, n_layer=1, vocab_size=3), dict(tiny, stripe_qkv=1),
+                    dict(stripe_head=1, stripe_up=1), dict(stripe_qkv=9999, stripe_head=9999, vocab_size=5000),
+                    dict(block_size=1), dict(n_embd=200, n_head=2, n_kv_head=2, stripe_up=9999, stripe_down=9999)):
+        model = random_model(arch, 0.5, **changes)
         reference, decoder = TorchDecoder(model), Decoder(model, threads=2)
-        reference.prefill([0])
-        decoder.prefill([0])
         for token in random_tokens(model, min(model.config.block_size, 300)):
             (want, want_active), (logits, active) = reference.step(token), decoder.step(token)
             assert (active == want_active).all() and np.allclose(logits, want, atol=1e-4, rtol=1e-4)
 
 
 def test_what_is_refused():
-    """What cannot be is refused in Python, before a pointer is made of it."""
+    """What cannot be is refused in Python, before a pointer is made of it, and what was read before stays."""
     model = random_model()
-    decoder = Decoder(model)
     for wrong in (dict(dtype='f16'), dict(threads=0), dict(threads=5000)):
         with pytest.raises(ValueError, match=next(iter(wrong))):
             Decoder(model, **wrong)
-    with pytest.raises(ValueError, match='at least one token'):
-        decoder.prefill([])
-    for token in (-1, 307):
+    with pytest.raises(ValueError, match='only a model in f32'):
+        Decoder(random_model().double())
+    for decoder in (Decoder(model), TorchDecoder(model)):
+        want = decoder.prefill([1, 2, 3])[0]
+        for wrong, message in (([], 'at least one token'), ([1, -1], 'not one of the 307'), ([307], 'not one of the 307')):
+            for read in (decoder.prefill, decoder.extend):
+                with pytest.raises(ValueError, match=message):
+                    read(wrong)
         with pytest.raises(ValueError, match='not one of the 307'):
-            decoder.prefill([token])
-        decoder.prefill([1])
-        with pytest.raises(ValueError, match='not one of the 307'):
-            decoder.step(token)
-    decoder.cache = KVCache(CWICConfig(block_size=5))
-    with pytest.raises(ValueError, match='cache must be'):
-        decoder.step(1)
-    with pytest.raises(ValueError, match='weight must be f32'):
-        Packed(KERNEL.ffi, random_model().double().head, 'f32')
+            decoder.step(307)
+        assert decoder.window == [1, 2, 3]
+        logits = decoder.step(4)[0]
+        decoder.prefill([1, 2, 3])
+        assert np.array_equal(decoder.step(4)[0], logits) and not np.array_equal(logits, want)
 
 
-def test_many_decoders_and_one_thread_too_many():
-    """Threads end with their decoder; more threads than cores only take turns."""
+def test_many_decoders_and_more_threads_than_cores():
+    """Threads end with their decoder, or when their number changes; more threads than cores only take turns."""
     model = random_model()
-    before = len(list(Path('/proc/self/task').iterdir())) if Path('/proc/self/task').exists() else 0
+    threads = lambda: len(list(Path('/proc/self/task').iterdir())) if Path('/proc/self/task').exists() else 0
+    before = threads()
     for _ in range(10):
         decoder = Decoder(model, threads=5)
         decoder.prefill([1])
+        decoder.set_threads(3)
+        assert decoder.threads == 3 and (not before or threads() == before + 2)
         decoder.step(2)
         del decoder
-    if before:
-        assert len(list(Path('/proc/self/task').iterdir())) <= before + 5
+    assert threads() == before
