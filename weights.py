@@ -256,14 +256,14 @@ def halves(x, head_dim):
     return x.unflatten(0, (-1, head_dim // 2, 2)).transpose(1, 2).reshape(x.shape)
 
 
-def fill(config, names, tensors):
+def find_sources(config, names, tensors):
     """
-    A model in eval mode of tensors with such names. Raises WeightsError with the first that is missing, that
-    does not fit, or that is too much. Room is made only for what has been found in the file.
+    -> {our name: [their names]} of a whole model; names: one of the tables above. Raises WeightsError with
+    the first of tensors that is missing, or that is too much.
     """
     if config.n_layer > len(tensors):
         raise WeightsError(f'{config.n_layer:,} layers cannot be made of {len(tensors):,} tensors')
-    sources = {}        # our name -> their names
+    sources = {}
     for ours, theirs in names.items():
         parts = [theirs.replace('*', letter) for letter in 'qkv'] if '*' in theirs else [theirs]
         for layer in map(str, range(config.n_layer if '{}' in ours else 1)):
@@ -277,7 +277,30 @@ def fill(config, names, tensors):
             raise WeightsError(f'{name} differs from {embedding}, but only heads tied to it are supported')
         if name not in HEADS and not name.endswith(NO_WEIGHTS):
             raise WeightsError(f'{name!r:.80} is no part of the {config.arch} that is supported')
+    return sources
 
+
+@contextmanager
+def one_thread():
+    """
+    torch on one thread: on a busy machine, two that wait for each other at every small step take 10 times as
+    long.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+@one_thread()
+def fill(config, names, tensors):
+    """
+    A model in eval mode of tensors with such names. Raises WeightsError with the first that does not fit.
+    Room is made only for what has been found in the file.
+    """
+    sources = find_sources(config, names, tensors)
     with torch.device('meta'):      # shapes without memory
         model = GPT(config)
     state = model.state_dict()

@@ -1098,13 +1098,16 @@ def test_the_real_smollm2_says_what_it_should():
     assert ids == [1, 9690, 198, 2683, 359, 253, 5356, 5646, 11173, 3365, 3511, 308, 34519, 28, 7018, 411,
                    407, 19712, 8182,
                    2, 198, 1, 4093, 198, 1780, 314, 260, 3575, 282, 4649, 47, 2, 198, 1, 520, 9531, 198]
+    cache, reply = cwic.KVCache(model.config), []
     with torch.no_grad():
-        logits, active = model(torch.tensor([ids]), dense=True)
-    best = logits[0, -1].topk(5)
+        logits, active = model(torch.tensor([ids]), cache, dense=True)
+        best = logits[0, -1].topk(5)
+        while len(reply) < 8:
+            reply.append(int(logits[0, -1].argmax()))
+            logits, _ = model(torch.tensor([reply[-1:]]), cache, dense=True)
     assert best.indices.tolist() == [504, 60, 15319, 2219, 7026]
     np.testing.assert_allclose(best.values, [25.32538, 25.24328, 24.94242, 24.40167, 24.31463], atol=2e-4)
     assert float(active[:, 0, -1].sum()) == model.dense() == 134_479_872
-    reply = [token for token, _ in cwic.generate(model, ids, 8)]
     assert encoding.decode(reply) == 'The capital of France is Paris.<|im_end|>'
     assert reply[-1] in tokenizer.stop_ids(saved['tokenizer'], encoding)
 
