@@ -264,8 +264,12 @@ def spec_from_json(folder):
     name = next((name for name in known if known[name] == cuts), None)
     if name is None:
         raise ValueError(f'text is cut otherwise than for GPT-2, SmolLM2 or Llama 3: {cuts!r:.100}')
-    files = [folder / file for file in ('tokenizer_config.json', 'chat_template.jinja')]
-    jinja = ''.join(file.read_text(encoding='utf-8') for file in files if file.is_file())
+    jinja, older = folder / 'chat_template.jinja', folder / 'tokenizer_config.json'
+    if jinja.is_file():
+        jinja = jinja.read_text(encoding='utf-8')
+    else:
+        config = json.loads(older.read_text(encoding='utf-8')) if older.is_file() else {}
+        jinja = str(config.get('chat_template', ''))        # some files hold a list of templates
     special = {token['content']: token['id'] for token in said['added_tokens']}
     return byte_level_spec(name, model['vocab'], model['merges'], special, jinja)
 

@@ -142,10 +142,12 @@ def read_bin(path):
 # a matrix of a GGUF file in blocks of 32 numbers of a row: raw (rows, blocks, bytes) uint8, scales first
 Blocks = namedtuple('Blocks', 'raw kind shape')
 BLOCK_BYTES = {'Q8_0': 34, 'Q4_0': 18, 'Q4_1': 20}
-GGUF_TYPES = dict(enumerate('F32 F16 Q4_0 Q4_1 - - Q5_0 Q5_1 Q8_0 Q8_1 Q2_K Q3_K Q4_K Q5_K Q6_K'.split()))
-GGUF_TYPES[30] = 'BF16'
+GGUF_TYPES = {0: 'F32', 1: 'F16', 2: 'Q4_0', 3: 'Q4_1', 6: 'Q5_0', 7: 'Q5_1', 8: 'Q8_0', 10: 'Q2_K',
+              11: 'Q3_K',
+              12: 'Q4_K', 13: 'Q5_K', 14: 'Q6_K', 30: 'BF16'}
 GGUF_NUMBERS = dict(zip((0, 1, 2, 3, 4, 5, 6, 7, 10, 11, 12), 'BbHhIif?Qqd'))       # in metadata
 GGUF_STRING, GGUF_ARRAY = 8, 9
+GGUF_ITEMS = 2 ** 22        # in an array, at most: the largest vocabularies have a quarter of a million
 
 
 def unpack(mapped, format):
@@ -163,6 +165,8 @@ def gguf_value(mapped, kind):
     if kind != GGUF_ARRAY:
         return unpack(mapped, GGUF_NUMBERS[kind])[0]
     kind, count = unpack(mapped, 'IQ')
+    if count > GGUF_ITEMS:
+        raise ValueError(f'an array of {count:,}')
     if kind == GGUF_STRING:
         return [gguf_string(mapped) for _ in range(count)]
     return unpack(mapped, f'{count}{GGUF_NUMBERS[kind]}')
@@ -178,6 +182,8 @@ def read_gguf(path):
     entries = []
     for _ in range(n_tensors):
         name, n_dims = gguf_string(mapped), *unpack(mapped, 'I')
+        if not 1 <= n_dims <= 4:
+            raise ValueError(f'{name!r:.80} has {n_dims:,} dimensions')
         shape = unpack(mapped, f'{n_dims}Q')[::-1]          # the file has the innermost first
         kind, offset = unpack(mapped, 'IQ')
         entries.append((offset, name, GGUF_TYPES.get(kind, f'type {kind}'), shape))
@@ -192,7 +198,7 @@ def read_gguf(path):
             raise WeightsError(f'{name!r:.80} is in {kind}, not in F32, F16, BF16, Q8_0, Q4_0 or Q4_1')
         size, begin = math.prod(shape), start + offset
         end = begin + (size // 32 * block if block else size * DTYPES[kind].itemsize)
-        if not 1 <= len(shape) <= 4 or not size or block and shape[-1] % 32:
+        if not size or block and shape[-1] % 32:
             raise ValueError(f'{name!r:.80} has the shape {shape!r:.80}')
         if name in tensors or begin % alignment or begin < free or end > len(mapped):
             raise ValueError(f'{name!r:.80} is there twice, askew, over another one, or beyond the end')
@@ -280,21 +286,6 @@ def find_sources(config, names, tensors):
     return sources
 
 
-@contextmanager
-def one_thread():
-    """
-    torch on one thread: on a busy machine, two that wait for each other at every small step take 10 times as
-    long.
-    """
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
-
-
-@one_thread()
 def fill(config, names, tensors):
     """
     A model in eval mode of tensors with such names. Raises WeightsError with the first that does not fit.
@@ -373,6 +364,8 @@ def read_config(path):
     if kind == 'llama3':
         scaling = tuple(float(rope[key]) for key in ('factor', 'low_freq_factor', 'high_freq_factor',
                                                      'original_max_position_embeddings'))
+        if not (1 <= scaling[0] < math.inf and 0 < scaling[1] < scaling[2] and 1 <= scaling[3] < math.inf):
+            raise WeightsError(f'rotary positions are scaled by {scaling}, which makes no sense')
     elif kind != 'default':
         raise WeightsError(f'rope_type is {kind!r:.40}; only llama3 is supported')
     return llama_config(n_layer=said['num_hidden_layers'], n_head=n_head,
@@ -380,7 +373,8 @@ def read_config(path):
                         head_dim=said.get('head_dim') or d // n_head, n_embd=d,
                         n_hidden=said['intermediate_size'], norm_eps=said.get('rms_norm_eps', 1e-6),
                         vocab_size=said['vocab_size'], context=said.get('max_position_embeddings', 2048),
-                        rope_theta=rope.get('rope_theta', said.get('rope_theta', 1e4)), rope_scaling=scaling)
+                        rope_theta=rope.get('rope_theta', said.get('rope_theta', 10000.0)),
+                        rope_scaling=scaling)
 
 
 def gguf_config(metadata, tensors):
@@ -444,6 +438,18 @@ def load_gguf(path):
         return fill(config, LLAMA_GGUF_NAMES, tensors), {'tokenizer': spec}
 
 
+@contextmanager
+def one_thread():
+    """torch on one thread: two that wait for each other at each small step take longer if others compute."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+@one_thread()
 def load(source, merge=True, adapters=True):
     """
     source: 'smollm2', one of GPT2_RELEASES, a folder, a .gguf file, or a checkpoint of ours -> (model in eval

@@ -410,10 +410,14 @@ def test_what_ends_a_document_and_a_reply(spec, special):
 
 
 def test_a_base_model_has_no_template(tmp_path):
+    """Its vocabulary has the tokens of one all the same, and its files name them."""
     folder = write_tokenizer_json(tmp_path / 'model', SMOLLM_SPECIAL)
-    for jinja in ('{{ messages }}', ''):
-        (folder / 'tokenizer_config.json').write_text(json.dumps({'chat_template': jinja}))
+    tokens = {id: {'content': text} for text, id in SMOLLM_SPECIAL.items()}
+    for said in ({'chat_template': '{{ messages }}'}, {'chat_template': ''}, {'chat_template': None}, {}):
+        (folder / 'tokenizer_config.json').write_text(json.dumps({'added_tokens_decoder': tokens} | said))
         assert 'template' not in tokenizer_spec(str(folder))
+    (folder / 'tokenizer_config.json').write_text(json.dumps({'chat_template': [{'template': SMOLLM_JINJA}]}))
+    assert 'template' in tokenizer_spec(str(folder))
     (folder / 'tokenizer_config.json').unlink()
     (folder / 'chat_template.jinja').write_text(SMOLLM_JINJA)       # where newer files have it
     assert tokenizer_spec(str(folder))['template']['system'] == tokenizer.SMOLLM_SYSTEM
