@@ -142,9 +142,8 @@ def read_bin(path):
 # a matrix of a GGUF file in blocks of 32 numbers of a row: raw (rows, blocks, bytes) uint8, scales first
 Blocks = namedtuple('Blocks', 'raw kind shape')
 BLOCK_BYTES = {'Q8_0': 34, 'Q4_0': 18, 'Q4_1': 20}
-GGUF_TYPES = {0: 'F32', 1: 'F16', 2: 'Q4_0', 3: 'Q4_1', 6: 'Q5_0', 7: 'Q5_1', 8: 'Q8_0', 10: 'Q2_K',
-              11: 'Q3_K',
-              12: 'Q4_K', 13: 'Q5_K', 14: 'Q6_K', 30: 'BF16'}
+GGUF_TYPES = {0: 'F32', 1: 'F16', 30: 'BF16', 2: 'Q4_0', 3: 'Q4_1', 6: 'Q5_0', 7: 'Q5_1', 8: 'Q8_0',
+              10: 'Q2_K', 11: 'Q3_K', 12: 'Q4_K', 13: 'Q5_K', 14: 'Q6_K'}
 GGUF_NUMBERS = dict(zip((0, 1, 2, 3, 4, 5, 6, 7, 10, 11, 12), 'BbHhIif?Qqd'))       # in metadata
 GGUF_STRING, GGUF_ARRAY = 8, 9
 GGUF_ITEMS = 2 ** 22        # in an array, at most: the largest vocabularies have a quarter of a million
