@@ -695,11 +695,16 @@ def main():
     sys.exit(130 if wish else 0)
 
 
-if __name__ == '__main__':
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+def program():
+    """main(), and one line for what may end it."""
     try:
         common.run(main)
     except ProcessGone:
         fail('another process has ended; see what it said', 1)
     except torch.OutOfMemoryError:
         fail('out of memory; a smaller --micro_batch takes less, and so does --recompute', 1)
+
+
+if __name__ == '__main__':
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    program()

@@ -1,49 +1,66 @@
 """
-Several processes of train.py (gloo, on this CPU) against one: the same losses, gradients, statistics and checkpoint on the same
-global batch, to the rounding of sums taken in another order; and no process left hanging when another fails.
+Several processes of train.py (gloo, on this CPU) against one: the same losses, gradients, statistics and
+checkpoint on the same global batch, to the rounding of sums taken in another order. Where one ends, all do.
 """
 
+import multiprocessing
 import os
+import signal
 import socket
-import subprocess
-import sys
 
 import pytest
 import torch
 
-import cwic
+import device
 import train
-from test_train import ROOT, TINY, data, run       # data: a fixture
+from test_cwic import one_thread        # noqa: F401  a fixture
+from test_train import SCHEDULE, SIZES, Ended, call, equal, files, flags, load, one_line, resume
 
 # two sequences in a forward pass: one process takes two passes for a step, each of two processes takes one
-OPTIONS = [*TINY, '--micro_batch', '2', '--teacher', '0.5', '--eval_every', '6', '--stripe_up', '24']
+OPTIONS = flags({**SIZES, **SCHEDULE, 'micro_batch': 2, 'eval_every': 6, 'stripe_up': 24, 'teacher': 0.5})
 
 
-def run_together(*args, world=2):
-    """As torchrun starts them on one host. -> [(exit code, stdout, stderr)] in the order of ranks."""
+def together(*args, killed=None):
+    """
+    What two processes end with, the first one first, started as torchrun starts them on one host; but
+    forked, since torch takes seconds to import. killed: (rank, step), the one that is killed as it begins
+    that step.
+    """
     with socket.socket() as s:
         s.bind(('localhost', 0))
         port = s.getsockname()[1]
-    processes = []
-    for rank in range(world):
-        env = dict(os.environ, OMP_NUM_THREADS='1', RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world),
-                   MASTER_ADDR='localhost', MASTER_PORT=str(port))
-        processes.append(subprocess.Popen([sys.executable, os.path.join(ROOT, 'train.py'), *args], env=env, text=True, encoding='utf-8',
-                                          stdout=subprocess.PIPE, stderr=subprocess.PIPE))
-    try:
-        outputs = [process.communicate(timeout=60) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    return [(process.returncode, *output) for process, output in zip(processes, outputs)]
+    context = multiprocessing.get_context('fork')
+    ended = context.SimpleQueue()
 
+    def child(rank):
+        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE='2', MASTER_ADDR='localhost',
+                          MASTER_PORT=str(port))
+        draw = train.step_starts
 
-def load(folder):
-    return torch.load(os.path.join(folder, 'last.pt'), weights_only=True)
+        def step_starts(data, meta, config, step):
+            if (rank, step) == killed:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return draw(data, meta, config, step)
+
+        train.step_starts = step_starts
+        ended.put((rank, tuple(call(*args))))
+
+    processes = [context.Process(target=child, args=(rank,)) for rank in range(2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+        process.kill()
+    results = {rank: Ended(-signal.SIGKILL, '', '') for rank in range(2)}
+    while not ended.empty():
+        rank, result = ended.get()
+        results[rank] = Ended(*result)
+    return results[0], results[1]
 
 
 def close(a, b, share):
     """The largest difference is less than `share` of the largest value, tensor by tensor."""
+    assert a.keys() == b.keys()
     for name, x in a.items():
         assert float((x - b[name]).abs().max()) <= share * float(x.abs().max()) + 1e-12, name
 
@@ -51,21 +68,20 @@ def close(a, b, share):
 @pytest.fixture(scope='module')
 def alone(data, tmp_path_factory):
     out = tmp_path_factory.mktemp('alone')
-    assert run('train.py', *OPTIONS, '--data', data, '--out', str(out)).returncode == 0
-    return str(out)
+    assert call(*OPTIONS, '--data', data, '--out', out).returncode == 0
+    return out
 
 
 def test_two_processes_equal_one(alone, data, tmp_path):
     """
     A whole run, dense and sparse, with a teacher: every loss in the log, to 1e-5 nats; every weight,
-    threshold and statistic, to 1e-3 of the largest beside it (Adam makes much of the rounding of keys' biases, whose gradient is 0). The first
-    process alone speaks and writes.
+    threshold and statistic, to 1e-3 of the largest beside it (Adam makes much of the rounding of keys'
+    biases, whose gradient is 0). The first process alone speaks and writes.
     """
-    results = run_together(*OPTIONS, '--data', data, '--out', str(tmp_path))
-    assert [code for code, _, _ in results] == [0, 0], results
-    assert '2 processes' in results[0][1] and results[1][1] == ''
+    first, second = together(*OPTIONS, '--data', data, '--out', tmp_path)
+    assert first.returncode == 0 and '2 processes' in first.stdout and second == (0, '', ''), (first, second)
     one, two = load(alone), load(tmp_path)
-    assert sorted(os.listdir(tmp_path)) == ['best.pt', 'last.pt', 'log.csv', 'training.png']
+    assert list(files(tmp_path)) == ['best.pt', 'last.pt', 'log.csv', 'training.png']
     assert len(one['log']) == len(two['log']) == 3
     for a, b in zip(one['log'], two['log']):
         assert a[0] == b[0] and a[5:] == b[5:]                                  # step; target, learning rate
@@ -76,49 +92,90 @@ def test_two_processes_equal_one(alone, data, tmp_path):
 
 
 def test_gradients_of_two_processes_equal_those_of_one(data, tmp_path):
-    """After one step the optimiser's running mean is a tenth of the gradient; the step is sparse, so those of the thresholds are there too."""
-    options = [*OPTIONS, '--teacher', '0', '--dense_steps', '0', '--data', data, '--max_steps', '1']
-    assert run('train.py', *options, '--out', str(tmp_path / 'one')).returncode == 0
-    assert [code for code, _, _ in run_together(*options, '--out', str(tmp_path / 'two'))] == [0, 0]
-    one, two = (load(tmp_path / name)['optimizer']['state'] for name in ('one', 'two'))
-    assert one.keys() == two.keys() and len(one) == 21 and all(float(x['exp_avg'].abs().max()) > 0 for x in one.values())
-    close({i: x['exp_avg'] for i, x in one.items()}, {i: x['exp_avg'] for i, x in two.items()}, 1e-5)
+    """
+    After a step, here a sparse one, the optimiser's running mean is a tenth of the gradient, thresholds'
+    too.
+    """
+    options = [*OPTIONS, '--teacher', 0, '--dense_steps', 0, '--data', data, '--max_steps', 1]
+    assert call(*options, '--out', tmp_path / 'one').returncode == 0
+    assert [ended.returncode for ended in together(*options, '--out', tmp_path / 'two')] == [0, 0]
+    one, two = ({i: x['exp_avg'] for i, x in load(tmp_path / name)['optimizer']['state'].items()}
+                for name in ('one', 'two'))
+    assert len(one) == 21 and all(float(x.abs().max()) > 0 for x in one.values())
+    close(one, two, 1e-5)
 
 
 def test_resume_on_another_number_of_processes(alone, data, tmp_path):
-    """Two processes, stopped while dense; one, stopped while sparse; two again: the same run as that of one process, never stopped."""
-    out = ['--out', str(tmp_path)]
-    assert [code for code, _, _ in run_together(*OPTIONS, *out, '--data', data, '--max_steps', '3')] == [0, 0]
+    """
+    Two processes, stopped while dense; one, stopped while sparse; two again: the run of one, never stopped.
+    """
+    stopped = together(*OPTIONS, '--data', data, '--out', tmp_path, '--max_steps', 3)
+    assert [ended.returncode for ended in stopped] == [0, 0]
     assert load(tmp_path)['step'] == 3 and load(tmp_path)['teacher'] is None
-    assert run('train.py', '--resume', *out, '--max_steps', '7').returncode == 0
+    assert resume(tmp_path, '--max_steps', 7).returncode == 0
     assert load(tmp_path)['step'] == 7 and load(tmp_path)['teacher'] is not None
-    assert [code for code, _, _ in run_together('--resume', *out)] == [0, 0]
+    assert [ended.returncode for ended in together('--resume', '--out', tmp_path)] == [0, 0]
     one, two = load(alone), load(tmp_path)
     assert two['step'] == 12 and [row[0] for row in two['log']] == [row[0] for row in one['log']]
     assert all(abs(a[2] - b[2]) < 1e-5 for a, b in zip(one['log'], two['log']))
     close(one['model'], two['model'], 1e-3)
 
 
-def test_processes_draw_disjoint_parts_of_one_batch():
-    config = train.TrainConfig(batch_size=8)
-    whole = train.step_starts(range(10 ** 6), config, 3)
-    parts = [list(whole[rank::2]) for rank in range(2)]
-    assert not set(parts[0]) & set(parts[1]) and sorted(parts[0] + parts[1]) == sorted(whole)
+def test_processes_that_cannot_share_a_batch_evenly(data, tmp_path):
+    """
+    Once refused, the plain `torchrun --nproc_per_node 2 train.py` included. 3 sequences are shared as 2 and
+    1.
+    """
+    options = [*OPTIONS, '--batch_size', 3, '--data', data]
+    assert call(*options, '--out', tmp_path / 'one').returncode == 0
+    assert [ended.returncode for ended in together(*options, '--out', tmp_path / 'two')] == [0, 0]
+    close(load(tmp_path / 'one')['model'], load(tmp_path / 'two')['model'], 1e-3)
+
+
+def test_dtype_is_that_of_the_first_process(data, tmp_path, monkeypatch):
+    """Each measured for itself, and so two might have computed in different ones."""
+    monkeypatch.setattr(device, 'product_seconds',
+                        lambda dtype: 2.0 if (dtype == torch.float32) == (os.environ['RANK'] == '0') else 1.0)
+    for dtype in ('auto', 'bfloat16'):
+        options = [*OPTIONS, '--dtype', dtype, '--max_steps', 2]
+        ended = together(*options, '--data', data, '--out', tmp_path / dtype)
+        assert [e.returncode for e in ended] == [0, 0]
+    assert 'bfloat16 (as asked)' in ended[0].stdout
+    assert equal(load(tmp_path / 'auto')['model'], load(tmp_path / 'bfloat16')['model'])
 
 
 @pytest.mark.parametrize('args, words', [
     (['--resume'], 'cannot resume'),                        # before anything is shared
-    (['--batch_size', '6'], 'must be a multiple of --micro_batch times processes (2 x 2)'),
+    (['--batch_size', 1], 'too small to be shared by 2 processes'),
+    (['--data', 'nowhere'], 'data/nowhere is not there'),
+    (['--init_from', 'nowhere.pt'], 'no such checkpoint'),
 ])
 def test_a_wrong_option_ends_all_processes(data, tmp_path, args, words):
-    results = run_together(*OPTIONS, '--data', data, '--out', str(tmp_path), *args)
-    assert all(code for code, _, _ in results) and words in results[0][2]
+    """In one line each: the second waited for the first, and its traceback hid what the first had said."""
+    first, second = together(*OPTIONS, '--data', data, '--out', tmp_path, *args)
+    assert words in first.stderr and one_line(first, first.returncode) and one_line(second, second.returncode)
+    assert first.returncode and second.returncode and not files(tmp_path)
 
 
 def test_a_failure_of_the_first_process_alone_ends_all(data, tmp_path):
     """It alone writes: where it cannot, the others must not wait for it for ever."""
-    (tmp_path / 'last.pt' / 'in the way').mkdir(parents=True)
-    results = run_together(*OPTIONS, '--data', data, '--out', str(tmp_path))
-    assert all(code for code, _, _ in results)
-    assert 'last.pt cannot be written' in results[0][2] and 'Traceback' not in results[0][2]
-    assert not [name for name in os.listdir(tmp_path) if 'partial' in name]
+    assert call(*OPTIONS, '--data', data, '--out', tmp_path, '--max_steps', 3).returncode == 0
+    (tmp_path / 'log.csv').unlink()
+    (tmp_path / 'log.csv' / 'in the way').mkdir(parents=True)
+    first, second = together('--resume', '--out', tmp_path)
+    assert 'log.csv cannot be written' in one_line(first, 1) and load(tmp_path)['step'] == 6
+    assert 'another process has ended' in one_line(second, 1)
+
+
+@pytest.mark.parametrize('step', [2, 8])
+def test_a_process_that_is_killed_ends_the_other_which_saves(alone, data, tmp_path, step):
+    """
+    The first saves the steps that are done, with which one process alone can go on; the second says one
+    line.
+    """
+    first, second = together(*OPTIONS, '--data', data, '--out', tmp_path, killed=(1, step))
+    assert f'another process has ended; step {step} is saved' in one_line(first, 1) and second.returncode < 0
+    assert load(tmp_path)['step'] == step and resume(tmp_path).returncode == 0
+    close(load(alone)['model'], load(tmp_path)['model'], 1e-3)
+    first, second = together(*OPTIONS, '--data', data, '--out', tmp_path, '--overwrite', killed=(0, step))
+    assert 'another process has ended' in one_line(second, 1) and first.returncode < 0

@@ -27,7 +27,6 @@ import cwic
 import device
 import evaluate
 import train
-from data import common
 from options import parse_options
 from test_cwic import BOTH, one_thread, small_model     # noqa: F401  one_thread is a fixture
 
@@ -71,7 +70,7 @@ def call(*args):
     sys.argv, code = ['train.py', *map(str, args)], 0
     try:
         with redirect_stdout(out), redirect_stderr(err):
-            common.run(train.main)
+            train.program()
     except SystemExit as end:
         code = end.code or 0
     finally:
