@@ -394,7 +394,7 @@ def restore(run, saved):
 def begin(config, given, device):
     """
     -> Run: a new one, one from a pretrained model, or a resumed one; and its data (train tokens, validation
-    tokens, meta), or None where no step is to be done.
+    tokens, meta), or None where none is needed.
     """
     torch.manual_seed(config.seed)
     model, saved, data = None, {}, None
@@ -405,7 +405,7 @@ def begin(config, given, device):
     else:
         config = replace(config, teacher=max(config.teacher, 0.0))
     tokenizer = saved.get('tokenizer')
-    if config.last_step() or model is None:
+    if config.max_steps or config.resume or model is None:
         data = common.load_dataset(config.data, config.block_size)
         meta = data[2]
         if model is None:
@@ -442,8 +442,8 @@ def begin(config, given, device):
 
 def claim_folder(config):
     """
-    Makes --out this run's own; what is returned must be kept until the end. Ends the program where another
-    run is at work there, or has been and is neither to be resumed nor overwritten.
+    Makes --out this run's own, for as long as what is returned is kept. Ends the program where another run is
+    at work there, or has been and is neither to be resumed nor overwritten.
     """
     try:
         os.makedirs(config.out, exist_ok=True)
@@ -680,14 +680,16 @@ def main():
         for name in FILES if config.overwrite and not config.resume else ():
             if os.path.exists(run.path(name)):
                 os.remove(run.path(name))
-    if not config.last_step() and not config.resume:
-        save(run, 'best.pt')
-        print(f'no step to do: saved as it is; talk to it: python chat.py --ckpt {run.path("best.pt")}')
+    if not config.max_steps and not config.resume:
+        if rank == 0:
+            save(run, 'best.pt')
+            print(f'no step to do: saved as it is; talk to it: python chat.py --ckpt {run.path("best.pt")}')
         return
     wish = train(run, data, rank, world)
     if rank == 0 and (wish or run.step < config.steps()):
         print(f'\n{wish or "stopped"} at step {run.step}, which is saved; go on with: '
-              f'python train.py --resume --out {config.out}', file=sys.stderr if wish else sys.stdout)
+              f'python train.py --resume --out {config.out}', flush=True,
+              file=sys.stderr if wish else sys.stdout)
     elif rank == 0:
         finish(run, data[2])
     if dist.is_initialized():

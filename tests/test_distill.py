@@ -381,8 +381,8 @@ def test_going_on_from_an_adapter(adapter, data, tmp_path):
 # torch.compile
 
 
-@BOTH
-@pytest.mark.parametrize('dense, rank, one_stripe', [(True, 0, False), (False, 0, False), (False, 3, True)])
+@pytest.mark.parametrize('arch, dense, rank, one_stripe', [
+    ('gpt2', True, 0, False), ('gpt2', False, 0, False), ('gpt2', False, 3, True), ('llama', False, 3, True)])
 def test_compiling_changes_nothing(arch, dense, rank, one_stripe):
     """
     torch.compile must find one graph in a block and one in the head with its loss, custom backward

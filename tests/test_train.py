@@ -450,7 +450,9 @@ def test_a_stopped_run_keeps_its_results(finished, data, tmp_path):
         assert after[name] == before[name]
     assert (tmp_path / 'log.csv').read_text(encoding='utf-8').count('\n') == 2
     # and one that is asked to stop where it has long been stays there
-    assert 'stopped at step 6' in resume(tmp_path, '--max_steps', 3).stdout
+    for step in (3, 0):
+        assert 'stopped at step 6' in resume(tmp_path, '--max_steps', step).stdout
+    assert list(files(tmp_path)) == ['last.pt', 'log.csv']
     assert resume(tmp_path).returncode == 0 and equal(trained(tmp_path), trained(finished[0]))
 
 
