@@ -1,492 +1,680 @@
 """
 How fast the kernel is, against the memory it reads from and against others.
 
-    python bench.py kernel              # each matrix alone: share of the memory roofline
-    python bench.py decode              # tokens/s, beside PyTorch with dense weights
-    python bench.py decode --llama_bench PATH --gguf gpt2-f32.gguf,gpt2-q8_0.gguf
-    python bench.py train               # a CWIC training step against the same step dense
-    python bench.py train --model gpt2 --compile        # ... of a 124M model, on a GPU
-    python bench.py decode --model out/best.pt
-    python bench.py loss                # what narrower weights cost: validation loss of each format
+    python bench.py kernel                          # each kind of matrix alone
+    python bench.py decode                          # tokens/s, beside PyTorch with dense weights
+    python bench.py decode --llama_bench PATH --gguf f32.gguf,q8_0.gguf         # and beside llama.cpp
+    python bench.py decode --model smollm2          # a real model, reading real text
+    python bench.py prefill                         # prompts of several lengths: time to the first token
+    python bench.py train --model gpt2-shape --compile      # a CWIC training step against the same step dense
+    python bench.py loss --model out/best.pt        # what narrower weights cost in validation loss
 
-Reading weights is what decoding waits for, and memory's speed swings as neighbours come and go. So every measurement has
-a bandwidth probe just before and just after it, all cases take turns in rounds, and medians are reported with their
+Decoding waits for weights, and memory's speed swings as neighbours come and go. So all cases take turns in
+rounds, each with a probe of the bandwidth just before and just after it, and medians are reported with their
 spread:
 
-    roofline = bytes of weights per token x tokens/s / bandwidth             1 is as fast as memory allows
+    roofline = bytes read per token x tokens/s / bandwidth          1 is as fast as memory allows
 
-The model is GPT-2's smallest (124M) in shape, its weights random: speed does not depend on them. Thresholds are set
-layer by layer, from the inputs of random tokens, to the quantile that leaves 1 / reduction of each input's values active;
-the reduction reported is the one counted. With --model a checkpoint is measured with its own thresholds, and dense.
+Read are the active weights and all thresholds, with int8 also the scales beside those. The shapes gpt2-shape
+(124M) and smollm2-shape (135M) have random weights, on which speed does not depend. Their thresholds are the
+quantiles that leave 1 / reduction of each input's values active; the reduction reported is the one counted.
+Other models are measured dense, and with their own thresholds if they have any.
 
-But: batch 1, decoding only; what is counted as read are weights, not thresholds, scales, or the KV cache.
+Not here: batches of sequences. Not counted: what else a token reads (keys and values, mu, biases, norms).
 """
 
+import signal
+
+if __name__ == '__main__':
+    signal.signal(signal.SIGINT, signal.SIG_DFL)        # Ctrl-C while torch is imported, for seconds
+
+import copy
 import json
 import os
 import platform
+import re
+import shutil
 import subprocess
 import sys
+import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 
 import build_kernel
-from cwic import GPT, CheckpointError, CWICConfig, KVCache, dense_copy, load_checkpoint
-from decoder import Decoder
+import cwic
+import plots
+import train
+import weights
+from cwic import GPT, CheckpointError, CWICConfig, KVCache, Neurons
+from data import common
+from decoder import FORMATS, Decoder, PackedMatrix, pointer
 from device import check_compile, choose_device, choose_dtype, keep_memory
-from options import fail, option, parse_options
+from evaluate import validation_windows
+from options import fail, option, parse_options, printable
+from tokenizer import end_id, load_tokenizer
 
-HERE = Path(__file__).parent
-GPT2 = dict(vocab_size=50257, block_size=1024, n_layer=12, n_head=12, n_embd=768)
-BYTES = {'f32': 4, 'bf16': 2, 'int8': 1}
-PROMPT = 16             # tokens in the cache when decoding begins
+PROMPT = 16                     # tokens in the cache when decoding begins
+PROBE_BYTES = 2 ** 29           # more than most caches hold
+KINDS = ('qkv', 'out', 'up', 'down', 'head')
+SHAPES = {                      # in stripes as weights.py cuts the released models
+    'gpt2-shape': CWICConfig(vocab_size=50257, block_size=1024, n_layer=12, n_head=12, n_embd=768,
+                             stripe_qkv=768, stripe_out=768, stripe_up=768, stripe_down=768,
+                             stripe_head=2048),
+    'smollm2-shape': weights.llama_config(vocab_size=49152, context=2048, n_layer=30, n_head=9, n_kv_head=3,
+                                          head_dim=64, n_embd=576, n_hidden=1536)}
+PRESETS = {'gpt2-shape': 'gpt2_124m_scratch.toml', 'smollm2-shape': 'smollm2_distill.toml'}     # of train.py
 
 
 @dataclass
 class BenchConfig:
-    """Measures speed. The first argument says of what: kernel, decode or train; or loss, what narrower weights cost."""
-    model: str = option('', 'gpt2, in shape only, or a checkpoint of ours; left out: gpt2, but for train its default model, for loss out/best.pt')
-    stripe: int = option(768, 'columns in a stripe of the gpt2 shape')
-    reductions: str = option('1,2,3,4,6', 'dense / active weights, for the gpt2 shape')
+    """Measures speed: of the kernel, decoding, reading prompts, training; or what narrow weights cost."""
+    what: tuple = option((), 'kernel, decode, prefill, train or loss')
+    model: str = option('', f'{", ".join(SHAPES)}, or all that weights.py loads: smollm2, out/best.pt, ...; '
+                        'left out: gpt2-shape, for train its default model, for loss out/best.pt')
+    stripe: int = option(0, 'columns in the stripes of a shape; 0: as in the released model', at_least=0)
+    reductions: str = option('1,2,3,4,6', 'dense / active weights, for shapes')
     dtypes: str = option('f32,bf16,int8', 'formats of the weights')
-    threads: str = option('1,2', 'numbers of threads')
-    rounds: int = option(7, 'measurements of each case')
-    tokens: int = option(16, 'tokens decoded in each measurement')
-    llama_bench: str = option('', 'llama.cpp\'s llama-bench, to compare with')
+    threads: str = option('1,2', 'numbers of threads; loss takes the largest')
+    rounds: int = option(7, 'measurements of each case', at_least=1)
+    tokens: int = option(32, 'decode: tokens in each measurement', at_least=1)
+    prompts: str = option('16,64,256,1000', 'prefill: lengths of the prompts')
+    llama_bench: str = option('', "decode, prefill: llama.cpp's llama-bench, to compare with")
     gguf: str = option('', 'its models, separated by commas')
-    data: str = option('python', 'folder in data/ whose val.bin the loss is measured on')
-    windows: int = option(16, 'windows of it, each as long as the context')
-    device: str = option('auto', 'for train: auto, cpu, cuda or mps; all else runs on the CPU')
-    compile: bool = option(False, 'for train: as torch.compile makes it')
-    batch: int = option(0, 'for train: sequences in a step; 0: as many as train.py would take')
-    json: str = option('', 'file for every row, as JSON')
-    out: str = option('out', 'where the pictures go')
+    ctranslate2: str = option('', 'decode, prefill: a model converted for CTranslate2, to compare with')
+    data: str = option('', 'folder in data/ whose validation split is read; left out: for loss the one the '
+                       'model was trained with, else text that the model writes itself')
+    windows: int = option(16, 'loss: windows of it, as long as the training windows were', at_least=1)
+    device: str = option('auto', 'train: auto, cpu, cuda or mps; all else runs on the CPU')
+    compile: bool = option(False, 'train: as torch.compile makes it')
+    batch: int = option(0, "train: sequences in a step; 0: the preset's, or four micro-batches", at_least=0)
+    json: str = option('', 'file for all results')
+    out: str = option('out', 'where the pictures of kernel and decode go')
 
 
 def machine():
+    """CPU, cores, versions, compiler and date, in one line."""
+    name = re.search(r'model name\s*: (.*)', build_kernel.cpu())
     try:
-        with open('/proc/cpuinfo', encoding='utf-8') as f:
-            name = next(line.split(':')[1].strip() for line in f if line.startswith('model name'))
-    except (OSError, StopIteration):
-        name = platform.processor() or platform.machine()
-    version = subprocess.run([*build_kernel.compiler(), '--version'], capture_output=True, text=True).stdout
-    return (f'{name}, {os.cpu_count()} cores; Python {platform.python_version()}, torch {torch.__version__}, '
-            + version.splitlines()[0])
+        command = [*build_kernel.compiler(), '--version']
+        compiler = subprocess.run(command, capture_output=True, text=True).stdout.split('\n')[0]
+    except (OSError, build_kernel.KernelUnavailable):
+        compiler = 'no compiler'
+    return printable(f'{name[1] if name else platform.machine()}, {os.cpu_count()} cores; '
+                     f'Python {platform.python_version()}, torch {torch.__version__}, {compiler}; '
+                     f'{time.strftime("%d %B %Y")}')
+
+
+def progress(text=''):
+    """On a terminal, a line that the next one takes the place of."""
+    if sys.stderr.isatty():
+        print(f'\r\033[K{text}', end='', file=sys.stderr, flush=True)
+
+
+# -----------------------------------------------------------------------------
+# quantile thresholds
+
+
+@torch.no_grad()
+def visit(model, tokens, action, dense=False):
+    """
+    Reads tokens (B, T), and before each layer that has thresholds calls action(name, layer, x, h): x (B, T,
+    in) is what is compared with them, and h (B, T, d) what Llama's up is applied to, None in other layers.
+    """
+    def before(layer, args, name):
+        action(name, layer, *((args[1], args[0]) if isinstance(layer, Neurons) else (args[0], None)))
+
+    hooks = [layer.register_forward_pre_hook(partial(before, name=name)) for name, layer in model.gated()]
+    model(tokens, dense=dense)
+    for hook in hooks:
+        hook.remove()
+
+
+@torch.no_grad()
+def calibrate(model, reduction, tokens, check):
+    """
+    Gives a model in eval mode statistics, and thresholds without training: layer by layer, from the inputs
+    that tokens (B, T) give it when the layers before are sparse already, the quantile of |x - mu| that leaves
+    1 / reduction of each input's values active. Then all are moved by one factor, so that check (B', T'),
+    other tokens, gets the reduction asked for, which must be above 1.
+    """
+    def set_thresholds(_, layer, x, h):
+        layer.mu.zero_()
+        layer.sigma.zero_()
+        for _ in range(8):              # the centre settles, as it does over many batches of training
+            layer.seen.zero_()
+            layer.update_statistics(cwic.observe(x, layer.mu, layer.sigma))
+        distance = (x.flatten(0, 1).float() - layer.mu).abs()                           # (B * T, in)
+        t = distance.kthvalue(max(round((1 - 1 / reduction) * len(distance)), 1), dim=0).values
+        layer.theta.copy_((t / (layer.scale * layer.sigma.clamp_min(1e-12))).expand_as(layer.theta))
+
+    visit(model, tokens, set_thresholds)
+    layers = [layer for _, layer in model.gated()]
+    thetas, low, high = [layer.theta.clone() for layer in layers], 0.5, 2.0
+    for _ in range(8):
+        factor = (low + high) / 2
+        for layer, theta in zip(layers, thetas):
+            layer.theta.copy_(theta * factor)
+        too_sparse = model.dense() / model(check)[1].sum(0).mean() > reduction
+        low, high = (low, factor) if too_sparse else (factor, high)
 
 
 # -----------------------------------------------------------------------------
 # what is measured
 
 
-def gpt2_shape(stripe, seed=0):
-    torch.manual_seed(seed)
-    stripes = {f'stripe_{name}': stripe for name in ('qkv', 'out', 'up', 'down', 'head')}
-    return GPT(CWICConfig(**GPT2, **stripes)).eval()
+def choose_model(config):
+    """-> (model in eval mode, what else its file says: nothing of a shape)"""
+    name = config.model or 'gpt2-shape'
+    if name not in SHAPES:
+        return weights.load(name)
+    torch.manual_seed(0)
+    stripes = {f'stripe_{kind}': config.stripe for kind in KINDS if config.stripe}
+    return GPT(replace(SHAPES[name], **stripes)).eval(), {}
 
 
-@torch.no_grad()
-def calibrate(model, reduction, tokens, check):
-    """
-    Sets statistics and thresholds of every layer from the inputs that tokens (B, T) give it, the layers before being set;
-    then all of them so that check (B', T), other tokens, gets the reduction asked for.
-    """
-    def set_thresholds(linear, args):
-        x = args[0].flatten(0, 1)                                           # (B * T, in)
-        linear.mu.copy_(x.mean(0))
-        linear.sigma.fill_(1)
-        t = torch.full_like(linear.mu, -1)                                  # everything is active
-        if reduction > 1:
-            t = torch.quantile((x - linear.mu).abs(), 1 - 1 / reduction, dim=0)
-        linear.theta.copy_((t / linear.scale).expand_as(linear.theta))
+def read_dataset(name, saved, length):
+    """Tokens of the validation split of data/NAME, and its meta. Raises DataError."""
+    _, val, meta = common.load_dataset(name, length)
+    if meta['tokenizer'] != saved['tokenizer']:
+        raise common.DataError(f'data/{name} was made with another tokenizer than the model has')
+    return val, meta
 
-    hooks = [linear.register_forward_pre_hook(set_thresholds) for _, linear in model.linears()]
-    model(tokens)
-    for hook in hooks:
-        hook.remove()
-    # other tokens find it a little too sparse or too dense, layer upon layer: one factor for all thresholds mends that
-    linears, low, high = [linear for _, linear in model.linears()], 0.6, 1.6
-    thetas = [linear.theta.clone() for linear in linears]
-    for _ in range(7 if reduction > 1 else 0):
-        middle = (low + high) / 2
-        for linear, theta in zip(linears, thetas):
-            linear.theta.copy_(theta * middle)
-        too_sparse = model.dense() / model(check)[1].sum(0)[:, PROMPT:].mean() > reduction
-        low, high = (low, middle) if too_sparse else (middle, high)
+
+def text_to_read(config, model, saved, count):
+    """Token ids, a list: random for a shape, else from --data, or what the model writes at temperature 1."""
+    generator = torch.Generator().manual_seed(0)
+    if not saved:
+        return torch.randint(model.config.vocab_size, (count,), generator=generator).tolist()
+    if config.data:
+        return read_dataset(config.data, saved, count)[0][:count].tolist()
+    decoder, spec = Decoder(model, 'int8'), saved['tokenizer']
+    tokens = [end_id(spec, load_tokenizer(spec))]
+    while len(tokens) < count:
+        logits, point = decoder.step(tokens[-1])[0], torch.rand(1, generator=generator)
+        tokens += cwic.sample(torch.from_numpy(logits)[None], point, temperature=1.0)[0].tolist()
+    return tokens
 
 
 class Setting:
-    """What differs between reductions: thresholds, mu and base of every matrix; and a prompt's cache, read with them."""
+    """
+    One way to use a model, dense or with the thresholds it has now: what the kernel gets for it besides the
+    weights, and what each matrix is multiplied with after a prompt, a list of token ids.
+    """
 
-    @torch.no_grad()
-    def __init__(self, model, prompt):
-        self.arrays, self.cache, self.inputs, hooks = [], KVCache(model.config), {}, []
-        for name, linear in model.linears():
-            base = linear.mu @ linear.weight + (0 if linear.bias is None else linear.bias)
-            self.arrays.append([a.detach().numpy().copy() for a in (linear.thresholds(), linear.mu, base)])
-            hooks.append(linear.register_forward_pre_hook(
-                lambda module, args, name=name: self.inputs.__setitem__(name, args[0][0, -1].numpy())))
-        model(prompt, self.cache)           # and keeps what its last token gave each matrix, for measuring that alone
-        for hook in hooks:
-            hook.remove()
+    def __init__(self, model, dense, prompt):
+        self.tensors, self.inputs = {}, {}
+        for name, layer in model.gated():
+            tensors = PackedMatrix(layer, dense=dense).tensors
+            self.tensors[name] = {key: tensors[key] for key in ('thresholds', 'mu', 'base')}
 
-    def put_into(self, decoder):
-        for packed, arrays in zip(decoder.packed.values(), self.arrays):
-            for old, new in zip(packed.arrays[1:4], arrays):
-                old[:] = new
-        decoder.cache = self.cache
+        def remember(name, layer, *inputs):
+            self.inputs[name] = [None if x is None else x[0, -1].clone() for x in inputs]
 
+        visit(model, torch.tensor([prompt]), remember, dense)
 
-class Probe:
-    """How many GB/s the decoder's own threads can read at this moment, from more memory than any cache holds."""
-
-    def __init__(self):
-        self.data = np.ones(32 << 20, np.uint64)                            # 256 MiB
-
-    def __call__(self, decoder):
-        start = time.perf_counter()
-        decoder.lib.read_all(decoder.team, decoder.ffi.from_buffer('uint64_t[]', self.data), self.data.size)
-        return self.data.nbytes / (time.perf_counter() - start) / 1e9
+    def prepare(self, decoder, threads):
+        if decoder.threads != threads:
+            decoder.set_threads(threads)
+        for name, tensors in self.tensors.items():
+            for key, values in tensors.items():
+                decoder.packed[name].tensors[key].copy_(values)
 
 
-def decode(decoder, tokens):
-    """Seconds per token, and active weights per token, for tokens after the prompt in the cache."""
-    decoder.cache.length, active = PROMPT, 0
-    start = time.perf_counter()
-    for token in tokens:
-        active += decoder.step(token)[1].sum()
-    return (time.perf_counter() - start) / len(tokens), active / len(tokens)
+def make_settings(model, saved, reductions, prompt):
+    """A shape at each of the reductions; another model dense, and as it is."""
+    if saved:
+        sparse = any(float(layer.theta.detach().max()) > 0 for _, layer in model.gated())
+        return [Setting(model, dense, prompt) for dense in (True, False) if dense or sparse]
+    settings, samples = [], torch.randint(model.config.vocab_size, (26, PROMPT + 32))
+    for reduction in reductions:
+        if reduction > 1:
+            calibrate(model, reduction, samples[2:], samples[:2])
+        settings.append(Setting(model, reduction == 1, prompt))
+    return settings
 
 
-def run_matrices(decoder, kind, inputs):
-    """The same for all matrices of one kind alone, one after the other."""
-    linears = [(name, linear) for name, linear in decoder.model.linears() if name.split('.')[-1] == kind]
-    structs = [decoder.ffi.new('Linear *', decoder.packed[name].struct) for name, _ in linears]
-    x = [np.ascontiguousarray(inputs[name]) for name, _ in linears]
-    y, active = np.empty(linears[0][1].n_out, np.float32), np.empty((len(linears), 1), np.int64)
-    number = {'f32': decoder.lib.F32, 'bf16': decoder.lib.BF16, 'int8': decoder.lib.INT8}[decoder.dtype]
-    buffer = decoder.ffi.from_buffer
-    arguments = [(decoder.team, struct, number, buffer('float[]', one), buffer('float[]', y), buffer('int64_t[]', count))
-                 for struct, one, count in zip(structs, x, active)]
-    start = time.perf_counter()
-    for a in arguments:
-        decoder.lib.matvec(*a)
-    return time.perf_counter() - start, active.sum()
-
-
-@torch.no_grad()
-def torch_decode(model, dtype, tokens):
-    """Seconds per token of the dense model in PyTorch, with a KV cache."""
-    cache = KVCache(model.config)
-    cache.k, cache.v, cache.length = cache.k.to(dtype), cache.v.to(dtype), PROMPT
-    start = time.perf_counter()
-    for token in tokens:
-        model(torch.tensor([[token]]), cache, dense=True)
-    return (time.perf_counter() - start) / len(tokens)
-
-
-def llama_decode(config, gguf, threads):
-    """(tokens/s, bytes of the model, its format) of llama.cpp."""
-    command = [config.llama_bench, '-m', gguf, '-p', '0', '-n', str(config.tokens), '-d', str(PROMPT), '-t', str(threads),
-               '-r', '1', '-o', 'json']
+def on_huge_pages(decoder):
+    """How much of the memory around the middle of a decoder's weights lies on huge pages, in words."""
+    tensors = [packed.tensors['weight'] for packed in decoder.packed.values()]
+    middle = (tensors[0].data_ptr() + tensors[-1].data_ptr()) // 2
     try:
-        row = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)[0]
-    except OSError as error:
-        fail(f'--llama_bench {config.llama_bench}: {error.strerror}')
-    except (subprocess.CalledProcessError, ValueError, IndexError):
-        fail(f'{gguf} could not be measured; to see why, run: ' + ' '.join(command), 1)
-    return row['avg_ts'], row['model_size'], row['model_type'].split()[-1]
+        regions = Path('/proc/self/smaps').read_text(encoding='utf-8', errors='replace')
+    except OSError:
+        return 'unknown'
+    for low, high, region in re.findall(r'^([0-9a-f]+)-([0-9a-f]+) (.*?)^VmFlags', regions, re.M | re.S):
+        if int(low, 16) <= middle < int(high, 16):
+            kib = {name: int(number) for name, number in re.findall(r'(\w+): +(\d+) kB', region)}
+            return f'{100 * kib["AnonHugePages"] / kib["Rss"]:.0f}%'
+    return 'unknown'
 
 
 # -----------------------------------------------------------------------------
+# one measurement of each engine
 
 
-def make_settings(config):
-    """The model, and {reduction asked for: Setting}."""
-    if config.model not in ('', 'gpt2'):
-        model, _ = load_checkpoint(config.model)
-        prompt = torch.randint(model.config.vocab_size, (1, PROMPT))
-        own = Setting(model, prompt)
-        for _, linear in model.linears():
-            linear.theta.data.fill_(-1)
-        return model, {1.0: Setting(model, prompt), 'its own': own}
-    model, settings = gpt2_shape(config.stripe), {}
-    prompt = torch.randint(model.config.vocab_size, (1, PROMPT))
-    samples = torch.randint(model.config.vocab_size, (26, PROMPT + config.tokens))
-    for reduction in [float(r) for r in config.reductions.split(',')]:
-        calibrate(model, reduction, samples[2:], samples[:2])
-        settings[reduction] = Setting(model, prompt)
-    return model, settings
+class Failed(Exception):
+    """Another engine that could not be measured, in one line."""
 
 
-def make_cases(what, config, settings):
-    """Everything to be measured, each a dict that will become a row."""
-    threads, dtypes = [int(t) for t in config.threads.split(',')], config.dtypes.split(',')
-    matrices = ['qkv', 'out', 'up', 'down', 'head'] if what == 'kernel' else ['']
-    cases = [dict(engine='cwic', matrix=matrix, dtype=dtype, threads=t, asked=r)
-             for matrix in matrices for dtype in dtypes for t in threads for r in settings]
-    if what == 'decode':
-        cases += [dict(engine='torch', dtype=dtype, threads=t) for dtype in ('f32', 'bf16') for t in threads]
-        files = config.gguf.split(',') if config.llama_bench and config.gguf else []
-        cases += [dict(engine='llama.cpp', gguf=file, threads=t) for file in files for t in threads]
-    return [dict(case, speeds=[], bandwidths=[], rooflines=[]) for case in cases]
+def reading(tok_s, weights, thresholds=0, reduction=1.0, **more):
+    """What stands in a row. weights, thresholds: bytes that are read for each token."""
+    return dict(more, tok_s=tok_s, reduction=reduction, gb_per_token=(weights + thresholds) / 1e9,
+                thresholds_gb_per_token=thresholds / 1e9)
 
 
-def measure(what, config):
-    """The rows of the table: every case in every round, between two probes."""
-    model, settings = make_settings(config)
-    cases = make_cases(what, config, settings)
-    decoders = {dtype: Decoder(model, dtype, 1) for dtype in config.dtypes.split(',')}
-    narrow = GPT(model.config).eval()
-    narrow.load_state_dict(model.state_dict())
-    dense_models = {'f32': (model, torch.float32), 'bf16': (narrow.bfloat16(), torch.bfloat16)}
-    dense = next(iter(decoders.values())).dense
-    names = [name.split('.')[-1] for name, _ in model.linears()]
-    tokens = np.random.default_rng(0).integers(0, model.config.vocab_size, config.tokens).tolist()
-    probe = Probe()
-    for done in range(config.rounds):
-        print(f'\rround {done + 1} of {config.rounds}', end='', file=sys.stderr, flush=True)
-        for case in cases:
-            decoder = decoders[case['dtype']] if case['engine'] == 'cwic' else next(iter(decoders.values()))
-            if decoder.threads != case['threads']:
-                decoder.hire(case['threads'])
-            if case['engine'] == 'cwic':
-                settings[case['asked']].put_into(decoder)
-            torch.set_num_threads(case['threads'])
-            before, case['reduction'] = probe(decoder), 1.0
-            if case['engine'] == 'torch':
-                seconds = torch_decode(*dense_models[case['dtype']], tokens)
-                gb = float(dense.sum()) * BYTES[case['dtype']] / 1e9
-            elif case['engine'] == 'llama.cpp':
-                speed, size, case['dtype'] = llama_decode(config, case['gguf'], case['threads'])
-                seconds, gb = 1 / speed, size / 1e9
-            else:
-                if what == 'decode':
-                    seconds, active = decode(decoder, tokens)
-                else:
-                    seconds, active = run_matrices(decoder, case['matrix'], settings[case['asked']].inputs)
-                whole = sum(d for d, name in zip(dense, names) if case['matrix'] in ('', name))
-                case['reduction'], gb = float(whole / active), float(active) * BYTES[case['dtype']] / 1e9
-            bandwidth = (before + probe(decoder)) / 2
-            case['gb_per_token'] = gb
-            case['speeds'].append(1 / seconds)
-            case['bandwidths'].append(bandwidth)
-            case['rooflines'].append(gb / seconds / bandwidth)
-    print(file=sys.stderr)
+def kernel_reading(decoder, names, active, tokens, seconds):
+    """active: weights of these matrices that so many tokens used, together."""
+    tensors = [decoder.packed[name].tensors for name in names]
+    thresholds = sum(x[key].nbytes for x in tensors for key in ('thresholds', 'scale') if key in x)
+    dense = sum(int(d) for d, name in zip(decoder.dense, decoder.names) if name in names)
+    weights = active / tokens * FORMATS[decoder.dtype].itemsize
+    return reading(tokens / seconds, weights, thresholds, dense * tokens / max(active, 1))
+
+
+def run_matrices(decoder, setting, threads, kind):
+    """All matrices of one kind alone, one after the other: a pass over them counts as a token."""
+    setting.prepare(decoder, threads)
+    ffi, y = decoder.ffi, torch.empty(max(packed.sizes['n_out'] for packed in decoder.packed.values()))
+    names = [name for name in decoder.names if name.split('.')[-1] == kind]
+    active = torch.zeros(1 + len(names), dtype=torch.int64)
+    # another matrix first: that wakes the threads, and leaves nothing of these in the cache
+    calls, inputs = [], []
+    for name, count in zip([decoder.names[0 if kind == 'head' else -1], *names], active):
+        inputs.append([None if x is None else x.clone() for x in setting.inputs[name]])
+        x, h = (ffi.NULL if x is None else pointer(ffi, x) for x in inputs[-1])
+        calls.append((decoder.team, ffi.new('Matrix *', decoder.packed[name].struct(ffi)),
+                      list(FORMATS).index(decoder.dtype), 1, x, h, pointer(ffi, y), pointer(ffi, count)))
+    for i, call in enumerate(calls):
+        if i == 1:
+            start = time.perf_counter()
+        decoder.lib.multiply_alone(*call)
+    seconds = time.perf_counter() - start
+    return kernel_reading(decoder, names, int(active[1:].sum()), 1, seconds)
+
+
+def run_kernel(decoder, setting, threads, prompt, tokens):
+    """Reads a prompt and then tokens, one at a time: these are timed, or where there are none, the prompt."""
+    setting.prepare(decoder, threads)
+    start = time.perf_counter()
+    _, active = decoder.prefill(prompt)
+    if tokens:
+        start = time.perf_counter()
+        active = [decoder.step(token)[1] for token in tokens]
+    seconds = time.perf_counter() - start
+    return kernel_reading(decoder, decoder.names, int(np.sum(active)), len(active), seconds)
+
+
+@torch.no_grad()
+def run_torch(model, threads, prompt, tokens):
+    """The same in PyTorch, with every weight. As elsewhere a prompt gets logits for its last token only."""
+    torch.set_num_threads(threads)
+    dtype = model.head.weight.dtype
+    cache, start = KVCache(model.config, dtype=dtype), time.perf_counter()
+    for i, ids in enumerate([prompt, *([token] for token in tokens)]):
+        if i == 1:
+            start = time.perf_counter()
+        hidden, _ = model.trunk(torch.tensor([ids]), cache, dense=True)
+        model.head(hidden[:, -1:], dense=True)
+    return reading(len(tokens or prompt) / (time.perf_counter() - start), model.dense() * dtype.itemsize)
+
+
+def run_llama(program, file, threads, prompt, tokens):
+    """The same in llama.cpp. Raises Failed."""
+    lengths = ['-p', 0, '-n', len(tokens), '-d', len(prompt)] if tokens else ['-p', len(prompt), '-n', 0]
+    command = [*map(str, [program, '-m', file, *lengths, '-t', threads]), '-r', '1', '-o', 'json']
+    try:
+        done = subprocess.run(command, capture_output=True, encoding='utf-8', errors='replace')
+        row = json.loads(done.stdout)[0]
+        return reading(row['avg_ts'], row['model_size'], dtype=row['model_type'].split()[-1])
+    except OSError as error:
+        raise Failed(f'{program}: {error.strerror}') from None
+    except (ValueError, LookupError, TypeError):
+        raise Failed(f'ended with code {done.returncode}; to see why, run: {" ".join(command)}') from None
+
+
+def run_ctranslate2(folder, threads, prompt, tokens):
+    """The same in CTranslate2. Raises Failed."""
+    def seconds(count):
+        start = time.perf_counter()
+        generator.generate_batch([words], max_length=count, min_length=count, include_prompt_in_result=False)
+        return time.perf_counter() - start
+
+    try:
+        import ctranslate2
+        generator = ctranslate2.Generator(folder, intra_threads=threads)
+        vocabulary = json.loads(Path(folder, 'vocabulary.json').read_text(encoding='utf-8'))
+        words = [vocabulary[token] for token in prompt]
+        seconds(1)              # at first it takes the memory it needs
+        prefill = seconds(1)    # the prompt, from which the first token comes without a step
+        speed = len(tokens) / (seconds(1 + len(tokens)) - prefill) if tokens else len(prompt) / prefill
+        return reading(speed, Path(folder, 'model.bin').stat().st_size, dtype=generator.compute_type)
+    except (ImportError, OSError, ValueError, LookupError, RuntimeError) as error:
+        raise Failed(error) from None
+
+
+# -----------------------------------------------------------------------------
+# kernel, decode, prefill
+
+
+def measure(cases, rounds):
+    """
+    cases: [(labels, run)], where labels is a dict for the row, and run() makes a measurement. All in every
+    round, each between two probes of the memory -> rows, of medians. What fails is said, and left out.
+    """
+    numbers = torch.from_numpy(np.ones(PROBE_BYTES // 4, np.float32))
+
+    def bandwidth(threads):
+        torch.set_num_threads(threads)
+        start = time.perf_counter()
+        numbers.sum()
+        return numbers.nbytes / (time.perf_counter() - start) / 1e9
+
+    measured, failed = [[] for _ in cases], set()
+    for done in range(rounds):
+        for i, (labels, run) in enumerate(cases):
+            if labels.get('model') in failed:
+                continue
+            progress(f'round {done + 1} of {rounds}, case {i + 1} of {len(cases)}')
+            before = bandwidth(labels['threads'])
+            time.sleep(0.02)        # so long torch's threads may keep a core busy
+            try:
+                sample = run()
+            except Failed as error:
+                failed.add(labels['model'])
+                progress()
+                print(printable(f'{labels["model"]} is left out: {error}'), file=sys.stderr)
+                continue
+            sample['bandwidth_gb_s'] = (before + bandwidth(labels['threads'])) / 2
+            sample['roofline'] = sample['gb_per_token'] * sample['tok_s'] / sample['bandwidth_gb_s']
+            measured[i].append(sample)
+    progress()
     rows = []
-    for case in cases:
-        speed = float(np.median(case['speeds']))
-        keys = ('engine', 'matrix', 'dtype', 'threads', 'reduction', 'gb_per_token')
-        rows.append(dict(what=what, **{key: case[key] for key in keys if case.get(key)}, tok_s=speed, seconds=1 / speed,
-                         tok_s_min=min(case['speeds']), tok_s_max=max(case['speeds']),
-                         bandwidth_gb_s=float(np.median(case['bandwidths'])), roofline=float(np.median(case['rooflines']))))
+    for (labels, _), samples in zip(cases, measured):
+        if labels.get('model') not in failed:
+            row = dict(labels, dtype=samples[0].pop('dtype', labels.get('dtype')))
+            for key in samples[0]:
+                row[key] = float(np.median([sample[key] for sample in samples]))
+            speeds = [sample['tok_s'] for sample in samples]
+            rows.append(dict(row, tok_s_min=min(speeds), tok_s_max=max(speeds)))
     return rows
 
 
-def disagreement(model, tokens):
+def listed(name, text, kind=int, most=2 ** 20):
+    """'1,2' -> [1, 2]. Ends the program where that cannot be."""
+    try:
+        values = [kind(word) for word in text.split(',')]
+    except ValueError:
+        values = []
+    if not values or not all(1 <= value <= most for value in values):
+        fail(f'--{name} {text}: must be numbers from 1 to {most}, separated by commas')
+    return values
+
+
+def other_engines(config):
+    """[(labels, run)], run still without threads and what to read. Ends the program where one is missing."""
+    files = [file for file in config.gguf.split(',') if file]
+    if bool(config.llama_bench) != bool(files):
+        fail('--llama_bench and --gguf go together: the program, and the models for it')
+    if config.llama_bench and not shutil.which(config.llama_bench):
+        fail(f'--llama_bench {config.llama_bench}: no such program')
+    for path in (*files, config.ctranslate2):
+        if path and not os.path.exists(path):
+            fail(f'{path}: no such file')
+    runs = [('llama.cpp', file, partial(run_llama, config.llama_bench, file)) for file in files]
+    if config.ctranslate2:
+        runs.append(('CTranslate2', config.ctranslate2, partial(run_ctranslate2, config.ctranslate2)))
+    return [(dict(engine=engine, model=model), run) for engine, model, run in runs]
+
+
+def measure_speed(config, what):
+    """The rows of kernel, decode or prefill."""
+    threads, prompts = listed('threads', config.threads, most=1024), listed('prompts', config.prompts)
+    reductions, others = listed('reductions', config.reductions, float), other_engines(config)
+    model, saved = choose_model(config)
+    context, end = model.config.block_size, PROMPT + config.tokens
+    if end > context:
+        fail(f'--tokens {config.tokens}: too many after a prompt of {PROMPT}, in a context of {context}')
+    prompts = sorted({min(length, context) for length in prompts})
+    text = text_to_read(config, model, saved, max(end, *prompts))
+    settings = make_settings(model, saved, reductions, text[:PROMPT])
+    decoders = {dtype: Decoder(model, dtype, 1) for dtype in config.dtypes.split(',')}
+    print('packed weights on huge pages: '
+          + ', '.join(f'{dtype} {on_huge_pages(decoder)}' for dtype, decoder in decoders.items()), flush=True)
+    run_ours = run_matrices if what == 'kernel' else run_kernel
+    engines = [({'engine': 'cwic', 'dtype': dtype}, partial(run_ours, decoder, setting))
+               for dtype, decoder in decoders.items() for setting in settings]
+    if what == 'kernel':
+        work = [({'matrix': kind}, kind) for kind in (*model.config.matrices, 'head')]
+    else:
+        work = [({}, text[:PROMPT], text[PROMPT:end])]
+        if what == 'prefill':
+            work = [({'prompt': length}, text[:length], []) for length in prompts]
+        narrow = copy.deepcopy(model).bfloat16()
+        engines += [({'engine': 'torch', 'dtype': dtype}, partial(run_torch, dense))
+                    for dtype, dense in (('f32', model), ('bf16', narrow))] + others
+    cases = [(dict(what=what, **labels, **engine, threads=t), partial(run, t, *arguments))
+             for labels, *arguments in work for engine, run in engines for t in threads]
+    rows = measure(cases, config.rounds)
+    key = lambda r: (r.get('matrix'), r.get('prompt'), r['engine'], r['dtype'], r['threads'])
+    dense = {key(r): r['tok_s'] for r in rows if r['reduction'] < 1.01}
+    for r in rows:
+        if what == 'prefill':           # tokens share what is read
+            del r['gb_per_token'], r['thresholds_gb_per_token'], r['roofline']
+            r['seconds'] = r['prompt'] / r['tok_s']
+        if key(r) in dense:
+            r['speed_over_dense'] = r['tok_s'] / dense[key(r)]
+    return rows
+
+
+# -----------------------------------------------------------------------------
+# train
+
+
+def disagreement(run, tokens):
     """
-    ||gradients here - gradients on the CPU|| / ||gradients on the CPU|| of one CWIC step in f32: of the weights, and of the
-    thresholds. In a sparse model it is more than rounding: one of its millions of comparisons turns out the other way, and so
-    changes what follows. Weights moved by 3e-7 of themselves, all else on one CPU, do as much.
+    ||gradients here - gradients on the CPU|| / ||gradients on the CPU|| of a CWIC step in f32: of thresholds,
+    and of all else. In a sparse model it is more than rounding: one of its millions of comparisons turns out
+    the other way, and changes what follows. Weights moved by 3e-7 of themselves, on one CPU, do as much.
     """
-    import train
     gradients = []
-    for twin in (model, dense_copy(model).cpu()):
-        twin.train().requires_grad_().zero_grad()
-        some = tokens[:1, :65].to(twin.wpe.weight.device)
-        train.backward(twin, None, some[:, :-1], some[:, 1:], dense=False, teacher_share=0.0, price=1e-9, share=1.0, recompute=False)
-        gradients.append({name: p.grad.cpu() for name, p in twin.named_parameters()})
-    here, on_cpu = ([torch.cat([g.flatten() for name, g in one.items() if name.endswith('theta') == thetas]) for thetas in (False, True)]
-                    for one in gradients)
-    return [float((a - b).norm() / b.norm().clamp_min(1e-30)) for a, b in zip(here, on_cpu)]
+    for device in (run.device, 'cpu'):
+        model = copy.deepcopy(run.model).to(device).train()
+        inputs, targets = tokens[:1, :64].to(device), tokens[:1, 1:65].to(device)
+        train.backward(replace(run, model=model), inputs, targets, dense=False, price=1e-9)
+        named = [(name, p.grad.cpu().flatten()) for name, p in model.named_parameters() if p.grad is not None]
+        gradients.append([torch.cat([gradient for name, gradient in named if name.endswith('theta') == thetas])
+                          for thetas in (True, False)])
+    return [float((here - on_cpu).norm() / on_cpu.norm()) for here, on_cpu in zip(*gradients)]
 
 
-def measure_train(config):
-    """
-    Seconds of an optimiser step: dense, CWIC with thresholds that skip two thirds, and that with a dense teacher. The model
-    is train.py's default; or what config/gpt2_124m_scratch.toml has, where a step of each of eight GPUs is 4 micro-batches.
-    Tokens are random.
-    """
-    import train
-    if config.model not in ('', 'gpt2'):
-        fail(f'--model {config.model}: training is measured without it, or with --model gpt2')
-    preset = [str(HERE / 'config/gpt2_124m_scratch.toml')] if config.model == 'gpt2' else []
-    options = parse_options(train.TrainConfig, 'python bench.py train', presets=True, argv=preset)
-    keep_memory()
+def make_run(config):
+    """A train.Run in which nothing moves, as its learning rates are 0; of train.py's defaults or a preset."""
+    if config.model not in ('', *PRESETS):
+        fail(f'--model {config.model}: training is measured of {", ".join(PRESETS)}, or the default')
+    preset = [str(Path(__file__).parent / 'config' / PRESETS[config.model])] if config.model else []
+    options, _ = parse_options(train.TrainConfig, 'python train.py', presets=True, argv=preset)
+    batch = config.batch or min(options.batch_size, 4 * options.micro_batch)
+    options = replace(options, batch_size=batch, teacher=1.0, compile=config.compile)
     device = choose_device(config.device)
-    dtype, _ = choose_dtype('auto', device)
-    sizes = {name: getattr(options, name) for name in CWICConfig.__dataclass_fields__ if name != 'vocab_size'}
-    vocab_size = GPT2['vocab_size'] if preset else CWICConfig.vocab_size
-    torch.manual_seed(0)
-    model = GPT(CWICConfig(vocab_size=vocab_size, **sizes)).to(device)
-    batch = config.batch or options.batch_size // (8 if preset else 1)
-    tokens = torch.randint(vocab_size, (batch, options.block_size + 1)).to(device)
-    in_use = disagreement(model, tokens)[:1] if device != 'cpu' else []        # no statistics yet: every input is in use
-    calibrate(model, 3.0, tokens[:1, :-1], tokens[:1, :-1].flip(1))
-    sparse = disagreement(model, tokens) if device != 'cpu' else []
-    teacher, head_loss = dense_copy(model), train.head_loss
-    model.train()
     if config.compile:
         check_compile(device)
-        head_loss = torch.compile(head_loss)
-        for block in [*model.blocks, *teacher.blocks]:
+    torch.manual_seed(0)
+    sizes = {f.name: getattr(options, f.name) for f in fields(CWICConfig) if hasattr(options, f.name)}
+    model = choose_model(config)[0] if config.model else GPT(CWICConfig(**sizes)).eval()
+    if options.rank:
+        cwic.add_adapters(model, options.rank)
+    model.to(device)
+    optimizer = torch.optim.AdamW(model.parameter_groups(0.0, 0.0, 0.0), fused=device != 'mps')
+    active = torch.tensor([float(layer.dense) for _, layer in model.gated()], device=device)
+    return train.Run(options, model, {}, optimizer, device, choose_dtype('auto', device)[0], active,
+                     head_loss=train.head_loss)
+
+
+def measure_train(config, what):
+    """The rows of train: a step dense, CWIC that skips two thirds, and that with a teacher; on random ids."""
+    keep_memory()
+    run = make_run(config)
+    options, model, device = run.config, run.model, run.device
+    batch, length = options.batch_size, options.block_size
+    tokens = torch.randint(model.config.vocab_size, (batch, length + 1)).to(device)
+    checks = {}
+    if device != 'cpu':
+        _, checks['all active'] = disagreement(run, tokens)         # there are no statistics yet
+    calibrate(model, 3.0, tokens[:1, :-1], tokens[:1, :-1].flip(1))
+    if device != 'cpu':
+        checks['sparse: thresholds'], checks['sparse: all else'] = disagreement(run, tokens)
+    for _, layer in model.train().gated():
+        layer.seen.fill_(1e12)          # statistics rest on so many tokens that a few more change nothing
+    teacher = train.frozen_teacher(run)
+    if config.compile:
+        run.head_loss = torch.compile(train.head_loss)
+        for block in model.blocks:
             block.compile()
-    optimizer = torch.optim.AdamW(model.parameter_groups(0.0, 0.0), fused=device != 'mps')     # all the work, but nothing moves
-    nothing_seen = [torch.zeros(4, linear.n_in, device=device) for _, linear in model.linears()]
-    name = torch.cuda.get_device_name() if device == 'cuda' else f'{device}, {torch.get_num_threads()} threads'
-    synchronize = torch.cuda.synchronize if device == 'cuda' else lambda: None
-    cases = [dict(what='train', engine=mode, dtype=str(dtype).split('.')[-1], device=device, device_name=name, compiled=config.compile,
-                  batch=batch, block_size=options.block_size, micro_batch=options.micro_batch, disagreement=in_use + sparse,
-                  memory_gib=0.0, all_seconds=[])
-             for mode in ('dense', 'cwic', 'cwic + teacher')]
-    for done in range(config.rounds + 2):
-        for case in cases:
-            dense = case['engine'] == 'dense'
+    name = torch.cuda.get_device_name() if device == 'cuda' else f'{torch.get_num_threads()} threads'
+    about = dict(device=f'{device} ({name})', dtype=str(run.dtype).removeprefix('torch.'), batch=batch,
+                 compiled=config.compile, micro_batch=options.micro_batch, block_size=length,
+                 disagreement=checks)
+    print(', '.join(f'{key} {value}' for key, value in about.items() if value != {}), flush=True)
+    rows = [dict(about, what=what, engine=engine) for engine in ('dense', 'cwic', 'cwic + teacher')]
+    seconds, synchronize = {row['engine']: [] for row in rows}, getattr(torch, device).synchronize
+    for done in range(config.rounds + 2):               # the first two compile and take memory
+        for row in rows:
+            progress(f'round {done + 1} of {config.rounds + 2}: {row["engine"]}')
+            run.teacher = teacher if 'teacher' in row['engine'] else None
             if device == 'cuda':
                 torch.cuda.reset_peak_memory_stats()
             synchronize()
             start = time.perf_counter()
-            optimizer.zero_grad()
-            for some in tokens.split(options.micro_batch):
-                with torch.autocast(device, dtype=dtype, enabled=dtype != torch.float32):
-                    _, active, _ = train.backward(
-                        model, teacher if 'teacher' in case['engine'] else None, some[:, :-1], some[:, 1:], dense=dense, price=1e-12,
-                        teacher_share=float('teacher' in case['engine']), share=1.0, recompute=False, head_loss=head_loss)
-            before = [linear.theta.detach().clone() for _, linear in model.linears()]
-            optimizer.step()
-            if not dense:
-                model.limit_thresholds(before)
-                model.update_statistics(nothing_seen)
+            _, active, _ = train.train_step(run, tokens[:, :-1], tokens[:, 1:], 3.0, row['engine'] == 'dense')
             synchronize()
-            if done > 1:                                                    # the first rounds compile and warm up
-                case['all_seconds'].append(time.perf_counter() - start)
-            case['reduction'] = float(model.dense() / active.sum())         # of the last micro-batch
+            seconds[row['engine']].append(time.perf_counter() - start)
+            row['reduction'] = float(model.dense() / active.sum())
             if device == 'cuda':
-                case['memory_gib'] = torch.cuda.max_memory_allocated() / 2 ** 30
-    count = batch * options.block_size
-    for case in cases:
-        seconds = case.pop('all_seconds')
-        median = float(np.median(seconds))
-        case.update(seconds=median, tok_s=count / median, tok_s_min=count / max(seconds), tok_s_max=count / min(seconds))
-    return cases
-
-
-def measure_loss(config):
-    """Validation loss (nats per token) and reduction of a checkpoint in each format, token by token through the kernel."""
-    model, _ = load_checkpoint(config.model or 'out/best.pt')
-    length = model.config.block_size
-    try:
-        data = np.memmap(HERE / 'data' / config.data / 'val.bin', np.uint16, 'r')
-    except OSError as error:
-        fail(f'data/{config.data}/val.bin: {error.strerror}; run: python data/{config.data}/prepare.py', 1)
-    starts = np.linspace(0, len(data) - length - 1, config.windows).astype(np.int64)
-    rows = []
-    for dtype in config.dtypes.split(','):
-        decoder = Decoder(model, dtype, max(int(t) for t in config.threads.split(',')))
-        loss, active, start_time = 0.0, 0, time.perf_counter()
-        for start in starts:
-            decoder.reset()
-            for token, target in zip(data[start:start + length].tolist(), data[start + 1:start + length + 1].tolist()):
-                logits, used = decoder.step(token)
-                loss -= float(torch.from_numpy(logits).double().log_softmax(0)[target])
-                active += used.sum()
-        count = len(starts) * length
-        rows.append(dict(what='loss', engine='cwic', dtype=dtype, threads=decoder.threads, loss=loss / count,
-                         reduction=float(decoder.dense.sum() * count / active), seconds=time.perf_counter() - start_time))
+                row['memory_gib'] = torch.cuda.max_memory_allocated() / 2 ** 30
+    progress()
+    for row in rows:
+        speeds = batch * length / np.array(seconds[row['engine']][2:])
+        for key, pick in dict(tok_s=np.median, tok_s_min=np.min, tok_s_max=np.max).items():
+            row[key] = float(pick(speeds))
+        row['seconds'] = batch * length / row['tok_s']
+        row['seconds_over_dense'] = row['seconds'] / rows[0]['seconds']
     return rows
 
 
+# -----------------------------------------------------------------------------
+# loss
+
+
+def measure_loss(config, what):
+    """
+    The rows of loss: validation loss (nats per token) and reduction in each format, token by token through
+    the kernel; of an adapter also KL(base || model) and how often both find the same token likeliest.
+    """
+    threads = max(listed('threads', config.threads, most=1024))
+    model, saved = weights.load(config.model or 'out/best.pt')
+    options = saved.get('options') or {}
+    length = min(options.get('block_size', 512), model.config.block_size)
+    text, meta = read_dataset(config.data or options.get('data', 'python'), saved, length)
+    windows = validation_windows(text, meta, config.windows, length)                    # (windows, T + 1)
+    base = weights.load(saved['base'])[0] if saved.get('base') else None
+    decoders = {dtype: Decoder(model, dtype, threads) for dtype in config.dtypes.split(',')}
+    sums = {dtype: 0.0 for dtype in decoders}
+    for i, window in enumerate(torch.from_numpy(windows)):
+        inputs, targets = window[:-1], window[1:, None]                                 # (T), (T, 1)
+        with torch.no_grad():
+            expected = None if base is None else base(inputs[None], dense=True)[0][0].log_softmax(-1)
+        for dtype, decoder in decoders.items():
+            progress(f'window {i + 1} of {len(windows)}, {dtype}')
+            decoder.reset()
+            logits, active = zip(*map(decoder.step, inputs))
+            logp = torch.from_numpy(np.stack(logits)).log_softmax(-1)                   # (T, vocab)
+            values = [float(np.sum(active)), -float(logp.gather(1, targets).double().sum())]
+            if base is not None:
+                values += [float((expected.exp() * (expected - logp)).sum(1).double().sum()),
+                           float((expected.argmax(1) == logp.argmax(1)).sum())]
+            sums[dtype] += np.array(values) / (len(windows) * length)
+    progress()
+    rows = []
+    for dtype, (active, *values) in sums.items():
+        values = zip(('loss', 'kl', 'agreement'), map(float, values))
+        rows.append(dict(what=what, engine='cwic', dtype=dtype, threads=decoders[dtype].threads,
+                         reduction=float(model.dense() / active), **dict(values)))
+        rows[-1]['loss_over_first'] = rows[-1]['loss'] - rows[0]['loss']
+    return rows
+
+
+# -----------------------------------------------------------------------------
+
+COLUMNS = (             # title, key in a row, width, format: those that rows have are printed
+    ('engine', 'engine', '<14', ''), ('matrix', 'matrix', '<7', ''), ('prompt', 'prompt', '>6', ''),
+    ('dtype', 'dtype', '<12', ''), ('threads', 'threads', '>7', ''), ('reduction', 'reduction', '>9', '.2f'),
+    ('loss', 'loss', '>7', '.4f'), ('more', 'loss_over_first', '>7', '+.4f'),
+    ('KL to base', 'kl', '>10', '.4f'), ('agreement', 'agreement', '>9', '.3f'), ('tok/s', 'tok_s', '>8', '.1f'),
+    ('min', 'tok_s_min', '>8', '.1f'), ('max', 'tok_s_max', '>8', '.1f'),
+    ('x dense', 'speed_over_dense', '>7', '.2f'), ('seconds', 'seconds', '>7', '.3f'),
+    ('x dense', 'seconds_over_dense', '>7', '.2f'),
+    ('GiB', 'memory_gib', '>5', '.1f'), ('GB/token', 'gb_per_token', '>8', '.3g'),
+    ('thresholds', 'thresholds_gb_per_token', '>10', '.3g'), ('GB/s', 'bandwidth_gb_s', '>5', '.1f'),
+    ('roofline', 'roofline', '>8', '.2f'))
+
+
 def table(rows):
-    if rows[0]['what'] == 'loss':
-        for r in rows:
-            change = r['loss'] - rows[0]['loss']
-            print(f'{r["dtype"]:5} loss {r["loss"]:.4f} nats ({change:+.4f} against {rows[0]["dtype"]}), '
-                  f'reduction {r["reduction"]:.3f}')
-        return
-    if rows[0]['what'] == 'train':
-        r = rows[0]
-        print(f'{r["device_name"]}; {r["batch"]} x {r["block_size"]} tokens, at most {r["micro_batch"]} sequences at once; {r["dtype"]}, '
-              + ('compiled' if r['compiled'] else 'not compiled'))
-        for r in rows:
-            memory = f', {r["memory_gib"]:.1f} GiB' if r['memory_gib'] else ''
-            print(f'{r["engine"]:14} {r["seconds"]:.4f} s a step, {r["tok_s"]:7.0f} tok/s ({r["tok_s_min"]:.0f} to {r["tok_s_max"]:.0f}), '
-                  f'{r["seconds"] / rows[0]["seconds"]:.2f}x the dense step, reduction {r["reduction"]:.2f}{memory}')
-        if r['disagreement']:
-            print('gradients of a step in float32 are within {:.0e} of the CPU\'s with every input in use; sparse, where a comparison may turn, '
-                  'within {:.0e} (weights) and {:.0e} (thresholds)'.format(*r['disagreement']))
-        return
-    print('engine    matrix dtype threads reduction    tok/s      min      max x dense GB/token  GB/s roofline')
-    key = lambda r: (r.get('matrix'), r['engine'], r['dtype'], r['threads'])
-    dense = {key(r): r['tok_s'] for r in rows if r['reduction'] < 1.01}
-    for r in rows:
-        gain = f'{r["tok_s"] / dense[key(r)]:7.2f}' if key(r) in dense else ' ' * 7
-        print(f'{r["engine"]:9} {r.get("matrix", ""):6} {r["dtype"]:5} {r["threads"]:7} {r["reduction"]:9.2f} '
-              f'{r["tok_s"]:8.1f} {r["tok_s_min"]:8.1f} {r["tok_s_max"]:8.1f} {gain} '
-              f'{r["gb_per_token"]:8.4f} {r["bandwidth_gb_s"]:5.1f} {r["roofline"]:8.2f}')
+    columns = [column for column in COLUMNS if any(column[1] in row for row in rows)]
+    print(' '.join(f'{title:{width}}' for title, _, width, _ in columns))
+    for row in rows:
+        cells = [(format(row[key], form) if key in row else '', width) for _, key, width, form in columns]
+        print(' '.join(f'{cell:{width}}' for cell, width in cells))
 
 
-def plot(what, rows, path):
-    """Speed over reduction, a line for each dtype and number of threads; other engines as level lines."""
-    import matplotlib
-    matplotlib.use('Agg')
-    import matplotlib.pyplot as plt
-    figure, (left, right) = plt.subplots(1, 2, figsize=(13, 5))
-    colours = {'f32': '#1f4e9c', 'bf16': '#2c8c4c', 'int8': '#b8431f'}
-    ours = [r for r in rows if r['engine'] == 'cwic' and r.get('matrix', 'up') == 'up']
-    most = max(r['threads'] for r in rows)
-    for dtype, threads in dict.fromkeys((r['dtype'], r['threads']) for r in ours):
-        line = [r for r in ours if (r['dtype'], r['threads']) == (dtype, threads)]
-        style = dict(color=colours[dtype], ls='-' if threads == most else ':', marker='o', ms=4,
-                     label=f'{dtype}, {threads} thread' + 's' * (threads > 1))
-        reduction, speed = [r['reduction'] for r in line], np.array([r['tok_s'] for r in line])
-        spread = [speed - [r['tok_s_min'] for r in line], [r['tok_s_max'] for r in line] - speed]
-        left.errorbar(reduction, speed, spread, capsize=2, **style)
-        right.plot(reduction, [r['roofline'] for r in line], **style)
-    others = sorted((r for r in rows if r['engine'] != 'cwic' and r['threads'] == most), key=lambda r: r['tok_s'])
-    for i, r in enumerate(others):
-        left.axhline(r['tok_s'], color='0.7', lw=1, zorder=0)
-        left.annotate(f'{r["engine"]} {r["dtype"]}', (0.99 - 0.17 * (i % 4), r['tok_s']), va='bottom', ha='right',
-                      xycoords=('axes fraction', 'data'), fontsize=8, color='0.4')
-    whole = what == 'decode'
-    subject, unit = ('Decoding', 'tokens per second') if whole else ('All up matrices, alone', 'passes per second')
-    left.set(title=f'{subject}: median and spread', xlabel='reduction (dense / active weights)', ylabel=unit, ylim=0)
-    right.set(title='Share of the memory roofline', xlabel='reduction (dense / active weights)',
-              ylabel='bytes of weights x speed / bandwidth', ylim=0)
-    right.axhline(1, color='0.7', lw=1, zorder=0)
-    left.legend(frameon=False, fontsize=8)
-    figure.suptitle(machine(), fontsize=8, color='0.4')
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+MEASURES = dict(kernel=measure_speed, decode=measure_speed, prefill=measure_speed, train=measure_train,
+                loss=measure_loss)
+
+
+def check_file(name, path):
+    """Ends the program, before anything is measured, where a file could not be written."""
+    folder = os.path.dirname(path) or '.'
+    try:
+        os.makedirs(folder, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+        if os.path.exists(path) and not os.path.isfile(path):
+            raise OSError(0, 'not a file')
+    except OSError as error:
+        fail(f'--{name}: {path} cannot be written ({error.strerror}); choose another')
 
 
 def main():
-    argv = sys.argv[1:]
-    what = argv.pop(0) if argv and not argv[0].startswith('-') else ''
-    config = parse_options(BenchConfig, 'python bench.py kernel|decode|train|loss', argv=argv)
-    measures = {'kernel': lambda: measure(what, config), 'decode': lambda: measure(what, config),
-                'train': lambda: measure_train(config), 'loss': lambda: measure_loss(config)}
-    if what not in measures:
-        fail('say what to measure: python bench.py kernel, decode, train or loss')
+    config, _ = parse_options(BenchConfig, 'python bench.py')
+    what = config.what[0] if len(config.what) == 1 else ''
+    if what not in MEASURES:
+        fail(f'say what to measure, one of {", ".join(MEASURES)}; for example: python bench.py decode')
+    if not set(config.dtypes.split(',')) <= FORMATS.keys():
+        fail(f'--dtypes {config.dtypes}: choose from {", ".join(FORMATS)}, separated by commas')
+    picture = os.path.join(config.out, f'bench_{what}.png') if what in ('kernel', 'decode') else ''
+    for name, path in (('json', config.json), ('out', picture)):
+        if path:
+            check_file(name, path)
     try:
-        print(machine())
-        rows = measures[what]()
-    except (build_kernel.KernelUnavailable, CheckpointError, ValueError) as error:
+        print(machine(), flush=True)
+        rows = MEASURES[what](config, what)
+    except (build_kernel.KernelUnavailable, CheckpointError, weights.WeightsError, ValueError) as error:
         fail(error, 1)
+    except torch.OutOfMemoryError:
+        fail('out of memory; a smaller --batch takes less', 1)
+    except KeyboardInterrupt:
+        sys.exit(130)
     table(rows)
-    if what in ('kernel', 'decode'):
-        os.makedirs(config.out, exist_ok=True)
-        plot(what, rows, os.path.join(config.out, f'bench_{what}.png'))
     if config.json:
-        with open(config.json, 'w', encoding='utf-8') as f:
-            json.dump({'machine': machine(), 'rows': rows}, f, indent=1)
+        text = json.dumps({'machine': machine(), 'rows': rows}, indent=1)
+        cwic.write_atomically(config.json, lambda file: file.write(text.encode()))
+    if picture:
+        plots.speed(rows, picture, machine())
 
 
 if __name__ == '__main__':
-    try:
-        main()
-    except KeyboardInterrupt:
-        sys.exit(130)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    common.run(main)

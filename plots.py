@@ -92,12 +92,12 @@ def speed(rows, path, machine=''):
     for each dtype and number of threads, other engines as level lines. rows: dicts as in bench.py's JSON;
     machine: a caption.
     """
-    ours = [r for r in rows if r['engine'] == 'cwic' and r.get('matrix', 'up') == 'up']
+    ours = [r for r in rows if r['engine'] == 'cwic' and r.get('matrix', 'up') in ('up', 'gate')]
     dtypes, most = list(dict.fromkeys(r['dtype'] for r in ours)), max(r['threads'] for r in rows)
     keys = ('reduction', 'tok_s', 'tok_s_min', 'tok_s_max', 'roofline')
     others = [r for r in rows if r['engine'] != 'cwic' and r['threads'] == most]
     whole = rows[0]['what'] == 'decode'
-    subject, unit = ('Decoding', 'tokens') if whole else ('All up matrices, alone', 'passes')
+    subject, unit = ('Decoding', 'tokens') if whole else ('First MLP matrices, alone', 'passes')
     with picture(path, height=3.6, columns=2) as (figure, (left, right)):
         for dtype, threads in dict.fromkeys((r['dtype'], r['threads']) for r in ours):
             line = dict(LINES[dtypes.index(dtype)], linestyle='-' if threads == most else ':',
@@ -116,7 +116,7 @@ def speed(rows, path, machine=''):
         left.legend()
         right.axhline(1, color='0.6', lw=0.8, zorder=0)
         right.set(title='Share of the memory roofline', xlabel=REDUCTION, ylim=0,
-                  ylabel='bytes of weights x speed / bandwidth')
+                  ylabel='bytes read x speed / bandwidth')
         figure.supxlabel(machine, fontsize=6, color='0.4')
 
 
