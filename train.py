@@ -429,10 +429,11 @@ def begin(config, given, device):
         run.head_loss = torch.compile(head_loss)
         for block in model.blocks:
             block.compile()
+    shares = saved.get('active_share')
     if config.resume:
         restore(run, saved)
-    elif 'active_share' in saved:       # of an adapter, which is sparse already
-        run.active *= torch.tensor(saved['active_share']).to(active)
+    elif type(shares) is list and [type(x) is float and 0 < x <= 1 for x in shares] == [True] * len(active):
+        run.active *= torch.tensor(shares).to(active)       # of an adapter, which is sparse already
     return run, data
 
 

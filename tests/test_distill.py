@@ -372,6 +372,10 @@ def test_going_on_from_an_adapter(adapter, data, tmp_path):
     assert abs(reduction - saved['reduction']) < 1e-6 and reduction > 1.1
     assert distil(source, data, tmp_path, '--ramp_steps', 0, '--hold_steps', 2).returncode == 0
     assert load(tmp_path)['base'] == base and load(tmp_path, 'best.pt')['reduction'] > 1.1
+    for shares in ('x', [], [0.5, 'x'], [float('nan')] * len(begun.active)):       # a file may say anything
+        torch.save({**saved, 'active_share': shares}, tmp_path / 'odd.pt')
+        config = train.TrainConfig(init_from=str(tmp_path / 'odd.pt'), max_steps=0)
+        assert float(train.begin(config, {'init_from'}, 'cpu')[0].active.sum()) == begun.model.dense()
     for name, value in (('rank', 5), ('stripe_up', 8), ('n_layer', 2)):
         ended = distil(source, data, tmp_path / 'b', f'--{name}', value)
         assert f'--{name} {value}: {source} has' in one_line(ended, 2)
