@@ -24,15 +24,17 @@ sum_over_processes(). All evaluate, the first one logs and saves. Several hosts 
 Not here: an experiment tracker, dropout, sharding of weights or of the optimiser.
 """
 
+import os
 import signal
 
 if __name__ == '__main__':
     signal.signal(signal.SIGINT, signal.SIG_DFL)    # Ctrl-C while torch is imported, for seconds
+    # torch's threads would wait for each other spinning: beside other programs that is ten times slower
+    os.environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE')
 
 import csv
 import io
 import math
-import os
 import sys
 import time
 from contextlib import nullcontext

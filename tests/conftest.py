@@ -1,5 +1,10 @@
 """What several files of tests share."""
 
+import os
+
+# before torch is imported: its threads would wait for each other spinning, on cores that others need
+os.environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE')
+
 import pytest
 
 
