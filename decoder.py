@@ -134,8 +134,9 @@ class Window:
     def prefill(self, tokens):
         """
         Reads a prompt, a list of T >= 1 token ids of which a model can keep the last block_size, as the start
-        of a new sequence. Returns logits np.float32 (vocab) of its last token and active np.int64 (T', M), what
-        each token that was read used, T' = min(T, block_size). Raises ValueError for no tokens, or unknown ones.
+        of a new sequence. Returns logits np.float32 (vocab) of its last token and active np.int64 (T', M),
+        what each token that was read used, T' = min(T, block_size). Raises ValueError for no tokens, or
+        unknown ones.
         """
         self.check(tokens)
         self.reset()
@@ -143,8 +144,8 @@ class Window:
 
     def extend(self, tokens):
         """
-        Reads more tokens, and returns what prefill does. Whenever the context is full the window first becomes
-        its own last half, the next token included, and is read again from position 0.
+        Reads more tokens, and returns what prefill does. Whenever the context is full the window first
+        becomes its own last half, the next token included, and is read again from position 0.
         """
         self.check(tokens)
         actives = []
