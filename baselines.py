@@ -1,0 +1,769 @@
+"""
+The other ways to skip: what CWIC builds on and is compared with, on the same models, counted the same way.
+And what gets compute.
+
+    python baselines.py compare                     # every method on the small Python model: HOURS
+    python baselines.py compare --quick             # does all of it work? MINUTES
+    python baselines.py compare --methods TEAL,CWIC --targets 2,3 --trained_targets 3
+    python baselines.py compare --subject smollm2 --recipe config/smollm2_distill.toml --blimp blimp.jsonl.xz
+    python baselines.py tokens out/best.pt          # which tokens get compute, where, in which matrices
+
+compare starts from a dense model: python train.py --target_reduction 1 --out out/dense
+
+Nearly every method is the layer of cwic.py with thresholds that come from somewhere else:
+
+    y = (centre + m * (x - centre)) @ W + b,    m = score > threshold
+
+                    score of input i            centre   threshold
+    TEAL, CATS      |x_i|                       0        a quantile; for CATS in the MLP only
+    WINA            |x_i| * |W_i|               0        a quantile
+    SCAP            |x_i - centre_i|            median   a quantile
+    CWIC's form     |x_i - centre_i| * |W_i|    median   a quantile; |W_i| within each stripe of columns
+    Q-Sparse        |x_i|                       0        the K-th largest of the token
+    ProSparse       x_i, with its sign          0        0, which is ReLU; then a quantile
+    pruning         its mean over all tokens    median   a quantile
+    CWIC            |x_i - centre_i|            median   learned, for each stripe and input
+
+so a method is a few lines, and METHODS reads as a survey of them: idea, paper, where it breaks. Thresholds
+are set on training text, results are for validation text, every token of it is sparse, the LM head counts.
+
+Not here: Deja Vu (Liu et al., 2023), whose predictors choose neurons and heads, and ShadowLLM (Akhauri et
+al., 2024), which has one predictor for all: even without one neuron the small model is only 1.8x smaller.
+"""
+
+import json
+import keyword
+import os
+import re
+import sys
+import time
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, replace
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+import cwic
+import evaluate
+import plots
+import train
+import weights
+from cwic import CheckpointError, CWICConfig, Neurons, StripedLinear, Thresholds
+from data import common
+from device import choose_device, choose_dtype, keep_memory
+from evaluate import validation_windows
+from options import fail, option, parse_options
+from tokenizer import end_id, load_tokenizer
+
+ONE = 10 ** 9           # columns to a stripe: all that the matrix has
+LEAST = 0.02            # what skips keeps at least this share of its weights
+LOW_RANK = 0.05         # R-Sparse: share of a matrix's weights in the path that takes what is skipped
+NEVER = 1e30            # a threshold that no input exceeds
+EVERY = 10              # optimiser steps between calibrations, where weights are trained
+CALIBRATION = 32        # windows of training text that thresholds are set on; while weights are trained, 8
+STRIPES = ('stripe_qkv', 'stripe_out', 'stripe_up', 'stripe_down', 'stripe_head')
+
+# -----------------------------------------------------------------------------
+# thresholds that are not learned
+
+
+def gates(module):
+    """{name: layer} of all that decides what to skip, in the order in which a token meets them."""
+    return {name: gate for name, gate in module.named_modules() if isinstance(gate, (StripedLinear, Neurons))}
+
+
+@torch.no_grad()
+def calibrate(module, inputs, shares, weighed=False, centred=False, static=False):
+    """
+    Sets the thresholds of a model or a block so that each gate uses a share of its weights for these inputs.
+    One pass does: a gate is set when its input arrives, which those before it have thinned out already.
+    shares: {name: share}, and gates that are not in it skip nothing. weighed, centred: as in the table above;
+    static: each input's score is its mean. Returns module(*inputs).
+    """
+    def set_thresholds(gate, args, share):
+        x, linear = args[-2].float().flatten(0, 1), isinstance(gate, StripedLinear)     # args: x or z, dense
+        centre = x.median(0).values if centred and linear else torch.zeros_like(gate.mu)
+        score, norms = (x - centre).abs(), torch.ones_like(gate.mu)[None]               # (N, in), (1, in)
+        if static:
+            score = score.mean(0, keepdim=True)
+        if weighed and linear:
+            W = cwic.by_stripe(gate.adapter(gate.weight), gate.stripe)                  # (n, in, stripe)
+            norms = W.norm(dim=2).clamp_min(1e-12)
+        scores = score * norms[:, None]                                                 # (n, N, in)
+        skipped = round((1 - share) * scores.numel())
+        quantile = scores.flatten().kthvalue(skipped).values if skipped else torch.tensor(-1.0)
+        t = torch.where(scores[:, 0] > quantile, -1.0, NEVER) if static else quantile / norms
+        gate.mu.copy_(centre)
+        gate.sigma.fill_(1.0)
+        gate.theta.copy_((t / gate.scale).expand_as(gate.theta))
+
+    hooks = [gate.register_forward_pre_hook(
+        lambda gate, args, share=shares.get(name, 1.0): set_thresholds(gate, args, share))
+        for name, gate in gates(module).items()]
+    training = module.training
+    y = module.eval()(*inputs)
+    module.train(training)
+    for hook in hooks:
+        hook.remove()
+    return y
+
+
+# -----------------------------------------------------------------------------
+# layers that are more than thresholds
+
+
+class Changed(StripedLinear):
+    """A layer of a model, with its weights, that is to have another forward()."""
+
+    def __init__(self, layer):
+        super().__init__(layer.n_in, layer.n_out, layer.stripe, bias=False)
+        self.weight, self.bias, self.adapter = layer.weight, layer.bias, layer.adapter
+        self.to(layer.weight.device)
+
+
+class Apart(Thresholds):
+    """Llama's up and down as two layers that skip inputs. (CWIC and CATS skip neurons: one mask for both.)"""
+
+    def __init__(self, neurons):
+        n_embd, n_hidden = neurons.up.shape
+        super().__init__(n_hidden, 1)
+        self.dense = neurons.dense
+        self.up = StripedLinear(n_embd, n_hidden, ONE, bias=False)
+        self.down = StripedLinear(n_hidden, n_embd, ONE, bias=False)
+        self.up.weight, self.up.adapter = neurons.up, neurons.adapter_up
+        self.down.weight, self.down.adapter = neurons.down, neurons.adapter_down
+        self.to(neurons.up.device)
+
+    def forward(self, x, z, dense=False):
+        h, (active_up, _) = self.up(x, dense)
+        y, (active_down, sums) = self.down(h * z, dense)
+        return y, (active_up + active_down, sums)
+
+
+class LowRankRest(Changed):
+    """What is skipped goes through the matrix's largest singular values: the same weights for every token."""
+
+    def __init__(self, layer):
+        super().__init__(layer)
+        rank = int(LOW_RANK * layer.dense / (layer.n_in + layer.n_out))
+        U, S, V = torch.svd_lowrank(layer.weight.detach(), rank, niter=8)
+        self.register_buffer('A', U * S)                            # (in, rank)
+        self.register_buffer('B', V.t().contiguous())               # (rank, out)
+
+    def forward(self, x, dense=False):
+        y, (active, sums) = super().forward(x, dense)
+        rest = 0 * x if dense else torch.where(x.abs() > self.thresholds()[0], 0.0, x)
+        return y + rest @ self.A @ self.B, (active + (not dense) * (self.A.numel() + self.B.numel()), sums)
+
+
+class TopK(Changed):
+    """The largest inputs of each token, exactly so many, and gradients straight through."""
+    share = 1.0
+
+    def forward(self, x, dense=False):
+        count = self.n_in if dense else max(round(self.share * self.n_in), 1)
+        largest = torch.zeros_like(x).scatter_(-1, x.abs().topk(count, dim=-1).indices, 1.0)
+        y, (active, _) = super().forward(x + (x * largest - x).detach(), dense=True)
+        # train.py asks for the gradient of every count: here it is 0
+        active = torch.full_like(active, count * self.n_out) + 0 * x.sum(-1)
+        return y, (active, torch.zeros(4, self.n_in, device=x.device))
+
+
+class Rectified(Changed):
+    """ReLU on the way in, or as much of one as `amount` says."""
+    amount = 0.0
+
+    def forward(self, x, dense=False):
+        x = x if dense else F.leaky_relu(x, 1 - self.amount)
+        y, (active, sums) = super().forward(x, dense)
+        # where the count's own gradient sees what is next to a threshold, L1, in units of the mean, sees all
+        l1 = self.n_out * (x.abs() / x.detach().abs().mean().clamp_min(1e-12)).sum(-1)
+        return y, (active.detach() + l1 - l1.detach(), sums)
+
+
+class Unread(Changed):
+    """Some columns are not computed: nothing reads them."""
+    unread = 0
+
+    def forward(self, x, dense=False):
+        y, (active, sums) = super().forward(x, dense)
+        return y, (active if dense else active * (1 - self.unread / self.n_out), sums)
+
+
+class Uncentred(Changed):
+    """Learned thresholds on |x|."""
+
+    def update_statistics(self, sums):
+        super().update_statistics(sums)
+        self.mu.zero_()
+
+
+class OneThreshold(Changed):
+    """A learned threshold for the whole matrix."""
+
+    def thresholds(self):
+        return (self.theta[:1, :1] * self.scale * self.sigma.mean()).expand_as(self.theta)
+
+
+class OwnPrice(Changed):
+    """An active weight of this matrix costs `push` times the price."""
+    push = 1.0
+
+    def forward(self, x, dense=False):
+        y, (active, sums) = super().forward(x, dense)
+        return y, (active.detach() + self.push * (active - active.detach()), sums)
+
+
+# -----------------------------------------------------------------------------
+# methods: a dense model in, a model that skips out
+
+
+class Cannot(Exception):
+    """Why a method cannot be had at a target, or for a model."""
+
+
+@dataclass
+class Method:
+    """
+    start() makes a copy of the dense model, change() gives it other layers where the method has some, limit()
+    sets what is skipped. In training, follow() has that keep up with the weights, and with the target, which
+    rises from 1 to its final value; step() is one optimiser step.
+    """
+    weighed: bool = False       # these three: see calibrate()
+    centred: bool = False
+    static: bool = False
+    kinds: tuple = ()           # of gates that skip; (): all
+    apart: bool = True          # Llama's up and down skip inputs; else neurons
+    stripe: int = ONE           # columns to a stripe; 0: as the recipe has it
+    layer: type = StripedLinear     # what layers become
+    trained: bool = False       # for the recipe's steps
+    learned: bool = False       # the thresholds too; otherwise limit() sets them
+    teacher: bool = True        # the dense model; else the text teaches
+    dense: bool = False         # nothing is skipped
+    gpt2_only: bool = False     # not written for Llama's blocks
+    kernel: str = 'ours'        # what can skip this pattern in fact
+
+    def skips(self, name):
+        return not self.kinds or name.split('.')[-1] in self.kinds
+
+    def share(self, model, target):
+        """What share of its weights all that skips must use, for 1 / target of the whole. Raises Cannot."""
+        total = model.dense()
+        skipping = sum(gate.dense for name, gate in gates(model).items() if self.skips(name))
+        fixed = total - skipping + (LOW_RANK * total if self.layer is LowRankRest else 0)
+        if total / target < fixed + LEAST * skipping:
+            raise Cannot(f'at most {total / (fixed + LEAST * skipping):.2f}x: every token uses '
+                         f'{fixed / total:.0%} of the weights')
+        return min((total / target - fixed) / skipping, 1.0)
+
+    def check(self, model, saved, target):
+        """Raises Cannot where this dense model cannot be brought to the target. saved: what its file says."""
+        if self.gpt2_only and model.config.arch != 'gpt2':
+            raise Cannot("written for GPT-2's blocks only")
+        self.share(model, target)
+
+    def start(self, model, saved, recipe, given):
+        """-> train.Run of a copy of the dense model, and the recipe's data"""
+        stripes = dict.fromkeys(STRIPES, self.stripe) if self.stripe else {}
+        recipe = recipe if self.teacher else replace(recipe, teacher=0.0)
+        return train.begin(replace(recipe, **stripes), given | stripes.keys(), recipe.device)
+
+    def change(self, model):
+        for block in model.blocks if self.apart and model.config.arch == 'llama' else ():
+            block.mlp.neurons = Apart(block.mlp.neurons)
+        for module in list(model.modules()) if self.layer is not StripedLinear else ():
+            for name, layer in list(module.named_children()):
+                if isinstance(layer, StripedLinear) and self.skips(name):
+                    setattr(module, name, self.layer(layer))
+
+    def limit(self, model, target, tokens):
+        """From now on the model uses 1 / target of its weights for tokens (B, T) of training text."""
+        shares = dict.fromkeys(filter(self.skips, gates(model)), self.share(model, target))
+        calibrate(model, (tokens,), shares, self.weighed, self.centred, self.static)
+
+    def follow(self, model, target, final, tokens):
+        self.limit(model, target, tokens)
+
+    def step(self, run, tokens, targets, target):
+        """tokens, targets (B, T): the batch."""
+        train.train_step(run, tokens, targets, target if self.learned else 1.0, dense=self.dense)
+
+
+class Greedy(Method):
+
+    @torch.no_grad()
+    def limit(self, model, target, tokens):
+        share, inputs = self.share(model, target), {}
+        hooks = [block.register_forward_pre_hook(lambda block, args: inputs.update({block: args}))
+                 for block in model.blocks]
+        model(tokens[:8], dense=True)
+        for hook in hooks:
+            hook.remove()
+        shares = {'head': share}
+        for i, block in enumerate(model.blocks):
+            y, sizes = block(*inputs[block])[0], {name: gate.dense for name, gate in gates(block).items()}
+            sparse, best = (*inputs[block][:-1], False), dict.fromkeys(sizes, 1.0)
+            while (excess := sum(sizes[name] * (best[name] - share) for name in sizes)) >= 1:
+                cut = min(0.05 * sum(sizes.values()), excess)
+                trials = [{**best, name: max(best[name] - cut / sizes[name], LEAST)}
+                          for name in sizes if best[name] > LEAST]
+                best = min(trials, key=lambda trial: float((calibrate(block, sparse, trial)[0] - y).norm()))
+            shares.update({f'blocks.{i}.{name}': best[name] for name in sizes})
+        calibrate(model, (tokens,), shares)
+
+
+class QSparse(Method):
+
+    def limit(self, model, target, tokens):
+        share = self.share(model, target)
+        for layer in gates(model).values():
+            layer.share = share
+
+
+class ProSparse(Method):
+
+    def follow(self, model, target, final, tokens):
+        for layer in gates(model).values():
+            layer.amount = (target - 1) / (final - 1) if final > 1 else 0.0
+
+    def limit(self, model, target, tokens):
+        self.follow(model, target, target, tokens)
+        super().limit(model, target, tokens)
+
+    def step(self, run, tokens, targets, target):
+        train.train_step(run, tokens, targets, target)      # L1's weight is the price of CWIC
+
+
+class Pruning(Method):
+
+    def share(self, model, target):
+        unread = {'qkv': 1 / 3, 'up': 1.0}      # of the columns, where nothing is read
+        low, high = LEAST, 1.0
+        for _ in range(50):
+            share = (low + high) / 2
+            used = sum(gate.dense * share * (1 - (1 - share) * unread.get(name.split('.')[-1], 0))
+                       for name, gate in gates(model).items())
+            low, high = (low, share) if used > model.dense() / target else (share, high)
+        return high
+
+    def limit(self, model, target, tokens):
+        pruned = float((model.head.theta > 0).float().mean())
+        if pruned < 1 - self.share(model, target) - 1 / model.head.n_in:        # else it stays as it is
+            super().limit(model, target, tokens)
+        for block in model.blocks:
+            block.attn.qkv.unread = int((block.attn.out.theta[0] > 0).sum())
+            block.mlp.up.unread = int((block.mlp.down.theta[0] > 0).sum())
+
+
+class SmallerDense(Method):
+
+    def check(self, model, saved, target):
+        if 'options' not in saved:
+            raise Cannot('the text that this model was trained on is not at hand')
+
+    def start(self, model, saved, recipe, given):
+        """It sees all tokens that the others' weights have seen, the dense model's training included."""
+        old, config = train.TrainConfig(**saved['options']), asdict(model.config)
+        for n_embd in range(model.config.n_embd, 0, -2 * model.config.n_head):
+            config.update(n_embd=n_embd, n_hidden=model.config.n_hidden * n_embd // model.config.n_embd)
+            with torch.device('meta'):
+                if cwic.GPT(CWICConfig(**config)).dense() <= model.dense() / recipe.target_reduction:
+                    break
+        sizes = {name: config[name] for name in config.keys() & asdict(old).keys()}
+        steps = old.dense_steps + recipe.ramp_steps + recipe.hold_steps
+        config = replace(old, **sizes, init_from='', data=recipe.data, out=recipe.out, seed=recipe.seed,
+                         resume=False, target_reduction=1.0, dense_steps=steps)
+        return train.begin(config, set(), recipe.device)
+
+
+class OwnTargets(Method):
+
+    def step(self, run, tokens, targets, target):
+        # what train_step() will charge for a weight: with a target out of reach, it is not 0
+        price = cwic.price(run.active.sum(), run.model.dense(), target + 1)
+        for active, (_, layer) in zip(run.active, run.model.gated()):
+            own = cwic.price(active, layer.dense, target) * layer.dense / run.model.dense()
+            layer.push = own / price
+        train.train_step(run, tokens, targets, target + 1)
+
+
+TRAINED = {'trained': True}
+LEARNED = {'trained': True, 'learned': True, 'apart': False}
+METHODS = {
+    'dense': Method(dense=True, kernel='any'),
+
+    # without training
+
+    # Small inputs add little: each matrix skips those below a quantile (Liu et al., 2024, arXiv 2408.14690).
+    # Breaks from 2x on, as errors add up from layer to layer; and where inputs do not centre on 0.
+    'TEAL': Method(),
+    # TEAL's own allocation: in each block, cut 5% of it from the matrix where the block's output suffers
+    # least, again and again. Breaks like TEAL: all blocks are given the same, and each looks at itself alone.
+    'TEAL greedy': Greedy(),
+    # Only neurons skip, by their activation (Lee et al., 2024, arXiv 2404.08763): a column of up and a row of
+    # down, or without a gate only the row. Breaks where more than that is to be skipped.
+    'CATS': Method(kinds=('neurons', 'down'), apart=False),
+    # An input matters as much as the row of W that it meets (Chen et al., 2025, arXiv 2505.19427; thresholds
+    # here, the K largest there, where W is made orthogonal too). Breaks where rows are alike: it is TEAL.
+    'WINA': Method(weighed=True),
+    # What counts is the distance from the usual value, whose product goes into the bias (Chua et al., 2024,
+    # arXiv 2412.07174; the mode there, the median here). Breaks where the usual values are 0: it is TEAL.
+    'SCAP': Method(centred=True),
+    # TEAL, and a low-rank path for what it skips (Zhang et al., 2025, arXiv 2504.19449; a search divides the
+    # compute there, the path has 5% here). Breaks where singular values fall slowly, as in small models.
+    'R-Sparse': Method(layer=LowRankRest, kernel='ours, and two small products'),
+    # All that CWIC has but learning. What CWIC gains over it, learning gains. Breaks as all of these do:
+    # nobody asks what the loss needs.
+    'CWIC form': Method(weighed=True, centred=True, stripe=0, apart=False),
+
+    # trained as CWIC is: the same tokens, steps, teacher and learning rates
+
+    # TEAL whose weights learn to live with it: thresholds follow, the quantile of what they see. No paper's,
+    # but the fair rival. Breaks where matrices or tokens differ in what they need: they get the same share.
+    'TEAL + distillation': Method(**TRAINED),
+    # The K largest inputs of each token (Wang et al., 2024, arXiv 2407.10969, there also from scratch, with
+    # ReLU^2). Breaks where tokens differ: an easy one costs as much as a hard one.
+    'Q-Sparse': QSparse(**TRAINED, layer=TopK, kernel='ours, after a sort'),
+    # ReLU after the norms and in the MLP (Mirzadeh et al., 2023, arXiv 2310.04564), L1 that rises, and in the
+    # end higher thresholds (Song et al., 2024, arXiv 2402.13516); ReLU comes by degrees here. Breaks where
+    # head and attention's output are large: they do not skip.
+    'ProSparse': ProSparse(**TRAINED, kinds=('qkv', 'up', 'down'), layer=Rectified, gpt2_only=True),
+    # Inputs that deviate least, times |W|, become a bias, for every token the same ones; what only they read
+    # goes too (FLAP, An et al., 2023, arXiv 2312.11983; then distilled). Breaks where tokens need different
+    # weights, which is why all others look at the token.
+    'pruning': Pruning(**TRAINED, weighed=True, centred=True, static=True, layer=Unread, gpt2_only=True,
+                       kernel='any'),
+    # Why not a dense model of that size? Breaks where its training cannot be had again.
+    'smaller dense': SmallerDense(**TRAINED, dense=True, kernel='any'),
+    # Learned thresholds, and one price for the active weights of the whole model. Breaks where steps are few:
+    # a threshold moves by a twentieth of a sigma in each, at most.
+    'CWIC': Method(**LEARNED, stripe=0),
+
+    # CWIC less one thing
+
+    'CWIC: one stripe': Method(**LEARNED),
+    'CWIC: stripes of 64': Method(**LEARNED, stripe=64),
+    'CWIC: no centre': Method(**LEARNED, stripe=0, layer=Uncentred),
+    'CWIC: one threshold': Method(**LEARNED, stripe=0, layer=OneThreshold, gpt2_only=True),
+    'CWIC: own targets': OwnTargets(**LEARNED, stripe=0, layer=OwnPrice, gpt2_only=True),
+    'CWIC: next token': Method(**LEARNED, stripe=0, teacher=False)}
+
+# -----------------------------------------------------------------------------
+# compare
+
+
+@dataclass
+class CompareConfig:
+    """
+    Runs every way to skip on one dense model. Each result is kept in --out as soon as it is there: the same
+    command goes on where it was stopped.
+    """
+    subject: str = option('out/dense/best.pt', 'dense model to make sparse: a .pt, smollm2, gpt2, ...')
+    recipe: str = option('config/distill_small.toml', 'preset of train.py that all training follows')
+    methods: str = option('', f'some of: {", ".join(METHODS)}; without it, all')
+    targets: str = option('1.5,2,3,4', 'reductions, for methods without training')
+    trained_targets: str = option('2,3', 'reductions, for methods with training; ablations have the highest')
+    seeds: int = option(3, 'runs of each trained method at its highest target; at others one', at_least=1)
+    steps: int = option(0, 'optimiser steps of training; 0: as many as the recipe has', at_least=0)
+    windows: int = option(128, 'windows of validation text', at_least=1)
+    blimp: str = option('', 'BLiMP as JSON lines, packed with xz or not: measured as well, see evaluate.py')
+    blimp_pairs: int = option(200, 'of each paradigm, the first so many', at_least=1)
+    quick: bool = option(False, 'a few steps and windows, to see that everything works')
+    out: str = option('out/baselines', 'folder for rows.jsonl and table.md')
+    picture: str = option('assets/frontier.png', 'file of the picture')
+    device: str = option('auto', 'auto, cpu, cuda or mps')
+
+
+QUICK = {'targets': '2', 'trained_targets': '2', 'seeds': 1, 'steps': 2, 'windows': 4, 'blimp_pairs': 2}
+
+
+def plan(config, model, saved):
+    """-> [(method, target, seed)] to run, and rows for those that cannot be run, which say why"""
+    jobs, cannot = [], []
+    try:
+        targets = {trained: sorted({float(number) for number in text.split(',')})
+                   for trained, text in ((False, config.targets), (True, config.trained_targets))}
+    except ValueError:
+        fail(f'--targets {config.targets} --trained_targets {config.trained_targets}: must be such as 2,3')
+    for name in config.methods.split(',') if config.methods else METHODS:
+        if name not in METHODS:
+            fail(f'--methods {name}: there are {", ".join(METHODS)}')
+        method = METHODS[name]
+        asked = targets[method.trained][-1 if ':' in name else 0:]
+        for target in [1.0] if name == 'dense' else asked:
+            seeds = config.seeds if method.trained and target == asked[-1] else 1
+            try:
+                method.check(model, saved, target)
+                jobs += [(name, target, seed) for seed in range(1, seeds + 1)]
+            except Cannot as error:
+                cannot += [{'method': name, 'target': target, 'cannot': str(error)}]
+    return sorted(jobs, key=lambda job: METHODS[job[0]].trained), cannot
+
+
+def distil(run, data, method, calibration, report):
+    """Trains run.model, which method.change() has made of a dense model; report(steps done, steps in all)."""
+    config, model, (train_data, _, meta) = run.config, run.model, data
+
+    def batch(step):
+        starts = train.step_starts(train_data, meta, config, step)
+        return train.windows(train_data, starts, config.block_size, run.device)
+
+    if method.learned:
+        train.warm_statistics(run, (batch(2 ** 31 + i)[0] for i in range(train.WARM_BATCHES)))
+    for run.step in range(config.steps()):
+        target, lr = train.target_at(run.step, config), train.lr_at(run.step, config)
+        if not (method.learned or method.dense) and run.step % EVERY == 0:
+            method.follow(model, target, config.target_reduction, calibration[:8])
+        for group, share in zip(run.optimizer.param_groups, (1, 1, config.threshold_lr), strict=True):
+            group['lr'] = share * lr
+        # a step of train.py moves thresholds and statistics; those that are not learned are put back
+        held = {name: x.clone() for name, x in ({} if method.learned else model.state_dict()).items()
+                if name.endswith(('theta', 'mu', 'sigma', 'seen'))}
+        method.step(run, *batch(run.step), target)
+        model.load_state_dict(held, strict=False)
+        report(run.step + 1, config.steps())
+
+
+def run_method(job, config, recipe, given, teacher, saved, report):
+    """-> the row of one (method, target, seed)"""
+    name, target, seed = job
+    started, method, device = time.perf_counter(), METHODS[name], recipe.device
+    run, data = method.start(teacher, saved, replace(recipe, target_reduction=target, seed=seed), given)
+    run.teacher, run.dtype = teacher, choose_dtype(recipe.dtype, device)[0]
+    model, options, (train_data, val_data, meta) = run.model, run.config, data
+    method.change(model)
+    for layer in model.modules() if not method.learned else ():
+        if isinstance(layer, Thresholds):
+            layer.theta.requires_grad_(False)
+    run.optimizer = torch.optim.AdamW(model.parameter_groups(options.lr, options.lr, options.weight_decay),
+                                      betas=(0.9, options.beta2), fused=device != 'mps')
+    # thresholds are set on training text, results are for validation text: windows, evenly spread
+    calibration = validation_windows(train_data, meta, CALIBRATION, options.block_size)[:, :-1]
+    calibration = torch.from_numpy(calibration).to(device)
+    validation = validation_windows(val_data, meta, config.windows, options.block_size)
+    if method.trained:
+        distil(run, data, method, calibration, report)
+    with torch.compiler.set_stance('force_eager') if options.compile else nullcontext():
+        if not (method.learned or method.dense):
+            method.limit(model, target, calibration)
+        results = evaluate.measure(model, validation, teacher, method.dense)
+        if config.blimp:
+            encoding = load_tokenizer(saved['tokenizer'])
+            pairs = evaluate.read_blimp(config.blimp, config.blimp_pairs)
+            start = end_id(saved['tokenizer'], encoding)
+            right, _ = evaluate.blimp(model, encoding, start, pairs, method.dense)
+            results['blimp'] = float(np.mean(list(right.values())))
+    return {'method': name, 'target': target, 'seed': seed,
+            'reduction': results['reduction'] * teacher.dense() / model.dense(),        # one may be smaller
+            **{key: results.get(key) for key in ('val_loss', 'kl', 'agreement', 'blimp')},
+            'cv': results['spread'],
+            'trained_tokens': method.trained * options.steps() * options.batch_size * options.block_size,
+            'seconds': round(time.perf_counter() - started, 1)}
+
+
+COLUMNS = {'reduction': ('reduction', '.2f'), 'kl': ('KL to dense', '.4f'), 'val_loss': ('loss', '.4f'),
+           'agreement': ('same likeliest token', '.1%'), 'blimp': ('BLiMP', '.1%'),
+           'cv': ('spread of compute', '.1%'), 'trained_tokens': ('tokens trained on', ',.0f')}
+
+
+def table(rows):
+    """Markdown, a line for each method and target; where there are seeds, the median and the extremes."""
+    def cell(same, key):
+        values, form = [r[key] for r in same if r.get(key) is not None], COLUMNS[key][1]
+        if len(set(values)) < 2:
+            return f'{values[0]:{form}}' if values else ''
+        return f'{np.median(values):{form}} ({min(values):{form}} to {max(values):{form}})'
+
+    groups, lines = {}, []      # groups: {(subject, number of the method, target): rows}
+    for r in rows:
+        groups.setdefault((r['subject'], list(METHODS).index(r['method']), r['target']), []).append(r)
+    for (subject, number, target), same in sorted(groups.items()):
+        if f'{subject}:' not in lines:
+            titles = ['method', 'target', *(title for title, _ in COLUMNS.values()), 'kernel']
+            lines += ['', f'{subject}:', '', f'| {" | ".join(titles)} |', '|---' * len(titles) + '|']
+        cells = [cell(same, key) for key in COLUMNS] + [METHODS[same[0]['method']].kernel]
+        if 'cannot' in same[0]:
+            cells = [f'cannot: {same[0]["cannot"]}', *[''] * len(COLUMNS)]
+        lines += [f'| {same[0]["method"]} | {target:g}x | {" | ".join(cells)} |']
+    return '\n'.join(lines[1:]) + '\n'
+
+
+def earlier_rows(path, config, settings):
+    """What rows.jsonl holds, but for what could not be run. Rows of this subject must have these settings."""
+    try:
+        with open(path, encoding='utf-8') as f:
+            rows = [dict(json.loads(line)) for line in f]
+        others = [r for r in rows if r['subject'] == config.subject and r['settings'] != settings]
+    except FileNotFoundError:
+        return []
+    except (ValueError, TypeError, KeyError):
+        fail(f'{path}: not what this program writes; choose another --out, or delete it', 1)
+    if others:
+        fail(f'--out {config.out} holds a comparison of {config.subject} with other options, or of another '
+             'model of that name; choose another --out, or delete it', 1)
+    return [r for r in rows if r['subject'] != config.subject or 'seed' in r]
+
+
+def compare(config, given):
+    for name in QUICK.keys() - given if config.quick else ():
+        setattr(config, name, QUICK[name])
+    recipe, of_recipe = parse_options(train.TrainConfig, 'train.py', presets=True, argv=[config.recipe])
+    recipe = replace(recipe, init_from=config.subject, out=config.out, device=choose_device(config.device))
+    steps = config.steps or recipe.ramp_steps + recipe.hold_steps
+    ramp = round(steps * recipe.ramp_steps / (recipe.ramp_steps + recipe.hold_steps))
+    recipe = replace(recipe, ramp_steps=ramp, hold_steps=steps - ramp,
+                     warmup_steps=min(recipe.warmup_steps, steps))
+    model, saved = weights.load(config.subject)
+    if any(float(layer.theta.detach().max()) > 0 for _, layer in model.gated()):
+        fail(f'--subject {config.subject} is sparse already; for a dense model: '
+             'python train.py --target_reduction 1 --out out/dense', 1)
+    if config.quick and 'options' in saved:     # the smaller model is not trained as long as this one was
+        saved['options'].update(dense_steps=0, ramp_steps=0, hold_steps=0)
+    path, (jobs, cannot) = os.path.join(config.out, 'rows.jsonl'), plan(config, model, saved)
+    # what a result depends on besides its method, target and seed
+    settings = {'recipe': config.recipe, 'steps': steps, 'windows': config.windows,
+                'blimp_pairs': config.blimp and config.blimp_pairs, 'dense': saved.get('val_loss')}
+    common_to_all = {'subject': config.subject, 'settings': settings}
+    rows = earlier_rows(path, config, settings) + [{**common_to_all, **row} for row in cannot]
+    finished = {(r['method'], r['target'], r.get('seed')) for r in rows if r['subject'] == config.subject}
+    jobs, left, on_terminal = [job for job in jobs if job not in finished], '', sys.stdout.isatty()
+    print(f'{len(jobs)} runs to do', flush=True)
+    os.makedirs(config.out, exist_ok=True)
+    model.to(recipe.device).requires_grad_(False)
+    for i, job in enumerate(jobs):
+        label = '{:3}/{}  {:19} {:4g}x'.format(i + 1, len(jobs), *job)
+        began, later = time.perf_counter(), sum(METHODS[name].trained for name, _, _ in jobs[i + 1:])
+
+        def report(step, of):
+            nonlocal left
+            pace = (time.perf_counter() - began) / step
+            left = f', {train.clock(pace * (of - step + later * steps))} left'
+            if on_terminal:
+                print(f'\r{label}  step {step} of {of}{left}\033[K', end='', flush=True)
+
+        row = run_method(job, config, recipe, of_recipe, model, saved, report)
+        rows.append({**common_to_all, **row})
+        lines = ''.join(json.dumps(r) + '\n' for r in rows)
+        cwic.write_atomically(path, lambda file: file.write(lines.encode()))
+        print('\r\033[K' * on_terminal + f'{label}  reduction {row["reduction"]:.2f}x  kl {row["kl"]:.4f}  '
+              f'loss {row["val_loss"]:.4f}  {row["seconds"]:.0f} s{left}', flush=True)
+    text = table(rows)
+    cwic.write_atomically(os.path.join(config.out, 'table.md'), lambda file: file.write(text.encode()))
+    # ablations are in the table
+    plots.frontier([r for r in rows if r['method'] != 'dense' and ':' not in r['method']], config.picture)
+    print(f'\n{text}\nfiles: {path}, {os.path.join(config.out, "table.md")}, {config.picture}')
+
+
+# -----------------------------------------------------------------------------
+# tokens: what gets compute
+
+
+@dataclass
+class TokensConfig:
+    """What gets compute, in a checkpoint's validation text."""
+    data: str = option('', 'folder in data/; without it, the one the checkpoint was trained with')
+    windows: int = option(64, 'windows of text', at_least=1)
+    device: str = option('auto', 'auto, cpu, cuda or mps')
+
+
+PYTHON = re.compile(r"""(?P<comment>\#[^\n]*)
+    |(?P<string>[rbfu]?(\"{3}[\s\S]*?(\"{3}|$)|'{3}[\s\S]*?('{3}|$)|"(\\.|[^"\\\n])*"?|'(\\.|[^'\\\n])*'?))
+    |(?P<indentation>\n[ \t]*)|(?P<number>\d[\w.]*)|(?P<name>\w+)|(?P<space>[ \t]+)|(?P<operator>[\s\S])
+    """, re.X)
+PROSE = re.compile(r"""(?P<template><\|[^|>]*\|>(system|user|assistant)?)|(?P<digits>\d+)|(?P<name>\w+)
+    |(?P<space>\s+)|(?P<punctuation>[\s\S])""", re.X)
+FUNCTION_WORDS = set("""a about all also am an and any are as at be because been but by can could did do does
+    for from had has have he her his how i if in into is it its just like may me more my no not of on one or our
+    out other she should so some such than that the their them then there these they this to up us was we were
+    what when where which who will with would you your""".split())
+
+
+def kinds_of_tokens(pieces, pattern):
+    """
+    pieces: the bytes of each token of a window -> the kind of each: that of its first character but spaces.
+    A window that begins within a string takes what is outside for inside, up to the next one.
+    """
+    kinds, seen = {}, set()         # kinds: of each character, one for each byte
+    for match in pattern.finditer(b''.join(pieces).decode('latin-1')):
+        kind, word = match.lastgroup, match.group()
+        if kind == 'name' and pattern is PYTHON:
+            kind = ('keyword' if keyword.iskeyword(word) else
+                    'name seen before' if word in seen else 'new name')
+        elif kind == 'name':
+            kind = ('function word' if word.lower() in FUNCTION_WORDS else
+                    'capitalised word' if word[0].isupper() else 'content word')
+        seen.add(word)
+        kinds.update(dict.fromkeys(range(*match.span()), kind))
+    ends = np.cumsum([len(piece) for piece in pieces])
+    firsts = [end - max(len(piece.lstrip(b' ')), 1) for end, piece in zip(ends, pieces)]
+    return ['first token', *(kinds.get(first, 'other') for first in firsts[1:])]
+
+
+@torch.no_grad()
+def tokens(config, path):
+    model, saved = weights.load(path)
+    options, model = saved.get('options') or {}, model.to(choose_device(config.device))
+    length = min(options.get('block_size', 512), model.config.block_size)
+    name = config.data or options.get('data', 'python')
+    _, data, meta = common.load_dataset(name, length)
+    if meta['tokenizer'] != saved['tokenizer']:
+        fail(f'{path} was not trained on data/{name}; say on what: --data NAME', 1)
+    windows = validation_windows(data, meta, config.windows, length)
+    bytes_of = load_tokenizer(saved['tokenizer']).decode_single_token_bytes
+    pieces = [[bytes_of(token) for token in window] for window in windows[:, :-1].tolist()]
+    pattern = PROSE if 'template' in saved['tokenizer'] else PYTHON
+    kinds = np.array([kinds_of_tokens(of_window, pattern) for of_window in pieces])         # (windows, T)
+    measured, used = [], 0.0
+    for batch in torch.from_numpy(windows).split(evaluate.rows_at_once(model, length)):
+        batch = batch.to(model.head.weight.device)
+        logits, active = model(batch[:, :-1])
+        logp, dense_logp = logits.log_softmax(-1), model(batch[:, :-1], dense=True)[0].log_softmax(-1)
+        loss, dense_loss = (-x.gather(-1, batch[:, 1:, None])[:, :, 0] for x in (logp, dense_logp))
+        entropy, share = -(logp.exp() * logp).sum(-1), active.sum(0) / model.dense()
+        measured.append(torch.stack([x.cpu().double() for x in (share, loss, entropy, loss - dense_loss)]))
+        used = used + active.sum((1, 2)).cpu()
+    share, loss, entropy, gain = torch.cat(measured, 1).numpy()         # (windows, T) each
+    print(f'{share.size:,} tokens, which use {share.mean():.1%} of the weights\n\ncompute by kind of token')
+    for kind in sorted(set(kinds.flat), key=lambda kind: -share[kinds == kind].mean()):
+        print(f'{kind:30}{share[kinds == kind].mean():8.1%}  of {(kinds == kind).sum():,}')
+    print('\ncompute by position')
+    bounds = [0, *(2 ** i for i in range(20) if 2 ** i < length), length]
+    for low, high in zip(bounds, bounds[1:]):
+        print(f'{low:5} to {high - 1:<21}{share[:, low:high].mean():8.1%}')
+    print('\ncorrelation of compute with')
+    for label, values in (('surprise of the token read', loss[:, :-1]),
+                          ('entropy of the prediction', entropy[:, 1:]),
+                          ('loss of the prediction', loss[:, 1:]),
+                          ('what all weights would gain', gain[:, 1:])):
+        print(f'{label:30}{np.corrcoef(share[:, 1:].flat, values.flat)[0, 1]:+8.2f}')
+    print('\ncompute by layer and matrix\n' + ''.join(f'{matrix:>9}' for matrix in model.config.matrices))
+    used = [f'{float(u) / share.size / layer.dense:9.1%}' for u, (_, layer) in zip(used, model.gated())]
+    print('\n'.join(''.join(used[i:i + 4]) for i in range(0, len(used), 4)) + '  head')
+    order = np.argsort(share[:, 1:], axis=None)
+    for label, places in (('least', order[:12]), ('most', order[:-13:-1])):
+        print(f'\n{label} expensive, in context')
+        for window, t in zip(*np.unravel_index(places, share[:, 1:].shape)):
+            before, token = (repr(b''.join(some).decode('utf-8', 'replace'))[1:-1] for some in
+                             (pieces[window][max(t - 11, 0):t + 1], pieces[window][t + 1:t + 2]))
+            print(f'{share[window, t + 1]:6.1%}  {before[-60:]:>60} [{token}]')
+
+
+def main():
+    argv = sys.argv[1:]
+    what = argv.pop(0) if argv and not argv[0].startswith('-') else ''
+    path = argv.pop(0) if what == 'tokens' and argv and not argv[0].startswith('-') else 'out/best.pt'
+    try:
+        if what == 'compare':
+            keep_memory()
+            compare(*parse_options(CompareConfig, 'python baselines.py compare', argv=argv))
+        elif what == 'tokens':
+            tokens(parse_options(TokensConfig, 'python baselines.py tokens CHECKPOINT', argv=argv)[0], path)
+        else:
+            fail('say what to do: python baselines.py compare, or tokens CHECKPOINT; then --help says how')
+    except (CheckpointError, weights.WeightsError) as error:
+        fail(error, 1)
+
+
+if __name__ == '__main__':
+    common.run(main)
