@@ -16,26 +16,28 @@ spread:
     roofline = bytes read per token x tokens/s / bandwidth          1 is as fast as memory allows
 
 Read are the active weights and all thresholds, with int8 also the scales beside those. The shapes gpt2-shape
-(124M) and smollm2-shape (135M) have random weights, on which speed does not depend. Their thresholds are the
-quantiles that leave 1 / reduction of each input's values active; the reduction reported is the one counted.
-Other models are measured dense, and with their own thresholds if they have any.
+(124M) and smollm2-shape (135M) have random weights, on which speed does not depend, and quantiles for
+thresholds; the reduction reported is the one counted. Other models are measured dense, and with thresholds of
+their own if they have any.
 
 Not here: batches of sequences. Not counted: what else a token reads (keys and values, mu, biases, norms).
 """
 
+import os
 import signal
+import sys
 
 if __name__ == '__main__':
     signal.signal(signal.SIGINT, signal.SIG_DFL)        # Ctrl-C while torch is imported, for seconds
+    if 'train' in sys.argv:
+        os.environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE')     # as in train.py
 
 import copy
 import json
-import os
 import platform
 import re
 import shutil
 import subprocess
-import sys
 import tempfile
 import time
 from dataclasses import dataclass, fields, replace
@@ -50,7 +52,8 @@ import cwic
 import plots
 import train
 import weights
-from cwic import GPT, CheckpointError, CWICConfig, KVCache, Neurons
+from baselines import calibrate, gates
+from cwic import GPT, CheckpointError, CWICConfig, KVCache
 from data import common
 from decoder import FORMATS, Decoder, PackedMatrix, pointer
 from device import check_compile, choose_device, choose_dtype, keep_memory
@@ -116,54 +119,6 @@ def progress(text=''):
 
 
 # -----------------------------------------------------------------------------
-# quantile thresholds
-
-
-@torch.no_grad()
-def visit(model, tokens, action, dense=False):
-    """
-    Reads tokens (B, T), and before each layer that has thresholds calls action(name, layer, x, h): x (B, T,
-    in) is what is compared with them, and h (B, T, d) what Llama's up is applied to, None in other layers.
-    """
-    def before(layer, args, name):
-        action(name, layer, *((args[1], args[0]) if isinstance(layer, Neurons) else (args[0], None)))
-
-    hooks = [layer.register_forward_pre_hook(partial(before, name=name)) for name, layer in model.gated()]
-    model(tokens, dense=dense)
-    for hook in hooks:
-        hook.remove()
-
-
-@torch.no_grad()
-def calibrate(model, reduction, tokens, check):
-    """
-    Gives a model in eval mode statistics, and thresholds without training: layer by layer, from the inputs
-    that tokens (B, T) give it when the layers before are sparse already, the quantile of |x - mu| that leaves
-    1 / reduction of each input's values active. Then all are moved by one factor, so that check (B', T'),
-    other tokens, gets the reduction asked for, which must be above 1.
-    """
-    def set_thresholds(_, layer, x, h):
-        layer.mu.zero_()
-        layer.sigma.zero_()
-        for _ in range(8):              # the centre settles, as it does over many batches of training
-            layer.seen.zero_()
-            layer.update_statistics(cwic.observe(x, layer.mu, layer.sigma))
-        distance = (x.flatten(0, 1).float() - layer.mu).abs()                           # (B * T, in)
-        t = distance.kthvalue(max(round((1 - 1 / reduction) * len(distance)), 1), dim=0).values
-        layer.theta.copy_((t / (layer.scale * layer.sigma.clamp_min(1e-12))).expand_as(layer.theta))
-
-    visit(model, tokens, set_thresholds)
-    layers = [layer for _, layer in model.gated()]
-    thetas, low, high = [layer.theta.clone() for layer in layers], 0.5, 2.0
-    for _ in range(8):
-        factor = (low + high) / 2
-        for layer, theta in zip(layers, thetas):
-            layer.theta.copy_(theta * factor)
-        too_sparse = model.dense() / model(check)[1].sum(0).mean() > reduction
-        low, high = (low, factor) if too_sparse else (factor, high)
-
-
-# -----------------------------------------------------------------------------
 # what is measured
 
 
@@ -206,16 +161,20 @@ class Setting:
     weights, and what each matrix is multiplied with after a prompt, a list of token ids.
     """
 
+    @torch.no_grad()
     def __init__(self, model, dense, prompt):
-        self.tensors, self.inputs = {}, {}
+        self.tensors, self.inputs, hooks = {}, {}, []
+
+        def remember(layer, args, name):        # x, dense; of neurons x, z, dense: z comes first
+            self.inputs[name] = [x[0, -1].clone() for x in args[-2::-1]]
+
         for name, layer in model.gated():
             tensors = PackedMatrix(layer, dense=dense).tensors
             self.tensors[name] = {key: tensors[key] for key in ('thresholds', 'mu', 'base')}
-
-        def remember(name, layer, *inputs):
-            self.inputs[name] = [None if x is None else x[0, -1].clone() for x in inputs]
-
-        visit(model, torch.tensor([prompt]), remember, dense)
+            hooks.append(layer.register_forward_pre_hook(partial(remember, name=name)))
+        model(torch.tensor([prompt]), dense=dense)
+        for hook in hooks:
+            hook.remove()
 
     def prepare(self, decoder, threads):
         if decoder.threads != threads:
@@ -225,21 +184,25 @@ class Setting:
                 decoder.packed[name].tensors[key].copy_(values)
 
 
+def set_reduction(model, reduction, tokens):
+    """Gives a model thresholds that leave 1 / reduction of each matrix active for tokens (B, T)."""
+    calibrate(model, (tokens,), dict.fromkeys(gates(model), 1 / reduction), centred=True)
+
+
 def make_settings(model, saved, reductions, prompt):
     """A shape at each of the reductions; another model dense, and as it is."""
     if saved:
         sparse = any(float(layer.theta.detach().max()) > 0 for _, layer in model.gated())
         return [Setting(model, dense, prompt) for dense in (True, False) if dense or sparse]
-    settings, samples = [], torch.randint(model.config.vocab_size, (26, PROMPT + 32))
+    settings, tokens = [], torch.randint(model.config.vocab_size, (24, PROMPT + 32))
     for reduction in reductions:
-        if reduction > 1:
-            calibrate(model, reduction, samples[2:], samples[:2])
+        set_reduction(model, reduction, tokens)
         settings.append(Setting(model, reduction == 1, prompt))
     return settings
 
 
 def on_huge_pages(decoder):
-    """How much of the memory around the middle of a decoder's weights lies on huge pages, in words."""
+    """How much of the memory around a decoder's weights lies on huge pages, in words."""
     tensors = [packed.tensors['weight'] for packed in decoder.packed.values()]
     middle = (tensors[0].data_ptr() + tensors[-1].data_ptr()) // 2
     try:
@@ -285,8 +248,8 @@ def run_matrices(decoder, setting, threads, kind):
     # another matrix first: that wakes the threads, and leaves nothing of these in the cache
     calls, inputs = [], []
     for name, count in zip([decoder.names[0 if kind == 'head' else -1], *names], active):
-        inputs.append([None if x is None else x.clone() for x in setting.inputs[name]])
-        x, h = (ffi.NULL if x is None else pointer(ffi, x) for x in inputs[-1])
+        inputs.append([x.clone() for x in setting.inputs[name]])
+        x, h = [*(pointer(ffi, x) for x in inputs[-1]), ffi.NULL][:2]
         calls.append((decoder.team, ffi.new('Matrix *', decoder.packed[name].struct(ffi)),
                       list(FORMATS).index(decoder.dtype), 1, x, h, pointer(ffi, y), pointer(ffi, count)))
     for i, call in enumerate(calls):
@@ -486,9 +449,11 @@ def disagreement(run, tokens):
         model = copy.deepcopy(run.model).to(device).train()
         inputs, targets = tokens[:1, :64].to(device), tokens[:1, 1:65].to(device)
         train.backward(replace(run, model=model), inputs, targets, dense=False, price=1e-9)
-        named = [(name, p.grad.cpu().flatten()) for name, p in model.named_parameters() if p.grad is not None]
-        gradients.append([torch.cat([gradient for name, gradient in named if name.endswith('theta') == thetas])
-                          for thetas in (True, False)])
+        parts = [[], []]
+        for name, p in model.named_parameters():
+            if p.grad is not None:
+                parts[not name.endswith('theta')].append(p.grad.cpu().flatten())
+        gradients.append([torch.cat(part) for part in parts])
     return [float((here - on_cpu).norm() / on_cpu.norm()) for here, on_cpu in zip(*gradients)]
 
 
@@ -525,11 +490,11 @@ def measure_train(config, what):
     checks = {}
     if device != 'cpu':
         _, checks['all active'] = disagreement(run, tokens)         # there are no statistics yet
-    calibrate(model, 3.0, tokens[:1, :-1], tokens[:1, :-1].flip(1))
+    set_reduction(model, 3.0, tokens[:1, :-1])
     if device != 'cpu':
         checks['sparse: thresholds'], checks['sparse: all else'] = disagreement(run, tokens)
     for _, layer in model.train().gated():
-        layer.seen.fill_(1e12)          # statistics rest on so many tokens that a few more change nothing
+        layer.seen.fill_(np.inf)        # statistics that rest on so many tokens stay as they are
     teacher = train.frozen_teacher(run)
     if config.compile:
         run.head_loss = torch.compile(train.head_loss)
@@ -613,9 +578,9 @@ def measure_loss(config, what):
 COLUMNS = (             # title, key in a row, width, format: those that rows have are printed
     ('engine', 'engine', '<14', ''), ('matrix', 'matrix', '<7', ''), ('prompt', 'prompt', '>6', ''),
     ('dtype', 'dtype', '<12', ''), ('threads', 'threads', '>7', ''), ('reduction', 'reduction', '>9', '.2f'),
-    ('loss', 'loss', '>7', '.4f'), ('more', 'loss_over_first', '>7', '+.4f'),
-    ('KL to base', 'kl', '>10', '.4f'), ('agreement', 'agreement', '>9', '.3f'), ('tok/s', 'tok_s', '>8', '.1f'),
-    ('min', 'tok_s_min', '>8', '.1f'), ('max', 'tok_s_max', '>8', '.1f'),
+    ('loss', 'loss', '>7', '.4f'), ('change', 'loss_over_first', '>7', '+.4f'),
+    ('KL to base', 'kl', '>10', '.4f'), ('agreement', 'agreement', '>9', '.3f'),
+    ('tok/s', 'tok_s', '>8', '.1f'), ('min', 'tok_s_min', '>8', '.1f'), ('max', 'tok_s_max', '>8', '.1f'),
     ('x dense', 'speed_over_dense', '>7', '.2f'), ('seconds', 'seconds', '>7', '.3f'),
     ('x dense', 'seconds_over_dense', '>7', '.2f'),
     ('GiB', 'memory_gib', '>5', '.1f'), ('GB/token', 'gb_per_token', '>8', '.3g'),
@@ -666,6 +631,7 @@ def main():
     except torch.OutOfMemoryError:
         fail('out of memory; a smaller --batch takes less', 1)
     except KeyboardInterrupt:
+        progress()
         sys.exit(130)
     table(rows)
     if config.json:

@@ -1,88 +1,352 @@
-"""bench.py as a program, on a tiny model: what it counts, what it writes, and what it says when it cannot. Never how fast."""
+"""bench.py, on tiny models: what it counts, what it writes, and what it says when it cannot. Never how fast."""
 
+import copy
+import io
 import json
 import os
+import signal
+import sys
+import time
+from contextlib import redirect_stderr, redirect_stdout
+from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
 
 import bench
 import cwic
-from test_cwic import small_model
-from test_train import one_line, run
+from data import common
+from options import parse_options
+from test_cwic import BOTH, one_thread, small_model     # noqa: F401  one_thread: a fixture, for all
+from test_train import start
+
+BYTES = {'f32': 4, 'bf16': 2, 'int8': 1}
+
+
+def call(*args):
+    """-> (exit code, stdout, stderr) of bench.py with these arguments, in this process"""
+    out, err, code, argv = io.StringIO(), io.StringIO(), 0, sys.argv
+    out.reconfigure = lambda **more: None
+    sys.argv = ['bench.py', *map(str, args)]
+    try:
+        with redirect_stdout(out), redirect_stderr(err):
+            common.run(bench.main)
+    except SystemExit as end:
+        code = end.code or 0
+    finally:
+        sys.argv = argv
+    return code, out.getvalue(), err.getvalue()
+
+
+@pytest.fixture(autouse=True)
+def small_probe(monkeypatch):
+    """Half a gigabyte would take most of the time."""
+    monkeypatch.setattr(bench, 'PROBE_BYTES', 2 ** 20)
 
 
 @pytest.fixture(scope='module')
-def checkpoint(tmp_path_factory):
-    path = tmp_path_factory.mktemp('bench') / 'tiny.pt'
-    cwic.save_checkpoint(path, small_model(block_size=64, thresholds=1.0))
-    return str(path)
+def models(tmp_path_factory):
+    """{architecture: path of a checkpoint whose tokens are bytes}"""
+    paths = {}
+    for arch in ('gpt2', 'llama'):
+        paths[arch] = str(tmp_path_factory.mktemp('bench') / f'{arch}.pt')
+        model = small_model(arch, block_size=64, vocab_size=257)
+        cwic.save_checkpoint(paths[arch], model, tokenizer={'kind': 'bytes'})
+    return paths
 
 
-def test_decode_counts_what_the_model_counts(checkpoint, tmp_path):
-    """Rows for its own thresholds and for none; bytes per token are those of the weights in use, not of the whole model."""
-    file = tmp_path / 'rows.json'
-    result = run('bench.py', 'decode', '--model', checkpoint, '--rounds', '1', '--tokens', '4', '--threads', '1', '--dtypes', 'f32,int8',
-                 '--json', str(file), '--out', str(tmp_path))
-    assert result.returncode == 0, result.stderr
-    written = json.load(open(file, encoding='utf-8'))
-    rows = written['rows']
-    assert written['machine'] and (tmp_path / 'bench_decode.png').stat().st_size > 10000
-    keys = {'what', 'engine', 'dtype', 'threads', 'reduction', 'tok_s', 'tok_s_min', 'tok_s_max', 'gb_per_token', 'bandwidth_gb_s', 'roofline', 'seconds'}
-    assert all(keys <= row.keys() and row['what'] == 'decode' for row in rows)
-    ours = {(row['dtype'], row['reduction'] > 1.01): row for row in rows if row['engine'] == 'cwic'}
-    assert len(ours) == 4 and [row['dtype'] for row in rows if row['engine'] == 'torch'] == ['f32', 'bf16']
-    dense = small_model(block_size=64).dense()
-    for (dtype, sparse), row in ours.items():
-        size = {'f32': 4, 'int8': 1}[dtype]
-        assert abs(row['gb_per_token'] * 1e9 - size * dense / row['reduction']) < 1e-3
-        assert sparse or row['reduction'] == 1
+def rows(what, model, folder, *args):
+    file = folder / 'rows.json'
+    code, out, err = call(what, '--model', model, '--rounds', 2, '--threads', 1, '--json', file, '--out', folder, *args)
+    assert code == 0, err
+    written = json.loads(file.read_text(encoding='utf-8'))
+    assert out.startswith(written['machine']) and all(row['what'] == what for row in written['rows'])
+    return written['rows'], err
 
 
-def test_loss_is_that_of_the_model(checkpoint, tmp_path):
-    """Token by token through the kernel in f32, it is the loss of one pass of PyTorch."""
-    np.random.default_rng(0).integers(0, 50, 2000).astype(np.uint16).tofile(tmp_path / 'val.bin')
-    file = tmp_path / 'rows.json'
-    result = run('bench.py', 'loss', '--model', checkpoint, '--data', str(tmp_path), '--windows', '2', '--json', str(file))
-    assert result.returncode == 0, result.stderr
-    data = np.fromfile(tmp_path / 'val.bin', np.uint16).astype(np.int64)
-    model, losses = small_model(block_size=64, thresholds=1.0), []
+def text_and_counts(model, data, count):
+    """
+    The first tokens of the validation split; and of each matrix the weights that each token used, {name: (T)},
+    by PyTorch.
+    """
+    _, val, _ = common.load_dataset(data, 1)
+    tokens = torch.from_numpy(val[:count].astype(int))
     with torch.no_grad():
-        for start in np.linspace(0, 2000 - 65, 2).astype(int):
-            logits, _ = model(torch.tensor(data[None, start:start + 64]))
-            losses.append(float(cwic.next_token_loss(logits[0], torch.tensor(data[start + 1:start + 65]))))
-    f32, bf16, int8 = json.load(open(file, encoding='utf-8'))['rows']
-    assert abs(f32['loss'] - np.mean(losses)) < 1e-3 and abs(bf16['loss'] - f32['loss']) < 0.1 and abs(int8['loss'] - f32['loss']) < 0.1
+        _, active = model(tokens[None])
+    return tokens, dict(zip([name for name, _ in model.gated()], active[:, 0]))
 
 
-def test_train_reports_every_kind_of_step(tmp_path):
-    """Dense, CWIC at the third of the compute that it says it measures, and CWIC with a teacher, beside one another."""
-    result = run('bench.py', 'train', '--rounds', '1', '--batch', '2', '--json', str(tmp_path / 'rows.json'))
-    assert result.returncode == 0, result.stderr
-    dense, sparse, taught = json.load(open(tmp_path / 'rows.json', encoding='utf-8'))['rows']
-    assert (dense['engine'], sparse['engine'], taught['engine']) == ('dense', 'cwic', 'cwic + teacher') and (dense['batch'], dense['block_size']) == (2, 256)
-    assert f'{sparse["seconds"] / dense["seconds"]:.2f}x the dense step' in result.stdout
-    assert abs(dense['reduction'] - 1) < 1e-6 and 2 < sparse['reduction'] < 4.5 and taught['reduction'] == sparse['reduction']
+@BOTH
+def test_decode_counts_what_the_model_counts(models, data, tmp_path, arch):
+    """
+    Dense, and with the checkpoint's own thresholds; counted over the tokens after the prompt. Bytes per token
+    are those of the weights in use, of every threshold (4 bytes each), and with int8 of a scale beside each.
+    """
+    written, _ = rows('decode', models[arch], tmp_path, '--tokens', 20, '--data', data)
+    model, _ = cwic.load_checkpoint(models[arch])
+    _, active = text_and_counts(model, data, 36)
+    used = float(sum(active.values())[16:].mean())
+    thresholds = sum(layer.theta.numel() for _, layer in model.gated())
+    ours = [row for row in written if row['engine'] == 'cwic']
+    assert [row['dtype'] for row in ours] == ['f32', 'f32', 'bf16', 'bf16', 'int8', 'int8']
+    for row, sparse in zip(ours, 3 * (False, True)):
+        scales = thresholds if row['dtype'] == 'int8' else 0
+        expected = used if sparse else model.dense()
+        # in bf16 and int8 what follows the first matrices is rounded, and so are a few comparisons
+        assert row['reduction'] == pytest.approx(model.dense() / expected, rel=1e-9 if row['dtype'] == 'f32' else 0.05)
+        assert row['thresholds_gb_per_token'] * 1e9 == pytest.approx(4 * (thresholds + scales))
+        weights = model.dense() / row['reduction'] * BYTES[row['dtype']]
+        assert row['gb_per_token'] * 1e9 == pytest.approx(weights + 4 * (thresholds + scales))
+        assert row['tok_s_min'] <= row['tok_s'] <= row['tok_s_max'] and row['bandwidth_gb_s'] > 0
+    assert [row['dtype'] for row in written if row['engine'] == 'torch'] == ['f32', 'bf16']
+    assert (tmp_path / 'bench_decode.png').stat().st_size > 10000
+
+
+@BOTH
+def test_kernel_counts_each_kind_of_matrix(models, data, tmp_path, arch):
+    """All matrices of a kind, with the inputs that the last token of the prompt gives them."""
+    written, _ = rows('kernel', models[arch], tmp_path, '--dtypes', 'f32,int8', '--data', data)
+    model, _ = cwic.load_checkpoint(models[arch])
+    _, active = text_and_counts(model, data, 16)
+    kinds = [*model.config.matrices, 'head']
+    assert [row['matrix'] for row in written] == [kind for kind in kinds for _ in range(4)]
+    for kind in kinds:
+        dense = sum(layer.dense for name, layer in model.gated() if name.split('.')[-1] == kind)
+        used = float(sum(count[-1] for name, count in active.items() if name.split('.')[-1] == kind))
+        found = [row['reduction'] for row in written if row['matrix'] == kind]
+        assert found == pytest.approx([1, dense / used] * 2)        # inputs are f32, whatever the weights are
+
+
+def test_prefill_reads_prompts_as_long_as_asked_for(models, data, tmp_path):
+    """... or as the context is; the reduction is that of the prompt."""
+    written, _ = rows('prefill', models['gpt2'], tmp_path, '--prompts', '5,1000,40', '--dtypes', 'f32', '--data', data)
+    model, _ = cwic.load_checkpoint(models['gpt2'])
+    assert [(row['prompt'], row['engine']) for row in written] == [
+        (length, engine) for length in (5, 40, 64) for engine in ('cwic', 'cwic', 'torch', 'torch')]
+    for row in written[1::4]:
+        _, active = text_and_counts(model, data, row['prompt'])
+        assert row['reduction'] == pytest.approx(model.dense() / float(sum(active.values()).mean()))
+        assert row['seconds'] * row['tok_s'] == pytest.approx(row['prompt']) and 'roofline' not in row
+
+
+def test_text_that_the_model_writes_itself(models):
+    """Without --data. It begins with the end token, after which documents begin, and is always the same."""
+    model, saved = cwic.load_checkpoint(models['gpt2'])
+    config, _ = parse_options(bench.BenchConfig, 'bench.py', argv=[])
+    text = bench.text_to_read(config, model, saved, 70)
+    assert text[0] == 256 and len(text) == 70 and len(set(text)) > 20
+    assert text == bench.text_to_read(config, model, saved, 70)
+
+
+@BOTH
+def test_a_shape_gets_the_reductions_asked_for(monkeypatch, tmp_path, arch):
+    """... nearly, by quantiles; and with 1 it is dense."""
+    monkeypatch.setitem(bench.SHAPES, 'gpt2-shape', small_model(arch, block_size=64).config)
+    written, _ = rows('decode', 'gpt2-shape', tmp_path, '--reductions', '1,2,4', '--dtypes', 'f32', '--stripe', 8)
+    found = [row['reduction'] for row in written if row['engine'] == 'cwic']
+    assert found[0] == 1 and found[1:] == pytest.approx([2, 4], rel=0.15)
+    assert [row['speed_over_dense'] > 0 for row in written] == [True] * 5
+    counts = [round(row['thresholds_gb_per_token'] * 1e9 / 4) for row in written[:3]]
+    model, _ = bench.choose_model(parse_options(bench.BenchConfig, 'bench.py', argv=['--stripe', '8'])[0])
+    assert counts == 3 * [sum(layer.theta.numel() for _, layer in model.gated())]
+
+
+def test_another_engine_that_crashes_is_left_out(models, tmp_path):
+    """
+    llama.cpp died of a signal on one file, and with it went every measurement of the others. Now it is one
+    line, said once, and the rest is measured.
+    """
+    program = tmp_path / 'llama-bench'
+    program.write_text('#!/bin/sh\ncase "$*" in *good*) ;; *) kill -SEGV $$;; esac\necho '
+                       '\'[{"avg_ts": 50.0, "model_size": 1000, "model_type": "gpt2 0.1B Q8_0"}]\'\n', encoding='utf-8')
+    program.chmod(0o755)
+    for name in ('good.gguf', 'bad.gguf'):
+        (tmp_path / name).touch()
+    for what, more in (('decode', []), ('prefill', ['--prompts', '8,16'])):
+        written, err = rows(what, models['gpt2'], tmp_path, '--dtypes', 'f32', '--llama_bench', program,
+                            '--gguf', f'{tmp_path}/bad.gguf,{tmp_path}/good.gguf', *more)
+        assert err.count('\n') == 1 and f'{tmp_path}/bad.gguf is left out: ended with code -11' in err
+        theirs = [row for row in written if row['engine'] == 'llama.cpp']
+        assert [(row['dtype'], row['tok_s']) for row in theirs] == [('Q8_0', 50.0)] * (2 if more else 1)
+
+
+class SlowGenerator:
+    """CTranslate2's interface: 20 ms for a prompt, and 2 for each token after the first."""
+    compute_type = 'int8_float32'
+
+    def __init__(self, folder, intra_threads):
+        pass
+
+    def generate_batch(self, prompts, max_length, min_length, include_prompt_in_result):
+        assert max_length == min_length and set(map(type, prompts[0])) == {str}
+        time.sleep(0.02 + 0.002 * (max_length - 1))
+
+
+def test_ctranslate2(models, data, tmp_path, monkeypatch):
+    (tmp_path / 'vocabulary.json').write_text(json.dumps([f't{i}' for i in range(257)]), encoding='utf-8')
+    (tmp_path / 'model.bin').write_bytes(bytes(1000))
+    options = '--dtypes', 'f32', '--data', data, '--ctranslate2', tmp_path
+    monkeypatch.setitem(sys.modules, 'ctranslate2', None)
+    written, err = rows('decode', models['gpt2'], tmp_path, *options)
+    assert f'{tmp_path} is left out' in err and {row['engine'] for row in written} == {'cwic', 'torch'}
+    monkeypatch.setitem(sys.modules, 'ctranslate2', SimpleNamespace(Generator=SlowGenerator))
+    row = rows('decode', models['gpt2'], tmp_path, *options)[0][-1]
+    assert row['dtype'] == 'int8_float32' and row['gb_per_token'] == pytest.approx(1e-6)
+    assert 200 < row['tok_s'] < 700             # 500, but for the moods of the system's clock and other programs
+    row = rows('prefill', models['gpt2'], tmp_path, '--prompts', 10, *options)[0][-1]
+    assert 100 < row['tok_s'] <= 10 / 0.02
+
+
+def test_huge_pages_are_those_of_the_weights(monkeypatch):
+    """Of the region in which they lie, not of others."""
+    weights = torch.zeros(100)
+    where = weights.data_ptr()
+    decoder = SimpleNamespace(packed={'head': SimpleNamespace(tensors={'weight': weights})})
+    smaps = ''.join(f'{low:x}-{high:x} rw-p 00000000 00:00 0 \nSize: 9 kB\nRss:   80 kB\n'
+                    f'AnonHugePages:  {huge} kB\nVmFlags: rd wr\n'
+                    for low, high, huge in ((16, 4096, 80), (where - 64, where + 4096, 60), (where + 4096, where + 8192, 0)))
+    monkeypatch.setattr(bench.Path, 'read_text', lambda path, **more: smaps)
+    assert bench.on_huge_pages(decoder) == '75%'
+
+
+@pytest.fixture(scope='module')
+def adapter(models, tmp_path_factory):
+    """An adapter of the Llama, far enough from it."""
+    path = str(tmp_path_factory.mktemp('adapter') / 'adapter.pt')
+    model, _ = cwic.load_checkpoint(models['llama'])
+    cwic.add_adapters(model, 2)
+    with torch.no_grad():
+        for layer, name, _ in cwic.adapters(model):
+            getattr(layer, name).B.normal_(std=0.05)
+    cwic.save_checkpoint(path, model, base=models['llama'], tokenizer={'kind': 'bytes'})
+    return path
+
+
+@pytest.mark.parametrize('kind', ['gpt2', 'adapter'])
+def test_loss_is_that_of_the_model(models, data, tmp_path, adapter, kind):
+    """Token by token through the kernel in f32, it is that of one pass of PyTorch; so is the KL to the base."""
+    path = adapter if kind == 'adapter' else models['gpt2']
+    (f32, bf16, int8), _ = rows('loss', path, tmp_path, '--windows', 2, '--data', data)
+    model, saved = bench.weights.load(path)
+    _, val, _ = common.load_dataset(data, 64)
+    losses, active, kls, same = [], 0.0, [], []
+    for start_at in (0, len(val) - 65):
+        window = torch.from_numpy(val[start_at:start_at + 65].astype(int))
+        with torch.no_grad():
+            logits, used = model(window[None, :-1])
+            losses.append(float(cwic.next_token_loss(logits[0], window[1:])))
+            active += float(used.sum()) / 128
+            if kind == 'adapter':
+                base = cwic.load_checkpoint(models['llama'])[0](window[None, :-1], dense=True)[0]
+                kls.append(float(torch.nn.functional.kl_div(logits[0].log_softmax(-1), base[0].log_softmax(-1),
+                                                            log_target=True, reduction='batchmean')))
+                same.append(float((base.argmax(-1) == logits.argmax(-1)).float().mean()))
+    assert f32['loss'] == pytest.approx(sum(losses) / 2, abs=1e-4) and f32['loss_over_first'] == 0
+    assert f32['reduction'] == pytest.approx(model.dense() / active, rel=1e-6)
+    for row in (bf16, int8):
+        assert abs(row['loss'] - f32['loss']) < 0.1 and row['loss_over_first'] == row['loss'] - f32['loss']
+    assert ('kl' in f32) == (kind == 'adapter')
+    if kind == 'adapter':
+        assert f32['kl'] == pytest.approx(sum(kls) / 2, rel=1e-3) and f32['kl'] > 0.01
+        assert f32['agreement'] == pytest.approx(sum(same) / 2)
+
+
+def test_train_reports_every_kind_of_step_and_moves_nothing(tmp_path, monkeypatch):
+    """
+    Dense, CWIC at about the third of the compute that it says it measures, and that with a teacher. If steps
+    moved weights or statistics, later rounds would measure another model than the first.
+    """
+    runs, make_run = [], bench.make_run
+    monkeypatch.setattr(bench, 'make_run', lambda config: runs.append(make_run(config)) or runs[0])
+    after = []
+    train_step = bench.train.train_step
+
+    def step(run, *args):
+        result = train_step(run, *args)
+        after.append({name: x.clone() for name, x in run.model.state_dict().items() if not name.endswith('seen')})
+        return result
+
+    monkeypatch.setattr(bench.train, 'train_step', step)
+    file = tmp_path / 'rows.json'
+    code, out, err = call('train', '--rounds', 1, '--batch', 1, '--device', 'cpu', '--json', file)
+    assert code == 0, err
+    dense, sparse, taught = json.loads(file.read_text(encoding='utf-8'))['rows']
+    assert [row['engine'] for row in (dense, sparse, taught)] == ['dense', 'cwic', 'cwic + teacher']
+    assert (dense['batch'], dense['block_size']) == (1, 256) and 'batch 1' in out and 'block_size 256' in out
+    assert dense['reduction'] == pytest.approx(1) and 2 < sparse['reduction'] < 4.5
+    assert taught['reduction'] == sparse['reduction']
+    assert sparse['seconds_over_dense'] == pytest.approx(dense['tok_s'] / sparse['tok_s'])
+    assert len(after) == 9
+    for name, x in after[0].items():
+        assert torch.equal(x, after[-1][name]), name
 
 
 def test_disagreement_sees_a_gradient_that_is_wrong(monkeypatch):
     """0 where both sides are this CPU; not where one weight is another on the other side."""
-    model, tokens = small_model(block_size=64, thresholds=1.0), torch.randint(0, 50, (1, 65))
-    assert bench.disagreement(model, tokens) == [0, 0]
-    other = cwic.dense_copy(model)
-    other.head.weight[0, 0] += 0.1
-    monkeypatch.setattr(bench, 'dense_copy', lambda model: other)
-    assert min(bench.disagreement(model, tokens)) > 1e-4
+    monkeypatch.setattr(bench, 'choose_dtype', lambda *args: (torch.float32, ''))
+    run = bench.make_run(parse_options(bench.BenchConfig, 'bench.py', argv=['--device', 'cpu'])[0])
+    run.model = small_model(block_size=64)
+    tokens = torch.randint(0, 50, (1, 65))
+    assert bench.disagreement(run, tokens) == [0, 0]
+    copies = []
+
+    def deepcopy(model):
+        copies.append(copy.deepcopy(model))
+        if len(copies) == 2:
+            copies[1].head.weight.data[0, 0] += 0.1
+        return copies[-1]
+
+    monkeypatch.setattr(bench, 'copy', SimpleNamespace(deepcopy=deepcopy))
+    assert min(bench.disagreement(run, tokens)) > 1e-5
 
 
 @pytest.mark.parametrize('args, code, words', [
     ([], 2, 'say what to measure'),
     (['speed'], 2, 'say what to measure'),
+    (['decode', 'train'], 2, 'say what to measure'),
     (['decode', '--round', '3'], 2, 'did you mean rounds?'),
-    (['decode', '--model', 'nowhere.pt'], 1, 'nowhere.pt'),
-    (['train', '--model', 'nowhere.pt'], 2, '--model gpt2'),
-    (['decode', '--model', os.devnull, '--dtypes', 'f64'], 1, os.devnull),
+    (['decode', '--rounds', '0'], 2, '--rounds must be at least 1'),
+    (['decode', '--tokens', '0'], 2, '--tokens must be at least 1'),
+    (['loss', '--windows', '0'], 2, '--windows must be at least 1'),
+    (['decode', '--threads', '1,two'], 2, '--threads 1,two'),
+    (['decode', '--threads', '0'], 2, '--threads 0'),
+    (['prefill', '--prompts', ''], 2, '--prompts'),
+    (['decode', '--reductions', '0.5'], 2, '--reductions 0.5'),
+    (['decode', '--dtypes', 'f32,f64'], 2, 'f32, bf16, int8'),
+    (['decode', '--json', '{tmp}/file/rows.json'], 2, '--json'),
+    (['decode', '--json', '{tmp}'], 2, 'not a file'),
+    (['decode', '--out', '{tmp}/file'], 2, '--out'),
+    (['decode', '--out', '/proc/nowhere'], 2, '--out'),
+    (['decode', '--llama_bench', '/nowhere/llama-bench', '--gguf', '{tmp}/file'], 2, 'no such program'),
+    (['decode', '--gguf', '{tmp}/file'], 2, 'go together'),
+    (['decode', '--ctranslate2', '/nowhere'], 2, '/nowhere: no such file'),
+    (['decode', '--model', 'nowhere.pt'], 1, 'nowhere.pt: no such checkpoint'),
+    (['decode', '--model', 'gpt3'], 1, 'gpt3: no such model'),
+    (['decode', '--model', os.devnull], 1, os.devnull),
+    (['decode', '--model', '{model}', '--tokens', '60'], 2, '--tokens 60'),
+    (['decode', '--model', '{model}', '--data', 'nowhere'], 1, 'data/nowhere'),
+    (['loss', '--model', '{model}', '--data', 'python'], 1, 'another tokenizer'),
+    (['train', '--model', 'nowhere.pt'], 2, 'gpt2-shape'),
+    (['train', '--device', 'tpu'], 2, '--device tpu'),
 ])
-def test_what_a_user_gets_wrong_is_one_line(args, code, words, tmp_path):
-    assert words in one_line(run('bench.py', *args, cwd=tmp_path), code)
+def test_what_a_user_gets_wrong_is_one_line(args, code, words, tmp_path, models, monkeypatch):
+    """Before anything is measured: what cannot be written was only said after minutes of measuring."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(bench, 'measure', None)
+    (tmp_path / 'file').touch()
+    ended, _, err = call(*(arg.format(tmp=tmp_path, model=models['gpt2']) for arg in args))
+    assert ended == code and words in err, (ended, err)
+    assert err.startswith('bench.py: ') and err.count('\n') == 1
+
+
+def test_ctrl_c(models, tmp_path):
+    """While torch is imported, and while it measures: nothing is said, and the shell sees 130."""
+    args = ['decode', '--model', models['gpt2'], '--rounds', '10000', '--out', tmp_path]
+    early, late = start('bench.py', *args), start('bench.py', *args)
+    time.sleep(0.3)
+    early.send_signal(signal.SIGINT)
+    assert late.stdout.readline() and 'huge pages' in late.stdout.readline()
+    late.send_signal(signal.SIGINT)
+    for process in (early, late):
+        _, err = process.communicate(timeout=60)
+        assert process.returncode in (130, -signal.SIGINT) and err == ''
