@@ -673,10 +673,11 @@ PYTHON = re.compile(r"""(?P<comment>\#[^\n]*)
     """, re.X)
 PROSE = re.compile(r"""(?P<template><\|[^|>]*\|>(system|user|assistant)?)|(?P<digits>\d+)|(?P<name>\w+)
     |(?P<space>\s+)|(?P<punctuation>[\s\S])""", re.X)
-FUNCTION_WORDS = set("""a about all also am an and any are as at be because been but by can could did do does
-    for from had has have he her his how i if in into is it its just like may me more my no not of on one or our
-    out other she should so some such than that the their them then there these they this to up us was we were
-    what when where which who will with would you your""".split())
+FUNCTION_WORDS = set("""
+    a about all also am an and any are as at be because been but by can could did do does for from had
+    has have he her his how i if in into is it its just like may me more my no not of on one or our out
+    other she should so some such than that the their them then there these they this to up us was we
+    were what when where which who will with would you your""".split())
 
 
 def kinds_of_tokens(pieces, pattern):
