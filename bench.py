@@ -312,8 +312,8 @@ def run_ctranslate2(folder, threads, prompt, tokens):
         generator = ctranslate2.Generator(folder, intra_threads=threads)
         vocabulary = json.loads(Path(folder, 'vocabulary.json').read_text(encoding='utf-8'))
         words = [vocabulary[token] for token in prompt]
-        seconds(1)              # at first it takes the memory it needs
-        prefill = seconds(1)    # the prompt, from which the first token comes without a step
+        # the prompt, and one token that needs no step; at first also the memory for it
+        prefill = min(seconds(1) for _ in range(3))
         speed = len(tokens) / (seconds(1 + len(tokens)) - prefill) if tokens else len(prompt) / prefill
         return reading(speed, Path(folder, 'model.bin').stat().st_size, dtype=generator.compute_type)
     except (ImportError, OSError, ValueError, LookupError, RuntimeError) as error:
