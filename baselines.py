@@ -349,7 +349,7 @@ class Pruning(Method):
 
     def limit(self, model, target, tokens):
         pruned = float((model.head.theta > 0).float().mean())
-        if pruned < 1 - self.share(model, target) - 1 / model.head.n_in:        # else it stays as it is
+        if not pruned or pruned < 1 - self.share(model, target) - 1 / model.head.n_in:      # else it stays
             super().limit(model, target, tokens)
         for block in model.blocks:
             block.attn.qkv.unread = int((block.attn.out.theta[0] > 0).sum())
@@ -484,6 +484,8 @@ def plan(config, model, saved):
     try:
         targets = {trained: sorted({float(number) for number in text.split(',')})
                    for trained, text in ((False, config.targets), (True, config.trained_targets))}
+        if min(targets[False] + targets[True]) < 1:
+            raise ValueError
     except ValueError:
         fail(f'--targets {config.targets} --trained_targets {config.trained_targets}: must be such as 2,3')
     for name in config.methods.split(',') if config.methods else METHODS:
