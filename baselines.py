@@ -462,7 +462,7 @@ class CompareConfig:
     subject: str = option('out/dense/best.pt', 'dense model to make sparse: a .pt, smollm2, gpt2, ...')
     recipe: str = option('config/distill_small.toml', 'preset of train.py that all training follows')
     methods: str = option('', f'some of: {", ".join(METHODS)}; without it, all')
-    targets: str = option('1.5,2,3,4', 'reductions, for methods without training')
+    targets: str = option('1.25,1.5,2,3,4', 'reductions, for methods without training')
     trained_targets: str = option('2,3', 'reductions, for methods with training; ablations have the highest')
     seeds: int = option(3, 'runs of each trained method at its highest target; at others one', at_least=1)
     steps: int = option(0, 'optimiser steps of training; 0: as many as the recipe has', at_least=0)

@@ -363,6 +363,43 @@ def test_thresholds_are_set_on_other_text_than_results_are_for(setting, tmp_path
     assert seen['calibrate'] and max(seen['calibrate']) < 128 <= min(seen['measure'])
 
 
+def test_a_llama_and_an_adapter(setting, tmp_path):
+    """As the chat model is compared: matrices frozen, a low-rank change of each learned."""
+    dense = small_model('llama', thresholds=0.0, **SIZES)
+    cwic.save_checkpoint(tmp_path / 'llama.pt', dense, tokenizer={'kind': 'bytes'})
+    recipe = (setting / 'recipe.toml').read_text(encoding='utf-8') + 'rank = 2\n'
+    (tmp_path / 'rank.toml').write_text(recipe, encoding='utf-8')
+    rows = compare(setting, tmp_path / 'out', '--quick', '--subject', str(tmp_path / 'llama.pt'),
+                   '--recipe', str(tmp_path / 'rank.toml'), '--targets', '1.3')
+    reasons = {r['method']: r['cannot'] for r in rows if 'cannot' in r}
+    assert reasons.keys() == {name for name, method in METHODS.items() if method.gpt2_only} | {'smaller dense'}
+    done = {r['method']: r for r in rows if 'cannot' not in r}
+    assert done.keys() == METHODS.keys() - reasons.keys() and done['dense']['kl'] == pytest.approx(0, abs=1e-6)
+    for name in ('TEAL', 'CATS', 'WINA', 'R-Sparse'):
+        assert done[name]['reduction'] == pytest.approx(1.3, rel=0.1) and done[name]['kl'] > 1e-4
+
+
+@pytest.mark.parametrize('name', ['TEAL + distillation', 'pruning'])
+def test_training_moves_weights_and_leaves_thresholds_to_the_method(name, setting, tmp_path, monkeypatch):
+    """A step of train.py lifts thresholds to their floor and follows the statistics of its batch."""
+    followed, steps, train_step, follow = {}, [], train.train_step, type(METHODS[name]).follow
+
+    def spied_follow(self, model, *more):
+        follow(self, model, *more)
+        followed.update({name: x.clone() for name, x in model.state_dict().items() if 'theta' in name or '.mu' in name})
+
+    def spied_step(run, *more, **options):
+        state = run.model.state_dict()
+        assert all(torch.equal(state[name], x) for name, x in followed.items())
+        before = run.model.head.weight.clone()
+        train_step(run, *more, **options)
+        steps.append(float((run.model.head.weight - before).detach().abs().max()))
+    monkeypatch.setattr(type(METHODS[name]), 'follow', spied_follow)
+    monkeypatch.setattr(train, 'train_step', spied_step)
+    compare(setting, tmp_path / 'out', '--methods', name, '--trained_targets', '2', '--seeds', '1')
+    assert len(steps) == 12 and min(steps) > 0 and len(followed) == 2 * 9
+
+
 def test_resuming_changes_nothing(setting, tmp_path, monkeypatch, capsys):
     more = ['--methods', 'dense,TEAL,CWIC,TEAL + distillation', '--targets', '1.5,2', '--trained_targets', '2',
             '--seeds', '2', '--steps', '4']
