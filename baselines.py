@@ -2,8 +2,8 @@
 The other ways to skip: what CWIC builds on and is compared with, on the same models, counted the same way.
 And what gets compute.
 
-    python baselines.py compare                     # every method on the small Python model: HOURS
-    python baselines.py compare --quick             # does all of it work? MINUTES
+    python baselines.py compare                     # every method on the small Python model: hours
+    python baselines.py compare --quick             # does all of it work? minutes
     python baselines.py compare --methods TEAL,CWIC --targets 2,3 --trained_targets 3
     python baselines.py compare --subject smollm2 --recipe config/smollm2_distill.toml --blimp blimp.jsonl.xz
     python baselines.py tokens out/best.pt          # which tokens get compute, where, in which matrices
@@ -30,6 +30,11 @@ are set on training text, results are for validation text, every token of it is 
 Not here: Deja Vu (Liu et al., 2023), whose predictors choose neurons and heads, and ShadowLLM (Akhauri et
 al., 2024), which has one predictor for all: even without one neuron the small model is only 1.8x smaller.
 """
+
+import signal
+
+if __name__ == '__main__':
+    signal.signal(signal.SIGINT, signal.SIG_DFL)    # Ctrl-C while torch is imported, for seconds
 
 import json
 import keyword
@@ -163,7 +168,7 @@ class TopK(Changed):
 
     def forward(self, x, dense=False):
         count = self.n_in if dense else max(round(self.share * self.n_in), 1)
-        largest = torch.zeros_like(x).scatter_(-1, x.abs().topk(count, dim=-1).indices, 1.0)
+        largest = torch.zeros_like(x).scatter_(-1, x.abs().topk(count, dim=-1, sorted=False).indices, 1.0)
         y, (active, _) = super().forward(x + (x * largest - x).detach(), dense=True)
         # train.py asks for the gradient of every count: here it is 0
         active = torch.full_like(active, count * self.n_out) + 0 * x.sum(-1)
@@ -766,7 +771,10 @@ def main():
             fail('say what to do: python baselines.py compare, or tokens CHECKPOINT; then --help says how')
     except (CheckpointError, weights.WeightsError) as error:
         fail(error, 1)
+    except torch.OutOfMemoryError:
+        fail('out of memory; a smaller micro_batch in the --recipe, or fewer --windows, take less', 1)
 
 
 if __name__ == '__main__':
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     common.run(main)
