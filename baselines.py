@@ -649,11 +649,14 @@ def compare(config, given):
             if on_terminal:
                 print(f'\r{label}  step {step} of {of}{left}\033[K', end='', flush=True)
 
-        row = run_method(job, config, recipe, of_recipe, model, saved, report)
+        try:
+            row = run_method(job, config, recipe, of_recipe, model, saved, report)
+        finally:
+            print('\r\033[K' * on_terminal, end='', flush=True)
         rows.append({**common_to_all, **row})
         lines = ''.join(json.dumps(r) + '\n' for r in rows)
         cwic.write_atomically(path, lambda file: file.write(lines.encode()))
-        print('\r\033[K' * on_terminal + f'{label}  reduction {row["reduction"]:.2f}x  kl {row["kl"]:.4f}  '
+        print(f'{label}  reduction {row["reduction"]:.2f}x  kl {row["kl"]:.4f}  '
               f'loss {row["val_loss"]:.4f}  {row["seconds"]:.0f} s{left}', flush=True)
     text = table(rows)
     cwic.write_atomically(os.path.join(config.out, 'table.md'), lambda file: file.write(text.encode()))
