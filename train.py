@@ -224,8 +224,10 @@ def backward(run, tokens, targets, dense, price):
     teacher_share = 0.0 if dense or run.teacher is None else config.teacher
     hidden, used = model.trunk(tokens, dense=dense, recompute=config.recompute)
     leaf = hidden.detach().requires_grad_()                             # (B, T, d)
-    # pieces of one size where they can be: for another, torch.compile compiles again
+    # pieces of one size, or for another one torch.compile would compile again
     count = math.ceil(len(tokens) / rows_at_once(model, tokens.shape[1]))
+    while len(tokens) % count:
+        count += 1
     teacher_hidden = [None] * count
     if teacher_share:
         with torch.no_grad():
@@ -251,9 +253,8 @@ def train_step(run, tokens, targets, target, dense=False, stop=False):
     """
     One optimiser step on this process's share of the batch, tokens and targets (B, T); target: the reduction
     to train for. Changes the model, the optimiser and run.active. Returns the step's loss in nats, the active
-    weights of each matrix (matrices,), both over all processes, and whether any process wants to stop.
-    Before anything is changed: ends the program where the loss or its gradient is not finite, or raises
-    ProcessGone.
+    weights of each matrix (matrices,), both over all processes, and whether any process wants to stop. Raises
+    ProcessGone before anything is changed. Ends the program where the loss or its gradient is not finite.
     """
     config, model = run.config, run.model
     run.optimizer.zero_grad()
@@ -271,9 +272,6 @@ def train_step(run, tokens, targets, target, dense=False, stop=False):
     *others, thresholds = [group['params'] for group in run.optimizer.param_groups]
     norm = torch.nn.utils.clip_grad_norm_(sum(others, []), config.clip or math.inf)
     threshold_norm = torch.nn.utils.get_total_norm([p.grad for p in thresholds if not dense])
-    if not math.isfinite(loss + norm + threshold_norm):
-        fail(f'step {run.step + 1}: the loss is {float(loss)}, the norm of its gradient {float(norm)}; '
-             'stopped, and what was saved before is whole. Try a lower --lr', 1)
     before = [layer.theta.detach().clone() for _, layer in model.gated()]
     run.optimizer.step()
     if not dense:
@@ -282,6 +280,10 @@ def train_step(run, tokens, targets, target, dense=False, stop=False):
             layer.update_statistics(layer_sums)
         # one batch's count is noise, and flop_loss, bent as it is, would mistake noise for missing reduction
         run.active.lerp_(active.to(run.active), 0.1)
+    # here, and nowhere earlier, a GPU is waited for: by now it has been told all that this step takes
+    if not math.isfinite(loss + norm + threshold_norm):
+        fail(f'step {run.step + 1}: the loss is {float(loss)}, the norm of its gradient {float(norm)}; '
+             'stopped, and what was saved before is whole. Try a lower --lr', 1)
     return float(loss), active, bool(stop)
 
 

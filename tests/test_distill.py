@@ -181,9 +181,12 @@ def test_recomputing_changes_nothing(arch, dense):
     assert equal(*results)
 
 
-@pytest.mark.parametrize('sequences, at_once, pieces', [(4, 3, [2, 2]), (5, 2, [2, 2, 1]), (4, 9, [4])])
-def test_pieces_are_of_one_size_where_they_can_be(monkeypatch, sequences, at_once, pieces):
-    """16 sequences went through the head as 5, 5, 5 and 1, and torch.compile compiled again for the last."""
+@pytest.mark.parametrize('sequences, at_once, pieces', [(4, 3, [2, 2]), (6, 4, [3, 3]), (5, 2, [1] * 5), (4, 9, [4])])
+def test_pieces_are_of_one_size(monkeypatch, sequences, at_once, pieces):
+    """
+    16 sequences went through the head as 5, 5, 5 and 1, and torch.compile compiled again for the last; 64 went
+    as 10 and six times 9, which made it compile for any size, and slower code.
+    """
     monkeypatch.setitem(evaluate.LOGITS_AT_ONCE, 'cpu', 16 * 50 * at_once)
     run, seen = new_run(small_model()), []
     run.model.head.register_forward_hook(lambda module, args, out: seen.append(len(args[0])))
@@ -313,11 +316,12 @@ def test_an_adapter_holds_what_was_trained(adapter):
     for file in ('best.pt', 'last.pt'):
         saved = load(out, file)
         assert saved['base'] == base
-        assert all(name.endswith(('.A', '.B', 'theta', 'mu', 'sigma', 'seen')) for name in saved['model'])
+        assert all(name.removesuffix('.scale').endswith(('.A', '.B', 'theta', 'mu', 'sigma', 'seen'))
+                   for name in saved['model'])
     sizes = [x.shape for name, x in saved['model'].items() if '.adapter' in name or name.endswith('theta')]
     optimizer = [x['exp_avg'].shape for x in saved['optimizer']['state'].values()]
     assert sorted(optimizer) == sorted(sizes) and saved['teacher'] is None
-    assert load(out, 'best.pt')['model']['head.adapter.A'].dtype == torch.bfloat16
+    assert load(out, 'best.pt')['model']['head.adapter.A'].dtype == torch.int8
     model, _ = cwic.load_checkpoint(out / 'last.pt', base=base_of, merge=False)
     frozen = {name: p for name, p in model.named_parameters() if not p.requires_grad}
     original = base_of(base).state_dict()
@@ -367,7 +371,9 @@ def test_going_on_from_an_adapter(adapter, data, tmp_path):
     begun, _ = train.begin(*parse_options(train.TrainConfig, 'train', argv=argv), 'cpu')
     config, state = begun.config, begun.model.state_dict()
     assert (config.init_from, config.rank, config.dense_steps, config.teacher) == (base, 3, 0, 1.0)
-    assert all(equal(state[name], x.float()) for name, x in saved['model'].items())
+    for name, x in saved['model'].items():
+        if not name.endswith('.scale'):
+            assert equal(state[name], x.float() * saved['model'].get(f'{name}.scale', 1.0))
     reduction = begun.model.dense() / float(begun.active.sum())
     assert abs(reduction - saved['reduction']) < 1e-6 and reduction > 1.1
     assert distil(source, data, tmp_path, '--ramp_steps', 0, '--hold_steps', 2).returncode == 0
