@@ -3,6 +3,7 @@ Several processes of train.py (gloo, on this CPU) against one: the same losses, 
 checkpoint on the same global batch, to the rounding of sums taken in another order. Where one ends, all do.
 """
 
+import json
 import multiprocessing
 import os
 import signal
@@ -10,14 +11,17 @@ import socket
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
+import bench
 import device
+import test_bench
 import train
-from test_cwic import one_thread        # noqa: F401  a fixture
+from test_cwic import one_thread, small_model        # noqa: F401  one_thread: a fixture
 from test_train import ROOT, SCHEDULE, SIZES, Ended, call, equal, files, flags, load, one_line, resume
 
 # two sequences in a forward pass: one process takes two passes for a step, each of two processes takes one
@@ -30,11 +34,11 @@ def free_port():
         return s.getsockname()[1]
 
 
-def together(*args, killed=None):
+def together(*args, killed=None, call=call):
     """
     What two processes end with, the first one first, started as torchrun starts them on one host; but
     forked, since torch takes seconds to import. killed: (rank, step), the one that is killed as it begins
-    that step.
+    that step. call: what each does, train.py if not said.
     """
     port, context = free_port(), multiprocessing.get_context('fork')
     ended = context.SimpleQueue()
@@ -221,3 +225,35 @@ def is_second(folder, parent):
                 and b'\0RANK=1\0' in (folder / 'environ').read_bytes())
     except OSError:             # ended, or not ours
         return False
+
+
+@pytest.mark.parametrize('lost', [False, True])
+def test_bench_compares_two_processes_with_one(tmp_path, monkeypatch, lost):
+    """All figures are there, and one process computes what two do; not so where no message is sent."""
+    make_run = bench.make_run
+
+    def small_run(config):
+        run, model = make_run(config), small_model(block_size=16)
+        return replace(run, config=replace(run.config, block_size=16), model=model,
+                       optimizer=torch.optim.AdamW(model.parameter_groups(0.0, 0.0, 0.0)),
+                       active=torch.tensor([float(layer.dense) for _, layer in model.gated()]))
+
+    monkeypatch.setattr(bench, 'make_run', small_run)
+    if lost:
+        monkeypatch.setattr(train, 'sum_over_processes', lambda tensors: None)
+    file = tmp_path / 'rows.json'
+    first, second = together('train', '--processes', 2, '--device', 'cpu', '--rounds', 1, '--batch', 4,
+                             '--json', file, call=test_bench.call)
+    assert first.returncode == 0 and second == (0, '', ''), (first, second)
+    rows = json.loads(file.read_text(encoding='utf-8'))['rows']
+    assert [(row['engine'], row['processes']) for row in rows] == [
+        ('dense', 2), ('dense', 1), ('cwic', 2), ('cwic', 1)]
+    for many, one in (rows[:2], rows[2:]):
+        assert many['speed_over_one'] == pytest.approx(2 * one['seconds'] / many['seconds'])
+        assert 0 < many['message_share'] and 'message_share' not in one
+    cases = rows[0]['differences']
+    assert len(cases) == 4
+    for shared, otherwise in cases.values():
+        assert (min(shared[1:]) > 0.1) if lost else (max(shared) < 1e-5)
+    bf16 = cases['bfloat16, all inputs']
+    assert lost or bf16[1][1] > bf16[0][1]                      # rounding that is seen where it differs
