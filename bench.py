@@ -7,6 +7,7 @@ How fast the kernel is, against the memory it reads from and against others.
     python bench.py decode --model smollm2          # a real model, reading real text
     python bench.py prefill                         # prompts of several lengths: time to the first token
     python bench.py train --model gpt2-shape --compile      # a CWIC training step against the same step dense
+    python bench.py train --processes 2             # two GPUs against one: do they compute the same, how fast
     python bench.py loss --model out/best.pt        # what narrower weights cost in validation loss
 
 Decoding waits for weights, and memory's speed swings as neighbours come and go. So all cases take turns in
@@ -37,15 +38,18 @@ import json
 import platform
 import re
 import shutil
+import socket
 import subprocess
 import tempfile
 import time
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 
 import build_kernel
 import cwic
@@ -56,7 +60,8 @@ from baselines import calibrate, gates
 from cwic import GPT, CheckpointError, CWICConfig, KVCache
 from data import common
 from decoder import FORMATS, Decoder, PackedMatrix, pointer
-from device import check_compile, choose_device, choose_dtype, keep_memory
+from device import (ProcessGone, check_compile, choose_device, choose_dtype, join_processes, keep_memory,
+                    meet, sum_over_processes, together)
 from evaluate import validation_windows
 from options import fail, option, parse_options, printable
 from tokenizer import end_id, load_tokenizer
@@ -95,6 +100,8 @@ class BenchConfig:
     device: str = option('auto', 'train: auto, cpu, cuda or mps; all else runs on the CPU')
     compile: bool = option(False, 'train: as torch.compile makes it')
     batch: int = option(0, "train: sequences in a step; 0: the preset's, or four micro-batches", at_least=0)
+    processes: int = option(1, 'train: GPUs, or processes of a CPU, that share each step; compared with one',
+                            at_least=1)
     json: str = option('', 'file for all results')
     out: str = option('out', 'where the pictures of kernel and decode go')
 
@@ -483,6 +490,8 @@ def make_run(config):
 def measure_train(config, what):
     """The rows of train: a step dense, CWIC that skips two thirds, and that with a teacher; on random ids."""
     keep_memory()
+    if config.processes > 1:
+        return measure_processes(config)
     run = make_run(config)
     options, model, device = run.config, run.model, run.device
     batch, length = options.batch_size, options.block_size
@@ -532,6 +541,154 @@ def measure_train(config, what):
 
 
 # -----------------------------------------------------------------------------
+# train, by several processes
+
+
+def start_processes(config):
+    """Becomes torchrun, which runs this same command line in every process."""
+    with socket.socket() as s:
+        s.bind(('localhost', 0))
+        port = s.getsockname()[1]
+    os.environ.setdefault('OMP_NUM_THREADS', str(max(os.cpu_count() // config.processes, 1)))
+    os.execv(sys.executable, [sys.executable, '-m', 'torch.distributed.run', '--nproc_per_node',
+                              str(config.processes), '--master_port', str(port), *sys.argv])
+
+
+@contextmanager
+def alone():
+    """Inside, this process trains as if there were no other."""
+    summed, train.sum_over_processes = train.sum_over_processes, lambda tensors: None
+    yield
+    train.sum_over_processes = summed
+
+
+def gradients(run, tokens, micro_batch):
+    """
+    (loss, {name: gradient}) of one CWIC step on this process's share of the batch, tokens (B, T + 1). The
+    target is 1, at which compute costs nothing: its price would drown all else in a threshold's gradient.
+    """
+    options = replace(run.config, micro_batch=micro_batch, clip=0.0)
+    run = replace(run, config=options, active=run.active.clone())
+    loss = train.train_step(run, tokens[:, :-1], tokens[:, 1:], target=1.0)[0]
+    return loss, {name: p.grad.clone() for name, p in run.model.named_parameters() if p.grad is not None}
+
+
+def difference(a, b):
+    """
+    Of two results of gradients(): |difference of the losses| / loss, and ||difference|| / ||gradient|| of the
+    tensor in which that is largest, of weights and of thresholds.
+    """
+    worst = [abs(a[0] - b[0]) / b[0], 0.0, 0.0]
+    for name, gradient in b[1].items():
+        kind = 2 if name.endswith('theta') else 1
+        share = (a[1][name] - gradient).norm() / gradient.norm().clamp_min(1e-30)
+        worst[kind] = max(worst[kind], float(share))
+    return worst
+
+
+def compare_with_one(run, tokens, rank, world):
+    """
+    {case: two differences} of a step on tokens (4 * world, T + 1): all processes, each with its share,
+    against the first alone; and, to compare with, that one against itself with another micro-batch. In f32
+    and in bf16; with thresholds at their floor, where all but the tiniest inputs are used, and as they are,
+    where what is rounded otherwise may use other inputs. Only the first process has a result.
+    """
+    run = replace(run, config=replace(run.config, batch_size=len(tokens)))
+    as_they_are = [layer.theta.detach().clone() for _, layer in run.model.gated()]
+    cases = {}
+    for inputs in ('all inputs', 'a third'):
+        for (_, layer), theta in zip(run.model.gated(), as_they_are):
+            floor = torch.full_like(theta, cwic.FLOOR / layer.scale)
+            layer.theta.data.copy_(floor if inputs == 'all inputs' else theta)
+        for dtype in (torch.float32, torch.bfloat16):
+            run = replace(run, dtype=dtype)
+            shared = gradients(run, tokens.chunk(world)[rank], 2)
+            if rank == 0:
+                with alone():
+                    one, otherwise = gradients(run, tokens, 2), gradients(run, tokens, 4)
+                case = f'{str(dtype).removeprefix("torch.")}, {inputs}'
+                cases[case] = [difference(shared, one), difference(otherwise, one)]
+                ours, theirs = ('loss {:.1e}, weights {:.1e}, thresholds {:.1e}'.format(*values)
+                                for values in cases[case])
+                print(f'{case}: {ours}; one process, other micro-batches: {theirs}', flush=True)
+    return cases
+
+
+def measure_processes(config):
+    """
+    The rows of train with --processes: a step dense and CWIC that skips two thirds, by all processes and by
+    the first alone, in turns, each process with a batch of its own; what of it is the message; and first,
+    whether all compute what one does.
+    """
+    device, rank, world = join_processes(choose_device(config.device))
+    run = make_run(config)
+    batch, length, name = run.config.batch_size, run.config.block_size, run.device
+    choice = [run.dtype]
+    together(dist.broadcast_object_list, choice)                    # on a CPU, measured by each
+    run.dtype = choice[0]
+    tokens = torch.randint(run.model.config.vocab_size, (max(batch, 4) * world, length + 1)).to(device)
+    set_reduction(run.model, 3.0, tokens[:1, :-1])
+    for x in run.model.state_dict().values():
+        together(dist.broadcast, x, 0)
+    for _, layer in run.model.train().gated():
+        layer.seen.fill_(np.inf)        # statistics that rest on so many tokens stay as they are
+    if name == 'cuda':
+        name = f'{world} x {torch.cuda.get_device_name()}'
+    about = dict(device=name, dtype=str(run.dtype).removeprefix('torch.'), batch=batch,
+                 compiled=config.compile, micro_batch=run.config.micro_batch, block_size=length)
+    if rank == 0:
+        print(', '.join(f'{key} {value}' for key, value in about.items()))
+        print(f'largest relative differences of {world} processes to one, on the same {4 * world} sequences:',
+              flush=True)
+    about['differences'] = compare_with_one(run, tokens[:4 * world], rank, world)
+    if config.compile:
+        run.head_loss = torch.compile(train.head_loss)
+        for block in run.model.blocks:
+            block.compile()
+    rows = [dict(about, what='train', engine=engine, processes=processes)
+            for engine in ('dense', 'cwic') for processes in (world, 1)]
+    seconds, synchronize = [[] for _ in rows], getattr(torch, run.device).synchronize
+    mine = tokens[rank * batch:(rank + 1) * batch]
+    for done in range(config.rounds + 2):               # the first two compile and take memory
+        for row, times in zip(rows, seconds):
+            processes, dense = row['processes'], row['engine'] == 'dense'
+            if rank < processes:
+                options = replace(run.config, batch_size=batch * processes)
+                step = replace(run, config=options, active=run.active.clone())
+                synchronize()
+                start = time.perf_counter()
+                with nullcontext() if processes > 1 else alone():
+                    _, active, _ = train.train_step(step, mine[:, :-1], mine[:, 1:], 3.0, dense)
+                synchronize()
+                times.append(time.perf_counter() - start)
+                row['reduction'] = float(run.model.dense() / active.sum())
+            meet()
+    message, messages = [torch.zeros_like(p) for p in run.model.parameters()], []
+    for _ in range(config.rounds + 2):
+        synchronize()
+        start = time.perf_counter()
+        sum_over_processes(message)
+        synchronize()
+        messages.append(time.perf_counter() - start)
+        meet()
+    if rank == 0:
+        print(f'a message of {sum(p.nbytes for p in message) / 1e6:.0f} MB takes '
+              f'{1e3 * np.median(messages[2:]):.2f} ms', flush=True)
+    dist.destroy_process_group()
+    if rank > 0:
+        sys.exit(0)
+    for row, times in zip(rows, seconds):
+        speeds = row['processes'] * batch * length / np.array(times[2:])
+        for key, pick in dict(tok_s=np.median, tok_s_min=np.min, tok_s_max=np.max).items():
+            row[key] = float(pick(speeds))
+        row['seconds'] = row['processes'] * batch * length / row['tok_s']
+    for many, one in zip(rows[::2], rows[1::2]):
+        many['speed_over_one'] = many['tok_s'] / one['tok_s']
+        many['message_share'] = float(np.median(messages[2:])) / many['seconds']
+    return rows
+
+
+# -----------------------------------------------------------------------------
 # loss
 
 
@@ -577,12 +734,14 @@ def measure_loss(config, what):
 
 COLUMNS = (             # title, key in a row, width, format: those that rows have are printed
     ('engine', 'engine', '<14', ''), ('matrix', 'matrix', '<7', ''), ('prompt', 'prompt', '>6', ''),
-    ('dtype', 'dtype', '<12', ''), ('threads', 'threads', '>7', ''), ('reduction', 'reduction', '>9', '.2f'),
+    ('dtype', 'dtype', '<12', ''), ('processes', 'processes', '>9', ''),
+    ('threads', 'threads', '>7', ''), ('reduction', 'reduction', '>9', '.2f'),
     ('loss', 'loss', '>7', '.4f'), ('change', 'loss_over_first', '>7', '+.4f'),
     ('KL to base', 'kl', '>10', '.4f'), ('agreement', 'agreement', '>9', '.3f'),
     ('tok/s', 'tok_s', '>8', '.1f'), ('min', 'tok_s_min', '>8', '.1f'), ('max', 'tok_s_max', '>8', '.1f'),
     ('x dense', 'speed_over_dense', '>7', '.2f'), ('seconds', 'seconds', '>7', '.3f'),
-    ('x dense', 'seconds_over_dense', '>7', '.2f'),
+    ('x dense', 'seconds_over_dense', '>7', '.2f'), ('x one', 'speed_over_one', '>7', '.2f'),
+    ('message', 'message_share', '>7', '.1%'),
     ('GiB', 'memory_gib', '>5', '.1f'), ('GB/token', 'gb_per_token', '>8', '.3g'),
     ('thresholds', 'thresholds_gb_per_token', '>10', '.3g'), ('GB/s', 'bandwidth_gb_s', '>5', '.1f'),
     ('roofline', 'roofline', '>8', '.2f'))
@@ -617,6 +776,10 @@ def main():
     what = config.what[0] if len(config.what) == 1 else ''
     if what not in MEASURES:
         fail(f'say what to measure, one of {", ".join(MEASURES)}; for example: python bench.py decode')
+    if config.processes > 1 and what != 'train':
+        fail('--processes is an option of train')
+    if config.processes > 1 and 'RANK' not in os.environ:
+        start_processes(config)
     if not set(config.dtypes.split(',')) <= FORMATS.keys():
         fail(f'--dtypes {config.dtypes}: choose from {", ".join(FORMATS)}, separated by commas')
     picture = os.path.join(config.out, f'bench_{what}.png') if what in ('kernel', 'decode') else ''
@@ -624,12 +787,15 @@ def main():
         if path:
             check_file(name, path)
     try:
-        print(machine(), flush=True)
+        if os.environ.get('RANK', '0') == '0':
+            print(machine(), flush=True)
         rows = MEASURES[what](config, what)
     except (build_kernel.KernelUnavailable, CheckpointError, weights.WeightsError, ValueError) as error:
         fail(error, 1)
     except torch.OutOfMemoryError:
         fail('out of memory; a smaller --batch takes less', 1)
+    except ProcessGone as why:
+        fail(f'another process has ended; see what it said ({why})', 1)
     except KeyboardInterrupt:
         progress()
         sys.exit(130)

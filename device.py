@@ -86,32 +86,59 @@ def check_compile(device):
 
 
 class ProcessGone(Exception):
-    """Another process of this run has ended, so there is nobody to share a step with."""
+    """Another process of this run has ended or is out of reach; the message, one line, is torch's reason."""
+
+
+def reach(others, *args, **more):
+    """others(*args, **more), a call that all processes make at once. Raises ProcessGone."""
+    try:
+        others(*args, **more)
+    except RuntimeError as error:       # of many texts: connection closed by peer, timed out, ...
+        raise ProcessGone(str(error).split('\n')[0].split('] ', 1)[-1].split('. ')[0]) from None
 
 
 def join_processes(device):
-    """(device, rank, world): one process alone, or what torchrun says of this one among many."""
+    """
+    (device, rank, world): one process alone, or what torchrun says of this one among many. Raises
+    ProcessGone.
+    """
     rank, world = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
     if world > 1:
         backend = 'gloo'
         if device == 'cuda':
-            device, backend = f'cuda:{os.environ["LOCAL_RANK"]}', 'nccl'
+            local = int(os.environ['LOCAL_RANK'])
+            if local >= torch.cuda.device_count():
+                fail(f'process {local + 1} of this host has no GPU, there being {torch.cuda.device_count()}; '
+                     'start fewer: --nproc_per_node')
+            device, backend = f'cuda:{local}', 'cpu:gloo,cuda:nccl'
             torch.cuda.set_device(device)
-        dist.init_process_group(backend, timeout=timedelta(hours=1))
+        reach(dist.init_process_group, backend, timeout=timedelta(hours=1))
     return device, rank, world
 
 
 def together(collective, *args):
-    """collective(*args), which all processes call at once; nothing where there is one. Raises ProcessGone."""
+    """collective(*args) with all processes; nothing where there is one. Raises ProcessGone."""
     if dist.is_initialized():
-        try:
-            collective(*args)
-        except RuntimeError:        # of many texts: connection closed by peer, timed out, ...
-            raise ProcessGone from None
+        reach(collective, *args)
+
+
+def meet():
+    """Waits until all processes are here, through the CPU. Raises ProcessGone as soon as one has ended."""
+    together(dist.all_reduce, torch.zeros(1))
 
 
 def sum_over_processes(tensors):
-    """Sums tensors over all processes, in place, as one message for each dtype."""
+    """
+    Sums tensors over all processes, in place, as one message for each dtype.
+
+    On GPUs that is NCCL's work, which waits for ever for a process of the same host that has ended: it sees
+    no more than network errors (NVIDIA/nccl issue 279), and its wait on the GPU hears no signal. So it begins
+    only when all are here, with nothing left to compute before it: all but a few milliseconds of a step are
+    spent where the end of another process is noticed.
+    """
+    if dist.is_initialized() and tensors[0].is_cuda:
+        torch.cuda.synchronize()
+        meet()
     for dtype in dict.fromkeys(t.dtype for t in tensors) if dist.is_initialized() else ():
         same = [t for t in tensors if t.dtype == dtype]
         flat = torch.cat([t.reshape(-1) for t in same])
@@ -124,8 +151,18 @@ def first_on_its_host_first(action):
     """action(), by the first process of each host before the others: they find what it downloads."""
     first = os.environ.get('LOCAL_RANK', '0') == '0'
     if not first:
-        together(dist.barrier)
+        meet()
     result = action()
     if first:
-        together(dist.barrier)
+        meet()
     return result
+
+
+def leave(code):
+    """
+    Ends this program. One process of several goes at once, without torch's clearing up: NCCL's waits for
+    processes that have ended (NVIDIA/nccl issue 863), and warns of itself.
+    """
+    if dist.is_initialized():
+        os._exit(code)
+    sys.exit(code)

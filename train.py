@@ -50,7 +50,7 @@ import weights
 from cwic import GPT, CheckpointError, CWICConfig
 from data import common
 from device import (ProcessGone, check_compile, choose_device, choose_dtype, first_on_its_host_first,
-                    join_processes, keep_memory, sum_over_processes, together)
+                    join_processes, keep_memory, leave, sum_over_processes, together)
 from evaluate import measure, rows_at_once, validation_windows
 from options import fail, option, parse_options
 
@@ -289,7 +289,9 @@ def train_step(run, tokens, targets, target, dense=False, stop=False):
 
 @torch.no_grad()
 def warm_statistics(run, batches):
-    """Thresholds are measured in sigmas, so these come first. batches: of tokens (B, T)."""
+    """
+    Thresholds are measured in sigmas, so these come first. batches: of tokens (B, T). May raise ProcessGone.
+    """
     model = run.model
     for i, tokens in enumerate(batches):
         totals = None
@@ -298,7 +300,13 @@ def warm_statistics(run, batches):
                 hidden, used = model.trunk(micro_batch)
             sums = [s for _, s in used] + [cwic.observe(hidden, model.head.mu, model.head.sigma)]
             totals = sums if totals is None else [a + b for a, b in zip(totals, sums)]
-        sum_over_processes(totals)
+        try:
+            sum_over_processes(totals)
+        except ProcessGone:         # none rather than some: the resumed run begins here, and takes them anew
+            for _, layer in model.gated():
+                for statistic in (layer.seen, layer.mu, layer.sigma):
+                    statistic.zero_()
+            raise
         for (_, layer), layer_sums in zip(model.gated(), totals, strict=True):
             if i < CENTRING_BATCHES:
                 layer.seen.zero_()      # around a centre that is still wrong the spread is too large
@@ -614,21 +622,21 @@ def train(run, data, rank, world):
 
     while run.step < config.last_step() and not stop:
         started, dense, target = time.perf_counter(), config.is_dense(run.step), target_at(run.step, config)
-        if run.step == config.dense_steps and not dense:
-            run.teacher = frozen_teacher(run) if config.teacher else None
-            if all(float(layer.seen.max()) == 0 for _, layer in model.gated()):     # unlike an adapter's
-                with uncompiled():
-                    warm_statistics(run, (batch(2 ** 31 + i)[0] for i in range(WARM_BATCHES)))
         lr = lr_at(run.step, config)
         for group, share in zip(run.optimizer.param_groups, (1, 1, config.threshold_lr), strict=True):
             group['lr'] = share * lr
         try:
+            if run.step == config.dense_steps and not dense:
+                run.teacher = frozen_teacher(run) if config.teacher else None
+                if all(float(layer.seen.max()) == 0 for _, layer in model.gated()):     # unlike an adapter's
+                    with uncompiled():
+                        warm_statistics(run, (batch(2 ** 31 + i)[0] for i in range(WARM_BATCHES)))
             loss, active, stop = train_step(run, *batch(run.step), target, dense, stop=bool(wishes))
-        except ProcessGone:
+        except ProcessGone as why:
             if rank > 0:
                 raise
             save_last(run)
-            fail(f'another process has ended; step {run.step} is saved, go on with --resume', 1)
+            fail(f'another process has ended; step {run.step} is saved, go on with --resume ({why})', 1)
         run.step += 1
 
         evaluated = run.step % config.eval_every == 0 or run.step == config.steps()
@@ -697,8 +705,6 @@ def main():
               file=sys.stderr if wish else sys.stdout)
     elif rank == 0:
         finish(run, data[2])
-    if dist.is_initialized():
-        dist.destroy_process_group()
     sys.exit(130 if wish else 0)
 
 
@@ -706,12 +712,16 @@ def program():
     """main(), and one line for what may end it."""
     try:
         common.run(main)
-    except ProcessGone:
-        fail('another process has ended; see what it said', 1)
+    except ProcessGone as why:
+        fail(f'another process has ended; see what it said ({why})', 1)
     except torch.OutOfMemoryError:
         fail('out of memory; a smaller --micro_batch takes less, and so does --recompute', 1)
 
 
 if __name__ == '__main__':
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    program()
+    try:
+        program()
+    except SystemExit as end:
+        leave(end.code)
+    leave(0)

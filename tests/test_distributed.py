@@ -3,33 +3,44 @@ Several processes of train.py (gloo, on this CPU) against one: the same losses, 
 checkpoint on the same global batch, to the rounding of sums taken in another order. Where one ends, all do.
 """
 
+import json
 import multiprocessing
 import os
 import signal
 import socket
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
+import bench
 import device
+import test_bench
 import train
-from test_cwic import one_thread        # noqa: F401  a fixture
-from test_train import SCHEDULE, SIZES, Ended, call, equal, files, flags, load, one_line, resume
+from test_cwic import one_thread, small_model        # noqa: F401  one_thread: a fixture
+from test_train import ROOT, SCHEDULE, SIZES, Ended, call, equal, files, flags, load, one_line, resume
 
 # two sequences in a forward pass: one process takes two passes for a step, each of two processes takes one
 OPTIONS = flags({**SIZES, **SCHEDULE, 'micro_batch': 2, 'eval_every': 6, 'stripe_up': 24, 'teacher': 0.5})
 
 
-def together(*args, killed=None):
+def free_port():
+    with socket.socket() as s:
+        s.bind(('localhost', 0))
+        return s.getsockname()[1]
+
+
+def together(*args, killed=None, call=call):
     """
     What two processes end with, the first one first, started as torchrun starts them on one host; but
     forked, since torch takes seconds to import. killed: (rank, step), the one that is killed as it begins
-    that step.
+    that step. call: what each does, train.py if not said.
     """
-    with socket.socket() as s:
-        s.bind(('localhost', 0))
-        port = s.getsockname()[1]
-    context = multiprocessing.get_context('fork')
+    port, context = free_port(), multiprocessing.get_context('fork')
     ended = context.SimpleQueue()
 
     def child(rank):
@@ -167,15 +178,82 @@ def test_a_failure_of_the_first_process_alone_ends_all(data, tmp_path):
     assert 'another process has ended' in one_line(second, 1)
 
 
-@pytest.mark.parametrize('step', [2, 8])
-def test_a_process_that_is_killed_ends_the_other_which_saves(alone, data, tmp_path, step):
+@pytest.mark.parametrize('step, killed', [(2, 2), (8, 8), (4, 2 ** 31 + 7)])
+def test_a_process_that_is_killed_ends_the_other_which_saves(alone, data, tmp_path, step, killed):
     """
     The first saves the steps that are done, with which one process alone can go on; the second says one
-    line.
+    line. Once the first did not where the statistics were being warmed, after step 4: no step, so forgotten.
     """
-    first, second = together(*OPTIONS, '--data', data, '--out', tmp_path, killed=(1, step))
+    first, second = together(*OPTIONS, '--data', data, '--out', tmp_path, killed=(1, killed))
     assert f'another process has ended; step {step} is saved' in one_line(first, 1) and second.returncode < 0
     assert load(tmp_path)['step'] == step and resume(tmp_path).returncode == 0
     close(load(alone)['model'], load(tmp_path)['model'], 1e-3)
-    first, second = together(*OPTIONS, '--data', data, '--out', tmp_path, '--overwrite', killed=(0, step))
+    first, second = together(*OPTIONS, '--data', data, '--out', tmp_path, '--overwrite', killed=(0, killed))
     assert 'another process has ended' in one_line(second, 1) and first.returncode < 0
+
+
+def test_torchrun_ends_where_a_process_is_killed(data, tmp_path):
+    """
+    As users start it, where torchrun sends SIGTERM to those that are left: they must finish saving, and be
+    gone within seconds, having said one line.
+    """
+    options = flags({'hold_steps': 10 ** 6, 'log_every': 0, 'eval_every': 10 ** 6})
+    command = [sys.executable, '-m', 'torch.distributed.run', '--nproc_per_node', 2, '--master_port',
+               free_port(), Path(ROOT) / 'train.py', *OPTIONS, '--data', data, '--out', tmp_path, *options]
+    torchrun = subprocess.Popen(list(map(str, command)), text=True, stdout=subprocess.PIPE,
+                                stderr=subprocess.PIPE, env={**os.environ, 'OMP_NUM_THREADS': '1'})
+    try:
+        seen = next(line for line in torchrun.stdout if line.startswith('step'))
+        processes = Path('/proc').glob('[0-9]*')
+        second, = (int(folder.name) for folder in processes if is_second(folder, torchrun.pid))
+        os.kill(second, signal.SIGKILL)
+        killed = time.monotonic()
+        _, err = torchrun.communicate(timeout=60)
+    finally:
+        torchrun.terminate()
+    assert torchrun.returncode and time.monotonic() - killed < 20
+    line, = (line for line in err.splitlines() if line.startswith('train.py:'))
+    step = load(tmp_path)['step']
+    assert f'another process has ended; step {step} is saved' in line and step >= int(seen[4:].split('/')[0])
+    assert resume(tmp_path, '--max_steps', step + 1).returncode == 0 and load(tmp_path)['step'] == step + 1
+
+
+def is_second(folder, parent):
+    """Whether a folder of /proc is that of torchrun's second process."""
+    try:
+        return (f'\nPPid:\t{parent}\n' in (folder / 'status').read_text()
+                and b'\0RANK=1\0' in (folder / 'environ').read_bytes())
+    except OSError:             # ended, or not ours
+        return False
+
+
+@pytest.mark.parametrize('lost', [False, True])
+def test_bench_compares_two_processes_with_one(tmp_path, monkeypatch, lost):
+    """All figures are there, and one process computes what two do; not so where no message is sent."""
+    make_run = bench.make_run
+
+    def small_run(config):
+        run, model = make_run(config), small_model(block_size=16)
+        return replace(run, config=replace(run.config, block_size=16), model=model,
+                       optimizer=torch.optim.AdamW(model.parameter_groups(0.0, 0.0, 0.0)),
+                       active=torch.tensor([float(layer.dense) for _, layer in model.gated()]))
+
+    monkeypatch.setattr(bench, 'make_run', small_run)
+    if lost:
+        monkeypatch.setattr(train, 'sum_over_processes', lambda tensors: None)
+    file = tmp_path / 'rows.json'
+    first, second = together('train', '--processes', 2, '--device', 'cpu', '--rounds', 1, '--batch', 4,
+                             '--json', file, call=test_bench.call)
+    assert first.returncode == 0 and second == (0, '', ''), (first, second)
+    rows = json.loads(file.read_text(encoding='utf-8'))['rows']
+    assert [(row['engine'], row['processes']) for row in rows] == [
+        ('dense', 2), ('dense', 1), ('cwic', 2), ('cwic', 1)]
+    for many, one in (rows[:2], rows[2:]):
+        assert many['speed_over_one'] == pytest.approx(2 * one['seconds'] / many['seconds'])
+        assert 0 < many['message_share'] and 'message_share' not in one
+    cases = rows[0]['differences']
+    assert len(cases) == 4
+    for shared, otherwise in cases.values():
+        assert (min(shared[1:]) > 0.1) if lost else (max(shared) < 1e-5)
+    bf16 = cases['bfloat16, all inputs']
+    assert lost or bf16[1][1] > bf16[0][1]                      # rounding that is seen where it differs
