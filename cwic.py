@@ -172,8 +172,8 @@ class GatedProduct(torch.autograd.Function):
     to store.
 
     x (N, in) f32, mu (in), t (n * in), bw (in), W (in, out); stripe: columns in each stripe but perhaps the
-    last. Returns y (N, out) in the dtype of matrix products, active (N,) f64. (t is flat because torch.compile
-    of torch 2.11 gives (1, in), of a matrix that is one stripe, a gradient of the shape (in).)
+    last. Returns y (N, out) in the dtype of matrix products, active (N,) f64. (t is flat because
+    torch.compile of torch 2.11 gives (1, in), of a matrix that is one stripe, a gradient of the shape (in).)
     """
 
     @staticmethod

