@@ -9,6 +9,8 @@ And what gets compute.
     python baselines.py tokens out/best.pt          # which tokens get compute, where, in which matrices
 
 compare starts from a dense model: python train.py --target_reduction 1 --out out/dense
+Processes may share its methods and seeds, each with an --out and --picture of its own; the rows.jsonl of all,
+written one after the other into a new --out, are the whole, and the command for the whole draws it.
 
 Nearly every method is the layer of cwic.py with thresholds that come from somewhere else:
 
@@ -42,12 +44,10 @@ import os
 import re
 import sys
 import time
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
 import cwic
 import evaluate
@@ -78,6 +78,11 @@ def gates(module):
     return {name: gate for name, gate in module.named_modules() if isinstance(gate, (StripedLinear, Neurons))}
 
 
+def uncompiled():
+    """with uncompiled(): for what runs too rarely, or through hooks, for which all is compiled anew."""
+    return torch.compiler.set_stance('force_eager')
+
+
 @torch.no_grad()
 def calibrate(module, inputs, shares, weighed=False, centred=False, static=False):
     """
@@ -96,8 +101,9 @@ def calibrate(module, inputs, shares, weighed=False, centred=False, static=False
             W = cwic.by_stripe(gate.adapter(gate.weight), gate.stripe)                  # (n, in, stripe)
             norms = W.norm(dim=2).clamp_min(1e-12)
         scores = score * norms[:, None]                                                 # (n, N, in)
-        skipped = round((1 - share) * scores.numel())
-        quantile = scores.flatten().kthvalue(skipped).values if skipped else torch.tensor(-1.0)
+        skipped, quantile = round((1 - share) * scores.numel()), -1.0
+        if skipped:     # the largest score of these; kthvalue() would find it, but is slow on a GPU
+            quantile = scores.flatten().topk(scores.numel() - skipped + 1, sorted=False).values.min()
         t = torch.where(scores[:, 0] > quantile, -1.0, NEVER) if static else quantile / norms
         gate.mu.copy_(centre)
         gate.sigma.fill_(1.0)
@@ -177,10 +183,10 @@ class TopK(Changed):
 
 class Rectified(Changed):
     """ReLU on the way in, or as much of one as `amount` says."""
-    amount = 0.0
+    amount = torch.tensor(0.0)      # for each number, torch would compile anew
 
     def forward(self, x, dense=False):
-        x = x if dense else F.leaky_relu(x, 1 - self.amount)
+        x = x if dense else torch.where(x > 0, x, (1 - self.amount) * x)
         y, (active, sums) = super().forward(x, dense)
         # where the count's own gradient sees what is next to a threshold, L1, in units of the mean, sees all
         l1 = self.n_out * (x.abs() / x.detach().abs().mean().clamp_min(1e-12)).sum(-1)
@@ -213,7 +219,7 @@ class OneThreshold(Changed):
 
 class OwnPrice(Changed):
     """An active weight of this matrix costs `push` times the price."""
-    push = 1.0
+    push = torch.tensor(1.0)        # for each number, torch would compile anew
 
     def forward(self, x, dense=False):
         y, (active, sums) = super().forward(x, dense)
@@ -325,12 +331,15 @@ class QSparse(Method):
         for layer in gates(model).values():
             layer.share = share
 
+    def follow(self, model, target, final, tokens):
+        self.limit(model, final, tokens)        # as in the paper; for each K, torch would compile anew
+
 
 class ProSparse(Method):
 
     def follow(self, model, target, final, tokens):
         for layer in gates(model).values():
-            layer.amount = (target - 1) / (final - 1) if final > 1 else 0.0
+            layer.amount = torch.tensor((target - 1) / (final - 1) if final > 1 else 0.0)
 
     def limit(self, model, target, tokens):
         self.follow(model, target, target, tokens)
@@ -389,7 +398,7 @@ class OwnTargets(Method):
         price = cwic.price(run.active.sum(), run.model.dense(), target + 1)
         for active, (_, layer) in zip(run.active, run.model.gated()):
             own = cwic.price(active, layer.dense, target) * layer.dense / run.model.dense()
-            layer.push = own / price
+            layer.push = torch.tensor(own / price)
         train.train_step(run, tokens, targets, target + 1)
 
 
@@ -469,7 +478,7 @@ class CompareConfig:
     methods: str = option('', f'some of: {", ".join(METHODS)}; without it, all')
     targets: str = option('1.25,1.5,2,3,4', 'reductions, for methods without training')
     trained_targets: str = option('2,3', 'reductions, for methods with training; ablations have the highest')
-    seeds: int = option(3, 'runs of each trained method at its highest target; at others one', at_least=1)
+    seeds: str = option('1,2,3', 'of each trained method at its highest target; at others the first of them')
     steps: int = option(0, 'optimiser steps of training; 0: as many as the recipe has', at_least=0)
     windows: int = option(128, 'windows of validation text', at_least=1)
     blimp: str = option('', 'BLiMP as JSON lines, packed with xz or not: measured as well, see evaluate.py')
@@ -480,7 +489,7 @@ class CompareConfig:
     device: str = option('auto', 'auto, cpu, cuda or mps')
 
 
-QUICK = {'targets': '2', 'trained_targets': '2', 'seeds': 1, 'steps': 2, 'windows': 4, 'blimp_pairs': 2}
+QUICK = {'targets': '2', 'trained_targets': '2', 'seeds': '1', 'steps': 2, 'windows': 4, 'blimp_pairs': 2}
 
 
 def plan(config, model, saved):
@@ -489,20 +498,22 @@ def plan(config, model, saved):
     try:
         targets = {trained: sorted({float(number) for number in text.split(',')})
                    for trained, text in ((False, config.targets), (True, config.trained_targets))}
-        if min(targets[False] + targets[True]) < 1:
+        seeds = sorted({int(number) for number in config.seeds.split(',')})
+        if min(targets[False] + targets[True]) < 1 or seeds[0] < 0:
             raise ValueError
     except ValueError:
-        fail(f'--targets {config.targets} --trained_targets {config.trained_targets}: must be such as 2,3')
+        fail(f'--targets {config.targets} --trained_targets {config.trained_targets} --seeds {config.seeds}: '
+             'must be such as 2,3')
     for name in config.methods.split(',') if config.methods else METHODS:
         if name not in METHODS:
             fail(f'--methods {name}: there are {", ".join(METHODS)}')
         method = METHODS[name]
         asked = targets[method.trained][-1 if ':' in name else 0:]
         for target in [1.0] if name == 'dense' else asked:
-            seeds = config.seeds if method.trained and target == asked[-1] else 1
+            several = method.trained and target == asked[-1]
             try:
                 method.check(model, saved, target)
-                jobs += [(name, target, seed) for seed in range(1, seeds + 1)]
+                jobs += [(name, target, seed) for seed in (seeds if several else seeds[:1])]
             except Cannot as error:
                 cannot += [{'method': name, 'target': target, 'cannot': str(error)}]
     return sorted(jobs, key=lambda job: METHODS[job[0]].trained), cannot
@@ -517,18 +528,16 @@ def distil(run, data, method, calibration, report):
         return train.windows(train_data, starts, config.block_size, run.device)
 
     if method.learned:
-        train.warm_statistics(run, (batch(2 ** 31 + i)[0] for i in range(train.WARM_BATCHES)))
+        with uncompiled():
+            train.warm_statistics(run, (batch(2 ** 31 + i)[0] for i in range(train.WARM_BATCHES)))
     for run.step in range(config.steps()):
         target, lr = train.target_at(run.step, config), train.lr_at(run.step, config)
         if not (method.learned or method.dense) and run.step % EVERY == 0:
-            method.follow(model, target, config.target_reduction, calibration[:8])
+            with uncompiled():
+                method.follow(model, target, config.target_reduction, calibration[:8])
         for group, share in zip(run.optimizer.param_groups, (1, 1, config.threshold_lr), strict=True):
             group['lr'] = share * lr
-        # a step of train.py moves thresholds and statistics; those that are not learned are put back
-        held = {name: x.clone() for name, x in ({} if method.learned else model.state_dict()).items()
-                if name.endswith(('theta', 'mu', 'sigma', 'seen'))}
         method.step(run, *batch(run.step), target)
-        model.load_state_dict(held, strict=False)
         report(run.step + 1, config.steps())
 
 
@@ -536,13 +545,15 @@ def run_method(job, config, recipe, given, teacher, saved, report):
     """-> the row of one (method, target, seed)"""
     name, target, seed = job
     started, method, device = time.perf_counter(), METHODS[name], recipe.device
+    torch.compiler.reset()      # it compiles a block only so many times, and the last method had other layers
     run, data = method.start(teacher, saved, replace(recipe, target_reduction=target, seed=seed), given)
-    run.teacher, run.dtype = teacher, choose_dtype(recipe.dtype, device)[0]
+    run.teacher, run.dtype = teacher, getattr(torch, recipe.dtype)
     model, options, (train_data, val_data, meta) = run.model, run.config, data
     method.change(model)
     for layer in model.modules() if not method.learned else ():
-        if isinstance(layer, Thresholds):
+        if isinstance(layer, Thresholds):       # a step of train.py leaves to the method what is not learned
             layer.theta.requires_grad_(False)
+            layer.limit_thresholds = layer.update_statistics = lambda *args: None
     run.optimizer = torch.optim.AdamW(model.parameter_groups(options.lr, options.lr, options.weight_decay),
                                       betas=(0.9, options.beta2), fused=device != 'mps')
     # thresholds are set on training text, results are for validation text: windows, evenly spread
@@ -551,7 +562,7 @@ def run_method(job, config, recipe, given, teacher, saved, report):
     validation = validation_windows(val_data, meta, config.windows, options.block_size)
     if method.trained:
         distil(run, data, method, calibration, report)
-    with torch.compiler.set_stance('force_eager') if options.compile else nullcontext():
+    with uncompiled():
         if not (method.learned or method.dense):
             method.limit(model, target, calibration)
         results = evaluate.measure(model, validation, teacher, method.dense)
@@ -609,7 +620,8 @@ def earlier_rows(path, config, settings):
     if others:
         fail(f'--out {config.out} holds a comparison of {config.subject} with other options, or of another '
              'model of that name; choose another --out, or delete it', 1)
-    return [r for r in rows if r['subject'] != config.subject or 'seed' in r]
+    rows = {(r['subject'], r['method'], r['target'], r.get('seed')): r for r in rows}       # none twice
+    return [r for r in rows.values() if r['subject'] != config.subject or 'seed' in r]
 
 
 def compare(config, given):
@@ -635,9 +647,18 @@ def compare(config, given):
     rows = earlier_rows(path, config, settings) + [{**common_to_all, **row} for row in cannot]
     finished = {(r['method'], r['target'], r.get('seed')) for r in rows if r['subject'] == config.subject}
     jobs, left, on_terminal = [job for job in jobs if job not in finished], '', sys.stdout.isatty()
-    print(f'{len(jobs)} runs to do', flush=True)
+    dtype, why = choose_dtype(recipe.dtype, recipe.device)
+    recipe.dtype = str(dtype).removeprefix('torch.')
+    print(f'{len(jobs)} runs to do on {recipe.device}; {recipe.dtype} ({why})', flush=True)
     os.makedirs(config.out, exist_ok=True)
     model.to(recipe.device).requires_grad_(False)
+    for block in model.blocks if recipe.compile else ():
+        block.compile()
+
+    def keep():
+        lines = ''.join(json.dumps(r) + '\n' for r in rows)
+        cwic.write_atomically(path, lambda file: file.write(lines.encode()))
+
     for i, job in enumerate(jobs):
         label = '{:3}/{}  {:19} {:4g}x'.format(i + 1, len(jobs), *job)
         began, later = time.perf_counter(), sum(METHODS[name].trained for name, _, _ in jobs[i + 1:])
@@ -654,10 +675,10 @@ def compare(config, given):
         finally:
             print('\r\033[K' * on_terminal, end='', flush=True)
         rows.append({**common_to_all, **row})
-        lines = ''.join(json.dumps(r) + '\n' for r in rows)
-        cwic.write_atomically(path, lambda file: file.write(lines.encode()))
+        keep()
         print(f'{label}  reduction {row["reduction"]:.2f}x  kl {row["kl"]:.4f}  '
               f'loss {row["val_loss"]:.4f}  {row["seconds"]:.0f} s{left}', flush=True)
+    keep()
     text = table(rows)
     cwic.write_atomically(os.path.join(config.out, 'table.md'), lambda file: file.write(text.encode()))
     # ablations are in the table

@@ -402,7 +402,7 @@ def test_training_moves_weights_and_leaves_thresholds_to_the_method(name, settin
 
 def test_resuming_changes_nothing(setting, tmp_path, monkeypatch, capsys):
     more = ['--methods', 'dense,TEAL,CWIC,TEAL + distillation', '--targets', '1.5,2', '--trained_targets', '2',
-            '--seeds', '2', '--steps', '4']
+            '--seeds', '1,2', '--steps', '4']
     whole = compare(setting, tmp_path / 'whole', *more)
     run_method, done = baselines.run_method, []
 
@@ -419,6 +419,25 @@ def test_resuming_changes_nothing(setting, tmp_path, monkeypatch, capsys):
     assert compare(setting, tmp_path / 'parts', *more) == whole and '3 runs to do' in capsys.readouterr().out
     assert len(whole) == 7 and whole[3]['kl'] != whole[4]['kl']         # two seeds
     assert compare(setting, tmp_path / 'parts', *more) == whole
+
+
+def test_parts_made_apart_make_a_whole(setting, tmp_path, capsys):
+    """Methods and seeds shared out among processes, each with its --out; then their rows in one file, in any order."""
+    parts = [['--methods', 'TEAL,CATS'], ['--methods', 'TEAL + distillation', '--seeds', '2', '--trained_targets', '2'],
+             ['--methods', 'CATS,TEAL + distillation', '--seeds', '1']]
+    (tmp_path / 'whole').mkdir()
+    with open(tmp_path / 'whole' / 'rows.jsonl', 'w', encoding='utf-8') as f:
+        for i, part in enumerate(parts):
+            compare(setting, tmp_path / str(i), '--quick', '--targets', '1.5,2', '--trained_targets', '1.5,2', *part)
+            f.write((tmp_path / str(i) / 'rows.jsonl').read_text(encoding='utf-8'))
+    capsys.readouterr()
+    more = ['--quick', '--methods', 'TEAL,CATS,TEAL + distillation', '--targets', '1.5,2', '--trained_targets', '1.5,2',
+            '--seeds', '1,2']
+    rows = compare(setting, tmp_path / 'whole', *more)
+    assert '0 runs to do' in capsys.readouterr().out and (tmp_path / 'whole.png').exists()
+    expected = compare(setting, tmp_path / 'once', *more)
+    assert sorted(map(str, rows)) == sorted(map(str, expected)) and len(rows) == 2 + 2 + 3
+    assert (tmp_path / 'whole' / 'table.md').read_text() == (tmp_path / 'once' / 'table.md').read_text()
 
 
 def test_what_a_user_gets_wrong_is_one_line(setting, tmp_path, capsys):
