@@ -171,16 +171,14 @@ class GatedProduct(torch.autograd.Function):
     number of weights that each token used. Only x is kept for backward: masks are cheaper to make again than
     to store.
 
-    x (N, in) f32, mu (in), t (n * in), bw (in), W (in, out); stripe: columns in each stripe but perhaps the
-    last. Returns y (N, out) in the dtype of matrix products, active (N,) f64. (t is flat because
-    torch.compile of torch 2.11 gives (1, in), of a matrix that is one stripe, a gradient of the shape (in).)
+    x (N, in) f32, mu (in), t (n, in), bw (in), W (in, out); stripe: columns in each stripe but perhaps the
+    last. Returns y (N, out) in the dtype of matrix products, active (N,) f64.
     """
 
     @staticmethod
     def forward(ctx, x, mu, t, bw, W, stripe):
         ctx.save_for_backward(x, mu, t, bw, W)
         ctx.stripe, ctx.dtype = stripe, product_dtype(W)
-        t = t.view(-1, len(mu))                                                     # (n, in)
         with torch.autocast(x.device.type, enabled=False):
             c = x - mu                                                              # (N, in)
             mask = above(c.abs(), t[:, None])                                       # (n, N, in)
@@ -192,7 +190,6 @@ class GatedProduct(torch.autograd.Function):
     @staticmethod
     def backward(ctx, g, g_active):
         x, mu, t, bw, W = ctx.saved_tensors
-        t = t.view(-1, len(mu))                                                     # (n, in)
         with torch.autocast(x.device.type, enabled=False):
             c, g = x - mu, by_stripe(g, ctx.stripe)                                 # (N, in), (n, N, stripe)
             inputs = torch.addcmul(mu, above(c.abs(), t[:, None]), c).to(ctx.dtype)             # (n, N, in)
@@ -200,7 +197,7 @@ class GatedProduct(torch.autograd.Function):
             d = torch.bmm(g, by_stripe(W.to(ctx.dtype), ctx.stripe).transpose(1, 2))            # (n, N, in)
             widths = stripe_widths(W.shape[1], ctx.stripe, x.device)                # (n,)
             dx, dt = through_the_step(c, t, bw, d, widths[:, None, None] * g_active.to(x.dtype)[:, None])
-            return dx, None, dt.flatten(), None, dW, None
+            return dx, None, dt, None, dW, None
 
 
 def random_weights(*shape):
@@ -238,7 +235,7 @@ class StripedLinear(Thresholds):
             y, used = x @ weight, (as_count(torch.full((B, T), self.dense, device=x.device)), None)
         else:
             sums = observe(x, self.mu, self.sigma) if self.training else None
-            y, active = GatedProduct.apply(x.float().view(B * T, -1), self.mu, self.thresholds().flatten(),
+            y, active = GatedProduct.apply(x.float().view(B * T, -1), self.mu, self.thresholds(),
                                            BANDWIDTH * self.sigma, weight, self.stripe)
             y, used = y.view(B, T, -1), (active.view(B, T), sums)
         return (y if self.bias is None else y + self.bias.to(y.dtype)), used

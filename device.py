@@ -20,6 +20,10 @@ import torch.distributed as dist
 
 from options import fail
 
+# read by torch.compile when first used. Where torch 2.11 sums over tokens and over inputs in one kernel, the
+# gradient of a single stripe's thresholds, (1, in), comes out as (in)
+os.environ.setdefault('TORCHINDUCTOR_MIX_ORDER_REDUCTION', '0')
+
 
 def keep_memory():
     """
@@ -85,6 +89,9 @@ def check_compile(device):
 # several processes, each with its share of every step
 
 
+PATIENCE = 15       # seconds for a sum on GPUs, once all have begun it; torchrun kills what is left after 30
+
+
 class ProcessGone(Exception):
     """Another process of this run has ended or is out of reach; the message, one line, is torch's reason."""
 
@@ -92,7 +99,7 @@ class ProcessGone(Exception):
 def reach(others, *args, **more):
     """others(*args, **more), a call that all processes make at once. Raises ProcessGone."""
     try:
-        others(*args, **more)
+        return others(*args, **more)
     except RuntimeError as error:       # of many texts: connection closed by peer, timed out, ...
         raise ProcessGone(str(error).split('\n')[0].split('] ', 1)[-1].split('. ')[0]) from None
 
@@ -132,9 +139,8 @@ def sum_over_processes(tensors):
     Sums tensors over all processes, in place, as one message for each dtype.
 
     On GPUs that is NCCL's work, which waits for ever for a process of the same host that has ended: it sees
-    no more than network errors (NVIDIA/nccl issue 279), and its wait on the GPU hears no signal. So it begins
-    only when all are here, with nothing left to compute before it: all but a few milliseconds of a step are
-    spent where the end of another process is noticed.
+    no more than network errors (NVIDIA/nccl issue 279). So it begins only when all are here, with nothing
+    left to compute before it, and then takes milliseconds, or is given up. Raises ProcessGone.
     """
     if dist.is_initialized() and tensors[0].is_cuda:
         torch.cuda.synchronize()
@@ -142,7 +148,12 @@ def sum_over_processes(tensors):
     for dtype in dict.fromkeys(t.dtype for t in tensors) if dist.is_initialized() else ():
         same = [t for t in tensors if t.dtype == dtype]
         flat = torch.cat([t.reshape(-1) for t in same])
-        together(dist.all_reduce, flat)
+        message, start = reach(dist.all_reduce, flat, async_op=True), time.monotonic()
+        while flat.is_cuda and not message.is_completed():
+            if time.monotonic() > start + PATIENCE:
+                raise ProcessGone(f'no sum within {PATIENCE} seconds')
+            time.sleep(1e-4)
+        reach(message.wait)
         for t, total in zip(same, flat.split([t.numel() for t in same])):
             t.copy_(total.view_as(t))
 

@@ -240,7 +240,7 @@ def backward(run, tokens, targets, dense, price):
         total_loss = total_loss + piece_share * loss.detach()
         active_head = active_head + piece_share * active.detach().mean()
         sums_head = None if dense else sums_head + sums
-    active = share * torch.stack([active.mean() for active, _ in used])         # (matrices - 1,)
+    active = share * torch.stack([active for active, _ in used]).mean((1, 2))   # (matrices - 1,)
     if dense:
         hidden.backward(leaf.grad)
     else:

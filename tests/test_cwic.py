@@ -109,7 +109,7 @@ def test_gate_backward_is_the_smoothed_step(stripe):
         return loss
 
     x_, t_, W_ = (torch.tensor(a, requires_grad=True) for a in (x, t, W))
-    y, active = GatedProduct.apply(x_, torch.tensor(mu), t_.flatten(), torch.tensor(bw), W_, stripe)
+    y, active = GatedProduct.apply(x_, torch.tensor(mu), t_, torch.tensor(bw), W_, stripe)
     ((y * torch.tensor(G)).sum() + (active * torch.tensor(A)).sum()).backward()
     np.testing.assert_allclose(t_.grad, differences(lambda t: smoothed(x, t, with_y=True), t), atol=1e-6)
     # of y, x has the gradient that it would have if nothing were skipped
