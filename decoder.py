@@ -24,7 +24,7 @@ import build_kernel
 from cwic import KVCache, Neurons, rotary_tables
 
 FORMATS = {'f32': torch.float32, 'bf16': torch.bfloat16, 'int8': torch.int8}    # in sparse_kernel.c's order
-MAX_TILE = 4096     # columns that are computed together: their sums stay in the first-level cache
+MAX_TILE = 2048     # columns that are computed together: they and their sums stay in the first-level cache
 MIN_TASKS = 4       # that a matrix is cut into, for threads to share it evenly
 MIN_INPUTS = 64     # of a task: with fewer, what is read at once gets too short
 
@@ -109,7 +109,7 @@ class PackedMatrix:
         self.sizes = dict(n_in=n_in, n_out=n_out, stripe=stripe, tile=tile, splits=splits)
         self.sums = tiles * splits * tile               # numbers that its tasks leave behind
         self.tensors = dict(weight=weight)
-        for name, values in dict(row_scale=row_scale, column_scale=column_scale, thresholds=thresholds, mu=mu,
+        for name, values in dict(thresholds=thresholds, mu=mu, row_scale=row_scale, column_scale=column_scale,
                                  base=base).items():
             if values is not None:
                 self.tensors[name] = empty(tuple(values.shape), dtype=torch.float32).copy_(values)

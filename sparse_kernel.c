@@ -52,12 +52,12 @@ typedef struct {                // a matrix with thresholds: a StripedLinear, or
     size_t tile;                // columns computed together: a stripe is cut into tiles, the last may be narrower,
     size_t splits;              // and each tile's inputs into splits, to make tasks for all threads
     const void *weight;         // (n_in, width) for each tile in turn; Neurons (n_in, 2, n_out), see add_rows
-    const float *row_scale;     // (n, n_in) and (n_out) for INT8, where a weight is row_scale * column_scale * byte;
-    const float *column_scale;  // otherwise NULL
     const float *thresholds;    // (n, n_in)
     const float *mu;            // (n_in) the usual value of each input
+    const float *row_scale;     // (n, n_in) and (n_out) for INT8, where a weight is row_scale * column_scale
+    const float *column_scale;  //   * byte; otherwise NULL
     const float *base;          // (n_out) mu @ W + b: the output when every input is as usual
-} Matrix;
+} Matrix;                       // thresholds to base are best side by side: they are asked for together
 
 typedef struct {
     const float *gain, *bias;   // (n_embd) each; bias may be NULL
@@ -110,14 +110,15 @@ int multiply_alone(Team *team, const Matrix *matrix, int dtype, size_t count, fl
 
 enum { COLUMNS = 2 * BLOCK };   // that are computed together for many tokens
 
+typedef struct Threads Threads; // how they share tasks and wait for them: at the end of this file
+
 typedef struct {                // what each thread has for itself
+    Threads *threads;
     uint32_t *index;            // (longest) rows that are active
     float *value;               // (longest) what they are multiplied with; or attention's scores
     float (*sums)[SPLITS][COLUMNS];     // (BATCH)
     int64_t active[BATCH];      // weights that each token used
 } Worker;
-
-typedef struct Threads Threads; // how they share tasks and wait for them: at the end of this file
 
 struct Team {
     int size, n_workers;        // threads; workers, some without a thread where a system is short of them
@@ -248,11 +249,12 @@ INLINE float weight(const char *row, size_t j, int dtype)
     return bits.f;
 }
 
-// asks for a cache line: into the first-level cache, or, where eight rows would fill that, into the second
+// Asks for a cache line of weights: into the first-level cache, past the others, as nobody will need it again soon;
+// or, where eight rows would fill that, into the second
 INLINE void request(const char *address, int dtype)
 {
     if (dtype == F32) __builtin_prefetch(address, 0, 2);
-    else __builtin_prefetch(address, 0, 3);
+    else __builtin_prefetch(address, 0, 0);
 }
 
 typedef struct {                // n rows of weights, and what each is multiplied with
@@ -261,6 +263,8 @@ typedef struct {                // n rows of weights, and what each is multiplie
     const uint32_t *index;      // (listed) which rows
     float *value;               // (listed)
     size_t n, listed;           // after the n rows come others, which may already be asked for
+    const char *soon;           // (n_soon) bytes, some of what the next matrix needs before its rows
+    size_t n_soon;
 } Rows;
 
 #ifdef PLAIN
@@ -365,12 +369,15 @@ INLINE void dot_eight(Rows rows, size_t k, const float *restrict h, int dtype)
 #endif
 
 // sums (width) += value[k] * row k, for all rows. A row of neurons is a column of up and, next to it, a row of down:
-// what the first makes of h multiplies the value before the second is added
+// what the first makes of h multiplies the value before the second is added. With every eight rows a part of what the
+// next matrix begins with is asked for
 INLINE void add_rows(float *restrict sums, Rows rows, const float *restrict h, int dtype)
 {
     Rows down = rows;
+    size_t part = rows.n ? rows.n_soon / pieces(rows.n, 8) : 0;
     if (h) down.weight += rows.width * bytes(dtype);
     for (size_t k = 0; k < rows.n; k += 8) {
+        for (size_t i = 0; i < part; i += 64) __builtin_prefetch(rows.soon + k / 8 * part + i, 0, 2);
         if (h) dot_eight(rows, k, h, dtype);
         add_eight(sums, down, k, dtype);
     }
@@ -403,6 +410,7 @@ typedef struct {                // a matrix at work
     float *x;                   // (count, n_in)
     const float *h;             // (count, n_out) for neurons: what up is multiplied with; otherwise NULL
     float *y;                   // (count, n_out)
+    const Matrix *next;         // the one after it, or NULL
 } Product;
 
 // the rows of a tile, none of them chosen yet
@@ -410,7 +418,7 @@ static Rows tile_rows(const Product *p, Tile tile, Worker *me)
 {
     size_t column = bytes(p->dtype) * (p->h ? 2 : 1);
     const char *weight = (const char *)p->matrix->weight + tile.start * p->matrix->n_in * column;
-    return (Rows){weight, tile.width * column, tile.width, me->index, me->value, 0, 0};
+    return (Rows){weight, tile.width * column, tile.width, me->index, me->value, 0, 0, NULL, 0};
 }
 
 // Adds splits from, ..., to - 1 into the first of them; they are `apart` numbers apart. In pairs, and these in pairs,
@@ -445,6 +453,11 @@ static void multiply_task(const void *argument, Worker *me, size_t task)
     Tile tile = find_tile(m, task / tasks);
     float *sums = p->team->sums + task / tasks * m->splits * m->tile;
     Rows rows = tile_rows(p, tile, me);
+    if (p->next) {
+        const char *start = (const char *)p->next->thresholds, *end = (const char *)(p->next->base + p->next->n_out);
+        rows.n_soon = (size_t)(end - start) / (count_tiles(m) * m->splits);
+        rows.soon = start + (task / tasks * m->splits + from) * rows.n_soon;
+    }
     for (size_t split = from; split < to; split++) {
         n[split] = find_active(m, tile.stripe, p->x, split_start(m, split), split_start(m, split + 1),
                                me->index + rows.listed, me->value + rows.listed);
@@ -461,6 +474,7 @@ static void multiply_task(const void *argument, Worker *me, size_t task)
         rows.index += rows.n;
         rows.value += rows.n;
         rows.listed -= rows.n;
+        rows.soon += rows.n_soon;
     }
     add_splits(sums, from, to, 1, m->tile, tile.width);
     if (m->splits == 1) finish(p, 0, sums, tile.start, tile.width);
@@ -614,7 +628,7 @@ int multiply_alone(Team *team, const Matrix *m, int dtype, size_t count, float *
 {
     if (!count || count > BATCH || !possible(team, m, dtype, m->n_in, m->n_out)) return -1;
     if (h && m->tile < m->n_out) return -1;
-    multiply((Product){team, m, dtype, STORE, count, x, h, y}, active, 1);
+    multiply((Product){team, m, dtype, STORE, count, x, h, y, NULL}, active, 1);
     return 0;
 }
 
@@ -716,7 +730,7 @@ int decode(Team *team, const Model *model, const State *state, const uint32_t *t
     size_t matrices = 4 * m->n_layer + 1;
     int gpt2 = m->arch == GPT2, dtype = m->dtype;
     if (!count || count > BATCH || position + count > m->block_size || m->block_size > team->longest) return -1;
-    if (!qkv || d % m->n_head || m->n_head % m->n_kv_head) return -1;
+    if (!m->n_layer || !qkv || d % m->n_head || m->n_head % m->n_kv_head) return -1;
     if (!possible(team, &m->head, dtype, d, m->vocab_size)) return -1;
     for (const Layer *l = m->layers; l < m->layers + m->n_layer; l++)
         if (!possible(team, &l->qkv, dtype, d, qkv) || !possible(team, &l->out, dtype, d, d)
@@ -730,20 +744,22 @@ int decode(Team *team, const Model *model, const State *state, const uint32_t *t
         const Layer *l = &m->layers[now.layer];
         int64_t *used = active + 4 * now.layer;
         for (size_t i = 0; i < count; i++) normalise(s->h + i * d, s->x + i * d, l->ln_1, m);
-        multiply((Product){team, &l->qkv, dtype, STORE, count, s->h, NULL, s->qkv}, used, matrices);
+        multiply((Product){team, &l->qkv, dtype, STORE, count, s->h, NULL, s->qkv, &l->out}, used, matrices);
         for (size_t i = 0; i < count; i++) remember(&now, s->qkv + i * qkv, position + i);
         run_tasks(team, m->n_head * count, attend_task, &now);
-        multiply((Product){team, &l->out, dtype, ADD, count, s->mixed, NULL, s->x}, used + 1, matrices);
+        multiply((Product){team, &l->out, dtype, ADD, count, s->mixed, NULL, s->x, &l->up}, used + 1, matrices);
         for (size_t i = 0; i < count; i++) normalise(s->h + i * d, s->x + i * d, l->ln_2, m);
-        multiply((Product){team, &l->up, dtype, gpt2 ? GELU : SILU, count, s->h, NULL, s->hidden}, used + 2, matrices);
+        multiply((Product){team, &l->up, dtype, gpt2 ? GELU : SILU, count, s->h, NULL, s->hidden, &l->down}, used + 2,
+                 matrices);
         const float *h = gpt2 ? NULL : s->h;
-        multiply((Product){team, &l->down, dtype, ADD, count, s->hidden, h, s->x}, used + 3, matrices);
+        const Matrix *next = now.layer + 1 < m->n_layer ? &l[1].qkv : &m->head;
+        multiply((Product){team, &l->down, dtype, ADD, count, s->hidden, h, s->x, next}, used + 3, matrices);
     }
     for (size_t i = 0; i < count; i++) {
         int64_t *used = active + (i + 1) * matrices - 1;
         normalise(s->h, s->x + i * d, m->ln_f, m);
         if (i + 1 < count) *used = count_active(&m->head, s->h, team->workers);     // nobody asks for its logits
-        else multiply((Product){team, &m->head, dtype, STORE, 1, s->h, NULL, logits}, used, 1);
+        else multiply((Product){team, &m->head, dtype, STORE, 1, s->h, NULL, logits, &m->layers->qkv}, used, 1);
     }
     return 0;
 }
@@ -811,16 +827,13 @@ static void run_tasks(Team *team, size_t tasks, Task *function, const void *argu
     for (unsigned tries = 0; atomic_load_explicit(&t->done, memory_order_acquire) < tasks; tries++) pause_a_moment(tries);
 }
 
-typedef struct { Threads *threads; Worker *worker; } Start;
-
 static void *thread_main(void *argument)
 {
-    Start start = *(Start *)argument;
-    Threads *t = start.threads;
-    free(argument);
+    Worker *me = argument;
+    Threads *t = me->threads;
     for (unsigned tries = 0; !atomic_load(&t->stop); tries++) {
         if (atomic_load_explicit(&t->open, memory_order_relaxed) & UINT32_MAX) {
-            work(t, start.worker);
+            work(t, me);
             tries = 0;
         } else if (tries < 6000) {
             pause_a_moment(tries);
@@ -846,10 +859,9 @@ static int start_threads(Team *team, int size)
     pthread_cond_init(&t->wake, NULL);
     t->thread = calloc((size_t)size, sizeof *t->thread);
     while (t->thread && t->started + 1 < size) {
-        Start *start = malloc(sizeof *start);
-        if (!start) break;
-        *start = (Start){t, &team->workers[t->started + 1]};
-        if (pthread_create(&t->thread[t->started], NULL, thread_main, start)) { free(start); break; }
+        Worker *worker = &team->workers[t->started + 1];
+        worker->threads = t;
+        if (pthread_create(&t->thread[t->started], NULL, thread_main, worker)) break;
         t->started++;
     }
     return t->started + 1;
