@@ -1,17 +1,17 @@
 /*
-Decodes a CWIC model in C11: what cwic.py computes in eval mode, but reading only the weights that a token uses.
+Decodes a CWIC model in C11: what cwic.py computes in eval mode, but reading only the weights a token uses.
 
-Decoding a token is mostly waiting for weights: each takes part in one multiplication and one addition, so a token takes
-as long as its weights take to arrive from memory. A weight that is not read is time saved, if memory likes the order of
-those that are. So the weights that one input is multiplied with lie side by side, in a row, and a token that skips the
-input skips the whole row.
+Decoding a token is mostly waiting for weights: each takes part in one multiplication and one addition, so a
+token takes as long as its weights take to arrive from memory. A weight that is not read is time saved, if
+memory likes the order of those that are. So the weights that one input is multiplied with lie side by side,
+in a row, and a token that skips the input skips the whole row.
 
-Build it with: python build_kernel.py. decoder.py packs models for it, and checks them before it makes pointers.
+Build it with: python build_kernel.py. decoder.py packs models for it, and checks them first.
 
-In this order: the structs; small maths; rows, where the time goes; a matrix for one token; a matrix for the many tokens
-of a prompt; attention, and the whole step; the team of threads.
+In this order: the structs; small maths; rows, where the time goes; a matrix for one token; a matrix for the
+many tokens of a prompt; attention, and the whole step; the team of threads.
 
-Not here: more than one sequence, f16, GPUs, Windows. Threads do not survive fork(): make a new team in the child.
+Not here: more than one sequence, f16, GPUs, Windows. Threads do not survive fork(): make a new team there.
 */
 
 #include <math.h>
@@ -19,7 +19,7 @@ Not here: more than one sequence, f16, GPUs, Windows. Threads do not survive for
 #include <stdlib.h>
 #include <string.h>
 
-#if !defined(PLAIN)             // PLAIN: no threads and nothing that is only fast, the short way through this file
+#if !defined(PLAIN)             // PLAIN: no threads, nothing only for speed: the short way through this file
 #define THREADS
 #include <pthread.h>
 #include <sched.h>
@@ -48,8 +48,8 @@ enum { SPLITS = 4 };            // pieces that the inputs of a matrix are cut in
 
 typedef struct {                // a matrix with thresholds: a StripedLinear, or Llama's Neurons
     size_t n_in, n_out;
-    size_t stripe;              // columns that share thresholds; n = ceil(n_out / stripe), the last may be narrower
-    size_t tile;                // columns computed together: a stripe is cut into tiles, the last may be narrower,
+    size_t stripe;              // columns that share thresholds; n = ceil(n_out / stripe), the last narrower
+    size_t tile;                // columns computed together: stripes are cut into tiles, the last narrower,
     size_t splits;              // and each tile's inputs into splits, to make tasks for all threads
     const void *weight;         // (n_in, width) for each tile in turn; Neurons (n_in, 2, n_out), see add_rows
     const float *thresholds;    // (n, n_in)
@@ -80,8 +80,9 @@ typedef struct {
 } Model;
 
 typedef struct {                // what a sequence has left behind, and where its next tokens are worked on
-    void *k;                    // (n_layer, n_kv_head, ceil(block_size / BLOCK), head_dim, BLOCK) f32 for weights in
-    void *v;                    // (n_layer, n_kv_head, block_size, ceil(head_dim / BLOCK) * BLOCK)    f32, else bf16
+    void *k;                    // (n_layer, n_kv_head, ceil(block_size / BLOCK), head_dim, BLOCK)
+    void *v;                    // (n_layer, n_kv_head, block_size, ceil(head_dim / BLOCK) * BLOCK)
+                                // both f32 where weights are, else bf16
     float *x, *h;               // (BATCH, n_embd) the residual stream, and what a norm makes of it
     float *qkv;                 // (BATCH, (n_head + 2 * n_kv_head) * head_dim)
     float *mixed;               // (BATCH, n_embd) what attention gathered
@@ -96,15 +97,17 @@ int team_size(const Team *team);        // threads it really has
 void team_free(Team *team);
 
 // Reads count tokens, 1 to BATCH, the first at this position: logits (vocab_size) of the last one, and active
-// (count, 4 * n_layer + 1), the weights that each token used of each matrix. Many at once are read faster than one
-// after the other, and give the same numbers, to the bit. 0, or -1 where a size, token or position is impossible
+// (count, 4 * n_layer + 1), the weights that each token used of each matrix. Many at once are read faster
+// than one after the other, and give the same numbers, to the bit. 0, or -1 where a size, token or position
+// is impossible
 int decode(Team *team, const Model *model, const State *state, const uint32_t *tokens, size_t count,
            size_t position, float *logits, int64_t *active);
 
-// One matrix alone, for tests and measurements: x (count, n_in) -> y (count, n_out), active (count). Neurons: x is
-// what the gate says, and is overwritten; h (count, n_out) is what up is multiplied with, otherwise NULL. 0, or -1
-int multiply_alone(Team *team, const Matrix *matrix, int dtype, size_t count, float *x, const float *h, float *y,
-                   int64_t *active);
+// One matrix alone, for tests and measurements: x (count, n_in) -> y (count, n_out), active (count). Neurons:
+// x is what the gate says, and is overwritten; h (count, n_out) is what up is multiplied with, otherwise
+// NULL. 0, or -1
+int multiply_alone(Team *team, const Matrix *matrix, int dtype, size_t count, float *x, const float *h,
+                   float *y, int64_t *active);
 
 // end of interface
 
@@ -136,8 +139,8 @@ static size_t least(size_t a, size_t b) { return a < b ? a : b; }
 static size_t pieces(size_t whole, size_t piece) { return (whole + piece - 1) / piece; }
 
 // -----------------------------------------------------------------------------
-// small maths. Loops are written so that compilers vectorise them: a sum needs leave to be reordered (omp simd), and
-// exp, which libm computes one at a time, is written out
+// small maths. Loops are written so that compilers vectorise them: a sum needs leave to be reordered (omp
+// simd), and exp, which libm computes one at a time, is written out
 
 // GPT-2's LayerNorm, or Llama's RMSNorm, which does not centre
 static void normalise(float *restrict y, const float *restrict x, Norm norm, const Model *m)
@@ -150,11 +153,12 @@ static void normalise(float *restrict y, const float *restrict x, Norm norm, con
     #pragma omp simd reduction(+:squares)
     for (size_t i = 0; i < n; i++) squares += (x[i] - mean) * (x[i] - mean);
     float scale = 1 / sqrtf(squares / (float)n + m->norm_eps);
-    for (size_t i = 0; i < n; i++) y[i] = (x[i] - mean) * scale * norm.gain[i] + (norm.bias ? norm.bias[i] : 0);
+    for (size_t i = 0; i < n; i++)
+        y[i] = (x[i] - mean) * scale * norm.gain[i] + (norm.bias ? norm.bias[i] : 0);
 }
 
-// e^x to 2 units in the last place: 2^n * e^r, where r, at most half of ln 2, is what n leaves. Adding 1.5 * 2^23
-// rounds x / ln 2 to the integer n and leaves n in the low bits of the sum
+// e^x to 2 units in the last place: 2^n * e^r, where r, at most half of ln 2, is what n leaves. Adding 1.5 *
+// 2^23 rounds x / ln 2 to the integer n and leaves n in the low bits of the sum
 INLINE float exponential(float x)
 {
     union { float f; uint32_t u; } n, power;
@@ -203,8 +207,9 @@ static void rotate(float *restrict head, const float *restrict cos, const float 
 // -----------------------------------------------------------------------------
 // rows: which ones a token uses, and what they add up to
 
-// The inputs from first to last that a stripe uses, centred (and scaled, for INT8): those with |x - mu| > t. A NaN is
-// used too, so that it spreads, as in PyTorch, and does not pass for an input that is as usual. Returns how many
+// The inputs from first to last that a stripe uses, centred (and scaled, for INT8): those with |x - mu| > t.
+// A NaN is used too, so that it spreads, as in PyTorch, and does not pass for an input that is as usual.
+// Returns how many
 static size_t find_active(const Matrix *m, size_t stripe, const float *restrict x, size_t first, size_t last,
                           uint32_t *restrict index, float *restrict value)
 {
@@ -213,7 +218,7 @@ static size_t find_active(const Matrix *m, size_t stripe, const float *restrict 
     size_t n = 0, i = first;
 #ifdef AVX512
     const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-    for (; i + 16 <= last; i += 16) {   // 16 are stored, however few are active: the next ones overwrite the rest
+    for (; i + 16 <= last; i += 16) {   // 16 are stored, however few are active: the next overwrite the rest
         __m512 c = _mm512_sub_ps(_mm512_loadu_ps(x + i), _mm512_loadu_ps(mu + i));
         __mmask16 used = _mm512_cmp_ps_mask(_mm512_abs_ps(c), _mm512_loadu_ps(t + i), _CMP_NLE_UQ);
         if (scale) c = _mm512_mul_ps(c, _mm512_loadu_ps(scale + i));
@@ -249,8 +254,8 @@ INLINE float weight(const char *row, size_t j, int dtype)
     return bits.f;
 }
 
-// Asks for a cache line of weights: into the first-level cache, past the others, as nobody will need it again soon;
-// or, where eight rows would fill that, into the second
+// Asks for a cache line of weights: into the first-level cache, past the others, as nobody will need it again
+// soon; or, where eight rows would fill that, into the second
 INLINE void request(const char *address, int dtype)
 {
     if (dtype == F32) __builtin_prefetch(address, 0, 2);
@@ -290,9 +295,9 @@ static void dot_eight(Rows rows, size_t k, const float *h, int dtype)
 
 #else
 
-// The same, fast. sums is read and written once for eight weights. And rows are asked for before it is their turn: no
-// prefetcher of the hardware can guess which one comes next, but we know. With every cache line of a row goes a request
-// for the same line of the row eight further on
+// The same, fast. sums is read and written once for eight weights. And rows are asked for before it is their
+// turn: no prefetcher of the hardware can guess which one comes next, but we know. With every cache line of a
+// row goes a request for the same line of the row eight further on
 typedef struct {
     const char *row[8], *later[8];
     float value[8];
@@ -313,7 +318,8 @@ INLINE Eight take_eight(Rows rows, size_t k)
 INLINE __m512 load16(const char *row, size_t j, int dtype)
 {
     if (dtype == F32) return _mm512_loadu_ps(row + 4 * j);
-    if (dtype == INT8) return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const void *)(row + j))));
+    if (dtype == INT8)
+        return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const void *)(row + j))));
     __m512i bits = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const void *)(row + 2 * j)));
     return _mm512_castsi512_ps(_mm512_slli_epi32(bits, 16));
 }
@@ -368,9 +374,9 @@ INLINE void dot_eight(Rows rows, size_t k, const float *restrict h, int dtype)
 
 #endif
 
-// sums (width) += value[k] * row k, for all rows. A row of neurons is a column of up and, next to it, a row of down:
-// what the first makes of h multiplies the value before the second is added. With every eight rows a part of what the
-// next matrix begins with is asked for
+// sums (width) += value[k] * row k, for all rows. A row of neurons is a column of up and, next to it, a row
+// of down: what the first makes of h multiplies the value before the second is added. With every eight rows a
+// part of what the next matrix begins with is asked for
 INLINE void add_rows(float *restrict sums, Rows rows, const float *restrict h, int dtype)
 {
     Rows down = rows;
@@ -392,15 +398,19 @@ typedef struct { size_t stripe, start, width; } Tile;      // columns start to s
 static Tile find_tile(const Matrix *m, size_t number)
 {
     size_t tiles = pieces(m->stripe, m->tile), stripe = number / tiles;
-    size_t end = least((stripe + 1) * m->stripe, m->n_out), start = stripe * m->stripe + number % tiles * m->tile;
+    size_t start = stripe * m->stripe + number % tiles * m->tile;
+    size_t end = least((stripe + 1) * m->stripe, m->n_out);
     return (Tile){stripe, start, start < end ? least(end - start, m->tile) : 0};
 }
 
-static size_t count_tiles(const Matrix *m) { return pieces(m->stripe, m->tile) * pieces(m->n_out, m->stripe); }
+static size_t count_tiles(const Matrix *m)
+{
+    return pieces(m->stripe, m->tile) * pieces(m->n_out, m->stripe);
+}
 
 static size_t split_start(const Matrix *m, size_t split) { return split * m->n_in / m->splits; }
 
-enum { STORE, ADD, GELU, SILU };    // outputs replace y, are added to it, or replace it after passing a function
+enum { STORE, ADD, GELU, SILU };    // outputs replace y, are added to it, or replace it after a function
 
 typedef struct {                // a matrix at work
     Team *team;
@@ -421,8 +431,9 @@ static Rows tile_rows(const Product *p, Tile tile, Worker *me)
     return (Rows){weight, tile.width * column, tile.width, me->index, me->value, 0, 0, NULL, 0};
 }
 
-// Adds splits from, ..., to - 1 into the first of them; they are `apart` numbers apart. In pairs, and these in pairs,
-// beginning with those that are `step` apart: so the sum is the same, whoever has added the first pairs
+// Adds splits from, ..., to - 1 into the first of them; they are `apart` numbers apart. In pairs, and these
+// in pairs, beginning with those that are `step` apart: so the sum is the same, whoever has added the first
+// pairs
 static void add_splits(float *sums, size_t from, size_t to, size_t step, size_t apart, size_t width)
 {
     for (; step < to - from; step *= 2)
@@ -454,9 +465,10 @@ static void multiply_task(const void *argument, Worker *me, size_t task)
     float *sums = p->team->sums + task / tasks * m->splits * m->tile;
     Rows rows = tile_rows(p, tile, me);
     if (p->next) {
-        const char *start = (const char *)p->next->thresholds, *end = (const char *)(p->next->base + p->next->n_out);
-        rows.n_soon = (size_t)(end - start) / (count_tiles(m) * m->splits);
-        rows.soon = start + (task / tasks * m->splits + from) * rows.n_soon;
+        rows.soon = (const char *)p->next->thresholds;
+        size_t size = (size_t)((const char *)(p->next->base + p->next->n_out) - rows.soon);
+        rows.n_soon = size / (count_tiles(m) * m->splits);
+        rows.soon += (task / tasks * m->splits + from) * rows.n_soon;
     }
     for (size_t split = from; split < to; split++) {
         n[split] = find_active(m, tile.stripe, p->x, split_start(m, split), split_start(m, split + 1),
@@ -481,23 +493,28 @@ static void multiply_task(const void *argument, Worker *me, size_t task)
 }
 
 // -----------------------------------------------------------------------------
-// a matrix, for many tokens at once. A block of weights is read and widened to f32 once, and then serves each token
-// that uses it from the first-level cache. Sums are taken in the same order as for one token, so they are the same
+// a matrix, for many tokens at once. A block of weights is read and widened to f32 once, and then serves each
+// token that uses it from the first-level cache. Sums are taken in the same order as for one token, so they
+// are the same
 
-INLINE void widen(float *restrict block, const char *from, size_t stride, size_t rows, size_t columns, int dtype)
+INLINE void widen(float *restrict block, const char *from, size_t stride, size_t rows, size_t columns,
+                  int dtype)
 {
     for (size_t r = 0; r < rows; r++)
         for (size_t j = 0; j < columns; j++) block[r * BLOCK + j] = weight(from + r * stride, j, dtype);
 }
 
-// sums (BLOCK) += value[k] * row index[k] - first, or row k without an index; of f32 or bf16, `stride` numbers apart
-INLINE void add_block(float *restrict sums, const char *restrict block, size_t stride, const uint32_t *restrict index,
-                      size_t first, const float *restrict value, size_t n, int dtype)
+// sums (BLOCK) += value[k] * row index[k] - first, or row k without an index; of f32 or bf16, `stride`
+// numbers apart
+INLINE void add_block(float *restrict sums, const char *restrict block, size_t stride,
+                      const uint32_t *restrict index, size_t first, const float *restrict value, size_t n,
+                      int dtype)
 {
 #ifdef PLAIN
-    for (size_t k = 0; k < n; k++)
-        for (size_t j = 0; j < BLOCK; j++)
-            sums[j] += value[k] * weight(block + (index ? index[k] - first : k) * stride * bytes(dtype), j, dtype);
+    for (size_t k = 0; k < n; k++) {
+        const char *row = block + (index ? index[k] - first : k) * stride * bytes(dtype);
+        for (size_t j = 0; j < BLOCK; j++) sums[j] += value[k] * weight(row, j, dtype);
+    }
 #else               // vectors that any compiler knows, and keeps in registers
     typedef float Floats __attribute__((vector_size(64), aligned(4), may_alias));
     typedef uint16_t Halves __attribute__((vector_size(32), aligned(2), may_alias));
@@ -537,10 +554,11 @@ static void multiply_many_task(const void *argument, Worker *me, size_t task)
             }
             for (size_t c = 0; c < columns; c += BLOCK) {
                 const char *from = rows.weight + first * rows.stride + (column + c) * bytes(p->dtype);
-                FOR_FORMAT(p->dtype, widen, block, from, rows.stride, last - first, least(BLOCK, columns - c));
+                FOR_FORMAT(p->dtype, widen, block, from, rows.stride, last - first,
+                           least(BLOCK, columns - c));
                 for (size_t token = 0; token < p->count; token++)
-                    add_block(me->sums[token][split] + c, (char *)block, BLOCK, index[token], first, value[token],
-                              n[token], F32);
+                    add_block(me->sums[token][split] + c, (char *)block, BLOCK, index[token], first,
+                              value[token], n[token], F32);
             }
         }
     for (size_t token = 0; token < p->count; token++) {
@@ -554,8 +572,8 @@ INLINE void dot_rows(Rows rows, const float *h, int dtype)
     for (size_t k = 0; k < rows.n; k += 8) dot_eight(rows, k, h, dtype);
 }
 
-// The first half of BLOCK neurons: x, what the gate says, becomes what down is multiplied with, 0 where a neuron is
-// not active. Then down is a matrix like any other, of which a token uses what is not 0
+// The first half of BLOCK neurons: x, what the gate says, becomes what down is multiplied with, 0 where a
+// neuron is not active. Then down is a matrix like any other, of which a token uses what is not 0
 static void multiply_up_task(const void *argument, Worker *me, size_t task)
 {
     const Product *p = argument;
@@ -611,7 +629,8 @@ static int64_t count_active(const Matrix *m, const float *x, Worker *me)
 {
     size_t active = 0;
     for (size_t stripe = 0, start = 0; start < m->n_out; stripe++, start += m->stripe)
-        active += find_active(m, stripe, x, 0, m->n_in, me->index, me->value) * least(m->stripe, m->n_out - start);
+        active += least(m->stripe, m->n_out - start)
+            * find_active(m, stripe, x, 0, m->n_in, me->index, me->value);
     return (int64_t)active;
 }
 
@@ -619,7 +638,8 @@ static int possible(const Team *team, const Matrix *m, int dtype, size_t n_in, s
 {
     return n_in && n_out && m->n_in == n_in && m->n_out == n_out && n_in <= team->longest
         && m->stripe && m->stripe <= n_out && m->tile && m->tile <= m->stripe
-        && m->splits && m->splits <= least(n_in, SPLITS) && count_tiles(m) * m->splits * m->tile <= team->n_sums
+        && m->splits && m->splits <= least(n_in, SPLITS)
+        && count_tiles(m) * m->splits * m->tile <= team->n_sums
         && (dtype == F32 || dtype == BF16 || (dtype == INT8 && m->row_scale && m->column_scale));
 }
 
@@ -656,7 +676,8 @@ static void embed(const Model *m, float *x, size_t token, size_t position)
     }
 }
 
-// where the cache has what a head remembers of a position: of its key a number in each of head_dim rows; its value
+// where the cache has what a head remembers of a position: of its key a number in each of head_dim rows; its
+// value
 static char *cached_key(const Attention *now, size_t head, size_t position)
 {
     const Model *m = now->model;
@@ -695,8 +716,8 @@ static void remember(const Attention *now, float *qkv, size_t position)
     }
 }
 
-// One head of one token: its query is compared with all keys up to its position, and gathers their values. Several
-// heads may share keys and values
+// One head of one token: its query is compared with all keys up to its position, and gathers their values.
+// Several heads may share keys and values
 static void attend_task(const void *argument, Worker *me, size_t task)
 {
     const Attention *now = argument;
@@ -729,13 +750,14 @@ int decode(Team *team, const Model *model, const State *state, const uint32_t *t
     size_t d = m->n_embd, qkv = m->n_head && m->n_kv_head ? d + 2 * m->n_kv_head * (d / m->n_head) : 0;
     size_t matrices = 4 * m->n_layer + 1;
     int gpt2 = m->arch == GPT2, dtype = m->dtype;
-    if (!count || count > BATCH || position + count > m->block_size || m->block_size > team->longest) return -1;
+    if (!count || count > BATCH || position + count > m->block_size) return -1;
+    if (m->block_size > team->longest) return -1;
     if (!m->n_layer || !qkv || d % m->n_head || m->n_head % m->n_kv_head) return -1;
     if (!possible(team, &m->head, dtype, d, m->vocab_size)) return -1;
     for (const Layer *l = m->layers; l < m->layers + m->n_layer; l++)
         if (!possible(team, &l->qkv, dtype, d, qkv) || !possible(team, &l->out, dtype, d, d)
-            || !possible(team, &l->up, dtype, d, m->n_hidden) || !possible(team, &l->down, dtype, m->n_hidden, d)
-            || (!gpt2 && l->down.tile < d)) return -1;
+            || !possible(team, &l->up, dtype, d, m->n_hidden)
+            || !possible(team, &l->down, dtype, m->n_hidden, d) || (!gpt2 && l->down.tile < d)) return -1;
     for (size_t i = 0; i < count; i++) if (tokens[i] >= m->vocab_size) return -1;
 
     Attention now = {m, s, count, position, 0, dtype == F32 ? F32 : BF16};
@@ -747,9 +769,11 @@ int decode(Team *team, const Model *model, const State *state, const uint32_t *t
         multiply((Product){team, &l->qkv, dtype, STORE, count, s->h, NULL, s->qkv, &l->out}, used, matrices);
         for (size_t i = 0; i < count; i++) remember(&now, s->qkv + i * qkv, position + i);
         run_tasks(team, m->n_head * count, attend_task, &now);
-        multiply((Product){team, &l->out, dtype, ADD, count, s->mixed, NULL, s->x, &l->up}, used + 1, matrices);
+        multiply((Product){team, &l->out, dtype, ADD, count, s->mixed, NULL, s->x, &l->up}, used + 1,
+                 matrices);
         for (size_t i = 0; i < count; i++) normalise(s->h + i * d, s->x + i * d, l->ln_2, m);
-        multiply((Product){team, &l->up, dtype, gpt2 ? GELU : SILU, count, s->h, NULL, s->hidden, &l->down}, used + 2,
+        int then = gpt2 ? GELU : SILU;
+        multiply((Product){team, &l->up, dtype, then, count, s->h, NULL, s->hidden, &l->down}, used + 2,
                  matrices);
         const float *h = gpt2 ? NULL : s->h;
         const Matrix *next = now.layer + 1 < m->n_layer ? &l[1].qkv : &m->head;
@@ -758,16 +782,18 @@ int decode(Team *team, const Model *model, const State *state, const uint32_t *t
     for (size_t i = 0; i < count; i++) {
         int64_t *used = active + (i + 1) * matrices - 1;
         normalise(s->h, s->x + i * d, m->ln_f, m);
-        if (i + 1 < count) *used = count_active(&m->head, s->h, team->workers);     // nobody asks for its logits
-        else multiply((Product){team, &m->head, dtype, STORE, 1, s->h, NULL, logits, &m->layers->qkv}, used, 1);
+        if (i + 1 < count) *used = count_active(&m->head, s->h, team->workers);     // no logits are asked for
+        else multiply((Product){team, &m->head, dtype, STORE, 1, s->h, NULL, logits, &m->layers->qkv}, used,
+                      1);
     }
     return 0;
 }
 
 // -----------------------------------------------------------------------------
-// the team of threads. The calling thread says what is to be done and in how many tasks, takes tasks itself, and goes
-// on when all are done. The others claim tasks as long as there are any, so a thread that gets cheap ones, or a core
-// to itself, does more; and one that a neighbour has pushed off its core is waited for only if it holds a task
+// the team of threads. The calling thread says what is to be done and in how many tasks, takes tasks itself,
+// and goes on when all are done. The others claim tasks as long as there are any, so a thread that gets cheap
+// ones, or a core to itself, does more; and one that a neighbour has pushed off its core is waited for only
+// if it holds a task
 
 #ifdef THREADS
 
@@ -776,7 +802,7 @@ struct Threads {
     const void *argument;
     size_t tasks;
     // what all threads write, each on a cache line of its own
-    _Alignas(64) atomic_uint_fast64_t open;     // tasks not yet claimed; above them, in 32 bits, the number of the run
+    _Alignas(64) atomic_uint_fast64_t open;     // tasks not yet claimed; above them, 32 bits, the run
     _Alignas(64) atomic_size_t done;            // tasks done
     _Alignas(64) atomic_int sleeping;
     atomic_int stop;
@@ -802,7 +828,7 @@ static void work(Threads *t, Worker *me)
 {
     uint_fast64_t open = atomic_load_explicit(&t->open, memory_order_acquire);
     while (open & UINT32_MAX) {
-        if (!atomic_compare_exchange_weak(&t->open, &open, open - 1)) continue;             // another was faster
+        if (!atomic_compare_exchange_weak(&t->open, &open, open - 1)) continue;     // another was faster
         t->function(t->argument, me, t->tasks - (size_t)(open & UINT32_MAX));
         atomic_fetch_add_explicit(&t->done, 1, memory_order_acq_rel);
         open = atomic_load_explicit(&t->open, memory_order_acquire);
@@ -824,7 +850,8 @@ static void run_tasks(Team *team, size_t tasks, Task *function, const void *argu
         pthread_mutex_unlock(&t->mutex);
     }
     work(t, team->workers);
-    for (unsigned tries = 0; atomic_load_explicit(&t->done, memory_order_acquire) < tasks; tries++) pause_a_moment(tries);
+    for (unsigned tries = 0; atomic_load_explicit(&t->done, memory_order_acquire) < tasks; tries++)
+        pause_a_moment(tries);
 }
 
 static void *thread_main(void *argument)
@@ -849,7 +876,8 @@ static void *thread_main(void *argument)
     return NULL;
 }
 
-// returns the number of threads there are, the calling one among them: a system short of them gives fewer. 0: no memory
+// returns the number of threads there are, the calling one among them: a system short of them gives fewer. 0:
+// no memory
 static int start_threads(Team *team, int size)
 {
     Threads *t = team->threads = aligned_alloc(64, sizeof *t);
@@ -906,7 +934,8 @@ void team_free(Team *team)
 
 Team *team_new(int threads, size_t longest, size_t sums)
 {
-    if (threads < 1 || threads > 1024 || !longest || longest > UINT32_MAX || !sums || sums > UINT32_MAX) return NULL;
+    if (threads < 1 || threads > 1024 || !longest || longest > UINT32_MAX) return NULL;
+    if (!sums || sums > UINT32_MAX) return NULL;
     Team *team = calloc(1, sizeof *team);
     if (!team) return NULL;
     team->longest = longest;
