@@ -406,7 +406,7 @@ def measure_speed(config, what):
     prompts = sorted({min(length, context) for length in prompts})
     text = text_to_read(config, model, saved, max(end, *prompts))
     settings = make_settings(model, saved, reductions, text[:PROMPT])
-    decoders = {dtype: Decoder(model, dtype, 1) for dtype in config.dtypes.split(',')}
+    decoders = {dtype: Decoder(model, dtype, max(threads)) for dtype in config.dtypes.split(',')}
     print('packed weights on huge pages: '
           + ', '.join(f'{dtype} {on_huge_pages(decoder)}' for dtype, decoder in decoders.items()), flush=True)
     run_ours = run_matrices if what == 'kernel' else run_kernel

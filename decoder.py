@@ -25,7 +25,6 @@ from cwic import KVCache, Neurons, rotary_tables
 
 FORMATS = {'f32': torch.float32, 'bf16': torch.bfloat16, 'int8': torch.int8}    # in sparse_kernel.c's order
 MAX_TILE = 2048     # columns that are computed together: they and their sums stay in the first-level cache
-MIN_TASKS = 4       # that a matrix is cut into, for threads to share it evenly
 MIN_INPUTS = 64     # of a task: with fewer, what is read at once gets too short
 
 # -----------------------------------------------------------------------------
@@ -64,14 +63,15 @@ class PackedMatrix:
     """
     A StripedLinear or Neurons as the kernel's Matrix: its sizes, and the tensors that its pointers point to,
     all of which may be changed later. dense: with thresholds that skip nothing. empty(shape, dtype=): where
-    memory comes from. Raises ValueError where the layer is not f32.
+    memory comes from; tasks: how many there should be for threads to share, at most 4. Raises ValueError
+    where the layer is not f32.
 
     In int8 a weight is row_scale * column_scale * integer. With row scales alone, a few columns that are much
     larger than the others coarsen all: the KL of SmolLM2-135M to itself in f32 was ten times what it is now.
     """
 
     @torch.no_grad()
-    def __init__(self, layer, dtype='f32', dense=False, empty=torch.empty):
+    def __init__(self, layer, dtype='f32', dense=False, empty=torch.empty, tasks=2):
         if any(tensor.dtype != torch.float32 for tensor in layer.state_dict().values()):
             raise ValueError('only a model in f32 can be packed')
         n_in, int8, thresholds, mu = layer.n_in, dtype == 'int8', layer.thresholds(), layer.mu
@@ -105,7 +105,7 @@ class PackedMatrix:
                     weight[start:start + rows.numel()].view(rows.shape).copy_(rows)
                     start += rows.numel()
         tiles = math.ceil(stripe / tile) * math.ceil(n_out / stripe)
-        splits = max(1, min(math.ceil(MIN_TASKS / tiles), n_in // MIN_INPUTS))
+        splits = max(1, min(math.ceil(tasks / tiles), n_in // MIN_INPUTS))
         self.sizes = dict(n_in=n_in, n_out=n_out, stripe=stripe, tile=tile, splits=splits)
         self.sums = tiles * splits * tile               # numbers that its tasks leave behind
         self.tensors = dict(weight=weight)
@@ -205,8 +205,9 @@ class TorchDecoder(Window):
 class Decoder(Window):
     """
     dtype: of the weights, 'f32', 'bf16' or 'int8'; threads: default, every core up to 8. With dense=True
-    every weight is used. Raises build_kernel.KernelUnavailable, and ValueError for a dtype or a number of
-    threads that cannot be.
+    every weight is used. Sums are taken in two parts, for more than two threads in four, so that logits may
+    differ in their last bits. Raises build_kernel.KernelUnavailable, and ValueError for a dtype or a number
+    of threads that cannot be.
     """
 
     def __init__(self, model, dtype='f32', threads=None, dense=False):
@@ -222,7 +223,10 @@ class Decoder(Window):
                    + 4 * (2 * layer.theta.numel() + layer.n_in + 2 * (layer.dense // layer.n_in))
                    for layer in layers.values())
         empty = Arena(size).empty
-        self.packed = {name: PackedMatrix(layer, dtype, dense, empty) for name, layer in layers.items()}
+        threads = min(os.cpu_count() or 1, 8) if threads is None else threads
+        tasks = 2 if threads <= 2 else 4                # no more: what they find has to be added up
+        self.packed = {name: PackedMatrix(layer, dtype, dense, empty, tasks)
+                       for name, layer in layers.items()}
         matrix = {name: packed.struct(self.ffi) for name, packed in self.packed.items()}
 
         def keep(tensor):
@@ -257,7 +261,7 @@ class Decoder(Window):
         self.state = self.ffi.new('State *', {
             name: keep(torch.zeros(shape, dtype=of_cache if name in 'kv' else torch.float32))
             for name, shape in shapes.items()})
-        self.set_threads(min(os.cpu_count() or 1, 8) if threads is None else threads)
+        self.set_threads(threads)
 
     def set_threads(self, threads):
         """How many threads work, from 1 to 1024; a system short of them may give fewer: see .threads."""

@@ -127,7 +127,7 @@ struct Team {
     int size, n_workers;        // threads; workers, some without a thread where a system is short of them
     Worker *workers;            // (n_workers)
     Threads *threads;
-    size_t longest, n_sums, splits_at_once;     // the last: how many are one task
+    size_t longest, n_sums;
     float *sums;                // (n_sums) what the tasks of a matrix leave behind: (tiles, splits, tile)
 };
 
@@ -265,9 +265,9 @@ INLINE void request(const char *address, int dtype)
 typedef struct {                // n rows of weights, and what each is multiplied with
     const char *weight;
     size_t stride, width;       // bytes from one row to the next; columns
-    const uint32_t *index;      // (listed) which rows
-    float *value;               // (listed)
-    size_t n, listed;           // after the n rows come others, which may already be asked for
+    const uint32_t *index;      // (n) which rows
+    float *value;               // (n)
+    size_t n;
     const char *soon;           // (n_soon) bytes, some of what the next matrix needs before its rows
     size_t n_soon;
 } Rows;
@@ -308,7 +308,7 @@ INLINE Eight take_eight(Rows rows, size_t k)
     Eight e;
     for (size_t r = 0; r < 8; r++) {    // past the end: the last row again, times nothing
         e.row[r] = rows.weight + rows.index[least(k + r, rows.n - 1)] * rows.stride;
-        e.later[r] = rows.weight + rows.index[least(least(k + 8, rows.n) + r, rows.listed - 1)] * rows.stride;
+        e.later[r] = rows.weight + rows.index[least(k + 8 + r, rows.n - 1)] * rows.stride;
         e.value[r] = k + r < rows.n ? rows.value[k + r] : 0;
     }
     return e;
@@ -428,17 +428,14 @@ static Rows tile_rows(const Product *p, Tile tile, Worker *me)
 {
     size_t column = bytes(p->dtype) * (p->h ? 2 : 1);
     const char *weight = (const char *)p->matrix->weight + tile.start * p->matrix->n_in * column;
-    return (Rows){weight, tile.width * column, tile.width, me->index, me->value, 0, 0, NULL, 0};
+    return (Rows){weight, tile.width * column, tile.width, me->index, me->value, 0, NULL, 0};
 }
 
-// Adds splits from, ..., to - 1 into the first of them; they are `apart` numbers apart. In pairs, and these
-// in pairs, beginning with those that are `step` apart: so the sum is the same, whoever has added the first
-// pairs
-static void add_splits(float *sums, size_t from, size_t to, size_t step, size_t apart, size_t width)
+// adds the splits of a tile, `apart` numbers apart, into the first: in this order, whichever was done first
+static void add_splits(float *sums, size_t splits, size_t apart, size_t width)
 {
-    for (; step < to - from; step *= 2)
-        for (size_t split = from; split + step < to; split += 2 * step)
-            for (size_t j = 0; j < width; j++) sums[split * apart + j] += sums[(split + step) * apart + j];
+    for (size_t split = 1; split < splits; split++)
+        for (size_t j = 0; j < width; j++) sums[j] += sums[split * apart + j];
 }
 
 // what the rows of some columns have added up to becomes the outputs of a token
@@ -454,41 +451,28 @@ static void finish(const Product *p, size_t token, float *sums, size_t start, si
     else memcpy(y, sums, width * sizeof *y);
 }
 
-// a task is one split of a tile, or two
+// a task is one split of a tile
 static void multiply_task(const void *argument, Worker *me, size_t task)
 {
     const Product *p = argument;
-    const Matrix *m = p->matrix;
-    size_t at_once = p->team->splits_at_once, tasks = pieces(m->splits, at_once), n[SPLITS];
-    size_t from = task % tasks * at_once, to = least(from + at_once, m->splits);
-    Tile tile = find_tile(m, task / tasks);
-    float *sums = p->team->sums + task / tasks * m->splits * m->tile;
+    const Matrix *m = p->matrix, *next = p->next;
+    size_t split = task % m->splits;
+    Tile tile = find_tile(m, task / m->splits);
+    float *sums = p->team->sums + task * m->tile;
     Rows rows = tile_rows(p, tile, me);
-    if (p->next) {
-        rows.soon = (const char *)p->next->thresholds;
-        size_t size = (size_t)((const char *)(p->next->base + p->next->n_out) - rows.soon);
+    rows.n = find_active(m, tile.stripe, p->x, split_start(m, split), split_start(m, split + 1), me->index,
+                         me->value);
+    me->active[0] += (int64_t)(rows.n * tile.width * (p->h ? 2 : 1));
+    if (next) {
+        size_t size = (size_t)((const char *)(next->base + next->n_out) - (const char *)next->thresholds);
         rows.n_soon = size / (count_tiles(m) * m->splits);
-        rows.soon += (task / tasks * m->splits + from) * rows.n_soon;
+        rows.soon = (const char *)next->thresholds + task * rows.n_soon;
     }
-    for (size_t split = from; split < to; split++) {
-        n[split] = find_active(m, tile.stripe, p->x, split_start(m, split), split_start(m, split + 1),
-                               me->index + rows.listed, me->value + rows.listed);
-        rows.listed += n[split];
-    }
-    me->active[0] += (int64_t)(rows.listed * tile.width * (p->h ? 2 : 1));
-    for (size_t k = 0; k < least(rows.listed, 8); k++)      // nobody has asked for the first eight yet
+    for (size_t k = 0; k < least(rows.n, 8); k++)       // nobody has asked for the first eight yet
         for (size_t i = 0; i < rows.stride; i += 64)
             request(rows.weight + rows.index[k] * rows.stride + i, p->dtype);
-    for (size_t split = from; split < to; split++) {
-        memset(sums + split * m->tile, 0, tile.width * sizeof *sums);
-        rows.n = n[split];
-        FOR_FORMAT(p->dtype, add_rows, sums + split * m->tile, rows, p->h);
-        rows.index += rows.n;
-        rows.value += rows.n;
-        rows.listed -= rows.n;
-        rows.soon += rows.n_soon;
-    }
-    add_splits(sums, from, to, 1, m->tile, tile.width);
+    memset(sums, 0, tile.width * sizeof *sums);
+    FOR_FORMAT(p->dtype, add_rows, sums, rows, p->h);
     if (m->splits == 1) finish(p, 0, sums, tile.start, tile.width);
 }
 
@@ -562,7 +546,7 @@ static void multiply_many_task(const void *argument, Worker *me, size_t task)
             }
         }
     for (size_t token = 0; token < p->count; token++) {
-        add_splits(me->sums[token][0], 0, m->splits, 1, COLUMNS, COLUMNS);
+        add_splits(me->sums[token][0], m->splits, COLUMNS, COLUMNS);
         finish(p, token, me->sums[token][0], tile.start + column, columns);
     }
 }
@@ -582,7 +566,7 @@ static void multiply_up_task(const void *argument, Worker *me, size_t task)
     Rows rows = tile_rows(p, find_tile(m, 0), me);
     for (size_t token = 0; token < p->count; token++) {
         float *x = p->x + token * m->n_in;
-        rows.n = rows.listed = find_active(m, 0, x, first, last, me->index, me->value);
+        rows.n = find_active(m, 0, x, first, last, me->index, me->value);
         FOR_FORMAT(p->dtype, dot_rows, rows, p->h + token * m->n_out);
         memset(x + first, 0, (last - first) * sizeof *x);
         for (size_t k = 0; k < rows.n; k++) x[me->index[k]] = me->value[k];
@@ -598,11 +582,11 @@ static void multiply(Product p, int64_t *active, size_t step)
     Matrix down = *m;
     size_t tiles = count_tiles(m);
     if (p.count == 1) {
-        run_tasks(team, tiles * pieces(m->splits, team->splits_at_once), multiply_task, &p);
+        run_tasks(team, tiles * m->splits, multiply_task, &p);
         for (size_t i = 0; m->splits > 1 && i < tiles; i++) {
             Tile tile = find_tile(m, i);
             float *sums = team->sums + i * m->splits * m->tile;
-            add_splits(sums, 0, m->splits, team->splits_at_once, m->tile, tile.width);
+            add_splits(sums, m->splits, m->tile, tile.width);
             finish(&p, 0, sums, tile.start, tile.width);
         }
     } else {
@@ -950,7 +934,6 @@ Team *team_new(int threads, size_t longest, size_t sums)
         w->index = (uint32_t *)(w->value + longest);
     }
     if (team->n_workers == threads && team->sums) team->size = start_threads(team, threads);
-    team->splits_at_once = team->size > 2 ? 1 : SPLITS / 2;
     if (team->size) return team;
     team_free(team);
     return NULL;
