@@ -16,10 +16,10 @@ spread:
 
     roofline = bytes read per token x tokens/s / bandwidth          1 is as fast as memory allows
 
-Read are the active weights and all thresholds, with int8 also the scales beside those. The shapes gpt2-shape
-(124M) and smollm2-shape (135M) have random weights, on which speed does not depend, and quantiles for
-thresholds; the reduction reported is the one counted. Other models are measured dense, and with thresholds of
-their own if they have any.
+Read are the active weights and all thresholds, with int8 also all scales. The shapes gpt2-shape (124M) and
+smollm2-shape (135M) have random weights, on which speed does not depend, and quantiles for thresholds; the
+reduction reported is the one counted. Other models are measured dense, and with thresholds of their own if
+they have any.
 
 Not here: batches of sequences. Not counted: what else a token reads (keys and values, mu, biases, norms).
 """
@@ -240,7 +240,8 @@ def reading(tok_s, weights, thresholds=0, reduction=1.0, **more):
 def kernel_reading(decoder, names, active, tokens, seconds):
     """active: weights of these matrices that so many tokens used, together."""
     tensors = [decoder.packed[name].tensors for name in names]
-    thresholds = sum(x[key].nbytes for x in tensors for key in ('thresholds', 'scale') if key in x)
+    thresholds = sum(x[key].nbytes for x in tensors for key in ('thresholds', 'row_scale', 'column_scale')
+                     if key in x)
     dense = sum(int(d) for d, name in zip(decoder.dense, decoder.names) if name in names)
     weights = active / tokens * FORMATS[decoder.dtype].itemsize
     return reading(tokens / seconds, weights, thresholds, dense * tokens / max(active, 1))
@@ -412,7 +413,7 @@ def measure_speed(config, what):
     prompts = sorted({min(length, context) for length in prompts})
     text = text_to_read(config, model, saved, max(end, *prompts))
     settings = make_settings(model, saved, reductions, text[:PROMPT])
-    decoders = {dtype: Decoder(model, dtype, 1) for dtype in config.dtypes.split(',')}
+    decoders = {dtype: Decoder(model, dtype, max(threads)) for dtype in config.dtypes.split(',')}
     print('packed weights on huge pages: '
           + ', '.join(f'{dtype} {on_huge_pages(decoder)}' for dtype, decoder in decoders.items()), flush=True)
     run_ours = run_matrices if what == 'kernel' else run_kernel

@@ -6,9 +6,10 @@ Decodes one token at a time through the C kernel, reading only the weights that 
     logits, active = decoder.prefill(tokens)        # a prompt: active (T, M), the weights used of each matrix
     logits, active = decoder.step(token)            # one token more: active (M)
 
-Weights may be kept as f32, as bf16 (half the bytes, so about half the time), or as int8 with a scale for
-each (input, stripe). Thresholds are always f32, and the constant part of an output, mu @ W + b, comes from
-f32 weights. A Decoder is a snapshot: it does not see later changes of the model, nor need it any more.
+Weights may be kept as f32, as bf16 (half the bytes, so about half the time), or as int8 with a scale for each
+(input, stripe) and one for each column; beside narrow weights keys and values are bf16. Thresholds are always
+f32, and the constant part of an output, mu @ W + b, comes from f32 weights. A Decoder is a snapshot: it does
+not see later changes of the model, nor need it any more.
 
 Not here: several sequences at once, GPUs. TorchDecoder needs no compiler, and is slower than a dense model.
 """
@@ -23,8 +24,7 @@ import build_kernel
 from cwic import KVCache, Neurons, rotary_tables
 
 FORMATS = {'f32': torch.float32, 'bf16': torch.bfloat16, 'int8': torch.int8}    # in sparse_kernel.c's order
-MAX_TILE = 4096     # columns that are computed together: their sums stay in the first-level cache
-MIN_TASKS = 4       # that a matrix is cut into, for threads to share it evenly
+MAX_TILE = 2048     # columns that are computed together: they and their sums stay in the first-level cache
 MIN_INPUTS = 64     # of a task: with fewer, what is read at once gets too short
 
 # -----------------------------------------------------------------------------
@@ -47,60 +47,70 @@ class Arena:
         return taken.view(dtype).view(shape)
 
 
-def row_scale(rows, dtype):
-    """rows f32 (in, columns) -> scale f32 (in) that makes the largest of each row 127; None but for int8."""
-    if dtype == 'int8':
-        return (torch.maximum(rows.amax(1), -rows.amin(1)) / 127).clamp_min(1e-30)
+def largest(weights, dim):
+    """The largest magnitude in each column (dim 0) or row (dim 1) of weights (in, out)."""
+    return torch.maximum(weights.amax(dim), -weights.amin(dim)).clamp_min(1e-30)
 
 
-def pack_rows(rows, scale, packed):
-    """Writes rows f32 (in, columns) to packed (in, columns), of any format: rows = scale * packed."""
-    packed.copy_(rows if scale is None else (rows / scale[:, None]).round_())
+def quantise(rows, column_scale):
+    """rows (in, columns) = row_scale * column_scale * integers -> integers up to 127, as f32; row_scale."""
+    rows = rows / column_scale
+    row_scale = largest(rows, 1) / 127
+    return rows.div_(row_scale[:, None]).round_(), row_scale
 
 
 class PackedMatrix:
     """
     A StripedLinear or Neurons as the kernel's Matrix: its sizes, and the tensors that its pointers point to,
     all of which may be changed later. dense: with thresholds that skip nothing. empty(shape, dtype=): where
-    memory comes from. Raises ValueError where the layer is not f32.
+    memory comes from; tasks: how many there should be for threads to share, at most 4. Raises ValueError
+    where the layer is not f32.
+
+    In int8 a weight is row_scale * column_scale * integer. With row scales alone, a few columns that are much
+    larger than the others coarsen all: the KL of SmolLM2-135M to itself in f32 was ten times what it is now.
     """
 
     @torch.no_grad()
-    def __init__(self, layer, dtype='f32', dense=False, empty=torch.empty):
+    def __init__(self, layer, dtype='f32', dense=False, empty=torch.empty, tasks=2):
         if any(tensor.dtype != torch.float32 for tensor in layer.state_dict().values()):
             raise ValueError('only a model in f32 can be packed')
         n_in, int8, thresholds, mu = layer.n_in, dtype == 'int8', layer.thresholds(), layer.mu
+        row_scale = column_scale = None
         if dense:
             thresholds, mu = torch.full_like(thresholds, -1), torch.zeros_like(mu)
         if isinstance(layer, Neurons):
             # for each neuron its column of up, and next to it its row of down
-            halves = layer.adapter_up(layer.up).t(), layer.adapter_down(layer.down)         # (neurons, d)
-            n_out = stripe = tile = halves[0].shape[1]
-            weight, scales = empty((n_in, 2, n_out), dtype=FORMATS[dtype]), []
-            for i, rows in enumerate(halves):
-                scales.append(row_scale(rows, dtype))
-                pack_rows(rows, scales[i], weight[:, i])
-            scale, base = scales[0] * scales[1] if int8 else None, torch.zeros(n_out)
+            up, down = layer.adapter_up(layer.up).t(), layer.adapter_down(layer.down)       # (neurons, d)
+            n_out = stripe = tile = down.shape[1]
+            if int8:
+                column_scale = largest(down, 0)
+                (up, up_scale), (down, down_scale) = quantise(up, 1), quantise(down, column_scale)
+                row_scale = up_scale * down_scale
+            weight, base = empty((n_in, 2, n_out), dtype=FORMATS[dtype]), torch.zeros(n_out)
+            weight[:, 0], weight[:, 1] = up, down
         else:
             # tile after tile, each row by row
-            n_out, stripe, unpacked = layer.n_out, layer.stripe, layer.adapter(layer.weight)
+            unpacked, n_out, stripe = layer.adapter(layer.weight), layer.n_out, layer.stripe
             tile = math.ceil(stripe / math.ceil(stripe / MAX_TILE))             # equal ones, none too wide
-            weight, scales, start = empty((n_in * n_out,), dtype=FORMATS[dtype]), [], 0
-            for columns in unpacked.split(stripe, dim=1):                                   # (in, stripe)
-                scales.append(row_scale(columns, dtype))
-                for rows in columns.split(tile, dim=1):                                     # (in, tile)
-                    pack_rows(rows, scales[-1], weight[start:start + rows.numel()].view(rows.shape))
-                    start += rows.numel()
-            scale = torch.stack(scales) if int8 else None
             base = torch.zeros(n_out) if layer.bias is None else layer.bias
             if mu.any():
                 base = mu @ unpacked + base
+            if int8:
+                column_scale, row_scale = largest(unpacked, 0), torch.empty(thresholds.shape)
+            weight, start = empty((n_in * n_out,), dtype=FORMATS[dtype]), 0
+            for i, columns in enumerate(unpacked.split(stripe, dim=1)):                     # (in, stripe)
+                if int8:
+                    columns, row_scale[i] = quantise(columns, column_scale[i * stripe:(i + 1) * stripe])
+                for rows in columns.split(tile, dim=1):                                     # (in, tile)
+                    weight[start:start + rows.numel()].view(rows.shape).copy_(rows)
+                    start += rows.numel()
         tiles = math.ceil(stripe / tile) * math.ceil(n_out / stripe)
-        splits = max(1, min(math.ceil(MIN_TASKS / tiles), n_in // MIN_INPUTS))
+        splits = max(1, min(math.ceil(tasks / tiles), n_in // MIN_INPUTS))
         self.sizes = dict(n_in=n_in, n_out=n_out, stripe=stripe, tile=tile, splits=splits)
         self.sums = tiles * splits * tile               # numbers that its tasks leave behind
         self.tensors = dict(weight=weight)
-        for name, values in dict(scale=scale, thresholds=thresholds, mu=mu, base=base).items():
+        for name, values in dict(thresholds=thresholds, mu=mu, row_scale=row_scale, column_scale=column_scale,
+                                 base=base).items():
             if values is not None:
                 self.tensors[name] = empty(tuple(values.shape), dtype=torch.float32).copy_(values)
 
@@ -195,8 +205,9 @@ class TorchDecoder(Window):
 class Decoder(Window):
     """
     dtype: of the weights, 'f32', 'bf16' or 'int8'; threads: default, every core up to 8. With dense=True
-    every weight is used. Raises build_kernel.KernelUnavailable, and ValueError for a dtype or a number of
-    threads that cannot be.
+    every weight is used. Sums are taken in two parts, for more than two threads in four, so that logits may
+    differ in their last bits. Raises build_kernel.KernelUnavailable, and ValueError for a dtype or a number
+    of threads that cannot be.
     """
 
     def __init__(self, model, dtype='f32', threads=None, dense=False):
@@ -208,42 +219,49 @@ class Decoder(Window):
         self.kept = []                                  # what C points to has to outlive the pointers
 
         layers = dict(model.gated())
-        size = sum(layer.dense * FORMATS[dtype].itemsize + 5 * 64       # and thresholds, scale, mu and base
-                   + 4 * (2 * layer.theta.numel() + layer.n_in + layer.dense // layer.n_in)
+        size = sum(layer.dense * FORMATS[dtype].itemsize + 6 * 64       # and thresholds, scales, mu and base
+                   + 4 * (2 * layer.theta.numel() + layer.n_in + 2 * (layer.dense // layer.n_in))
                    for layer in layers.values())
         empty = Arena(size).empty
-        self.packed = {name: PackedMatrix(layer, dtype, dense, empty) for name, layer in layers.items()}
+        threads = min(os.cpu_count() or 1, 8) if threads is None else threads
+        tasks = 2 if threads <= 2 else 4                # no more: what they find has to be added up
+        self.packed = {name: PackedMatrix(layer, dtype, dense, empty, tasks)
+                       for name, layer in layers.items()}
         matrix = {name: packed.struct(self.ffi) for name, packed in self.packed.items()}
 
         def keep(tensor):
-            self.kept.append(tensor.detach().clone().contiguous())
+            self.kept.append(tensor.detach())
             return pointer(self.ffi, self.kept[-1])
 
         def norm(module):
             bias = getattr(module, 'bias', None)
-            return dict(gain=keep(module.weight), bias=self.ffi.NULL if bias is None else keep(bias))
+            bias = self.ffi.NULL if bias is None else keep(bias.clone())
+            return dict(gain=keep(module.weight.clone()), bias=bias)
 
-        def block(i):
+        def layer(i):
             matrices = dict(zip(('qkv', 'out', 'up', 'down'), (matrix[f'{i}.{name}'] for name in c.matrices)))
             return dict(matrices, ln_1=norm(model.blocks[i].ln_1), ln_2=norm(model.blocks[i].ln_2))
 
         if c.arch == 'gpt2':
-            positions = dict(wpe=keep(model.wpe.weight))
+            positions = dict(wpe=keep(model.wpe.weight.clone()))
         else:
             positions = dict(zip(('cos', 'sin'), map(keep, rotary_tables(c, torch.arange(c.block_size)))))
-        self.kept.append(self.ffi.new('Block[]', [block(i) for i in range(c.n_layer)]))
+        self.kept.append(self.ffi.new('Layer[]', [layer(i) for i in range(c.n_layer)]))
         sizes = 'vocab_size', 'block_size', 'n_layer', 'n_head', 'n_kv_head', 'n_embd', 'n_hidden', 'norm_eps'
         self.c_model = self.ffi.new('Model *', dict(
             {name: getattr(c, name) for name in sizes}, **positions, arch=('gpt2', 'llama').index(c.arch),
-            dtype=list(FORMATS).index(dtype), blocks=self.kept[-1], ln_f=norm(model.ln_f),
+            dtype=list(FORMATS).index(dtype), layers=self.kept[-1], ln_f=norm(model.ln_f),
             head=matrix['head']))
         batch, unit = self.lib.BATCH, self.lib.BLOCK
-        self.state = self.ffi.new('State *', {name: keep(torch.zeros(shape)) for name, shape in dict(
-            k=(c.n_layer, c.n_kv_head, math.ceil(c.block_size / unit), c.head_dim, unit),
-            v=(c.n_layer, c.n_kv_head, c.block_size, math.ceil(c.head_dim / unit) * unit),
-            x=(batch, c.n_embd), h=(batch, c.n_embd), qkv=(batch, (c.n_head + 2 * c.n_kv_head) * c.head_dim),
-            mixed=(batch, c.n_embd), hidden=(batch, c.n_hidden)).items()})
-        self.set_threads(min(os.cpu_count() or 1, 8) if threads is None else threads)
+        of_cache = torch.float32 if dtype == 'f32' else torch.bfloat16
+        shapes = dict(k=(c.n_layer, c.n_kv_head, math.ceil(c.block_size / unit), c.head_dim, unit),
+                      v=(c.n_layer, c.n_kv_head, c.block_size, math.ceil(c.head_dim / unit) * unit),
+                      x=(batch, c.n_embd), h=(batch, c.n_embd), mixed=(batch, c.n_embd),
+                      qkv=(batch, (c.n_head + 2 * c.n_kv_head) * c.head_dim), hidden=(batch, c.n_hidden))
+        self.state = self.ffi.new('State *', {
+            name: keep(torch.zeros(shape, dtype=of_cache if name in 'kv' else torch.float32))
+            for name, shape in shapes.items()})
+        self.set_threads(threads)
 
     def set_threads(self, threads):
         """How many threads work, from 1 to 1024; a system short of them may give fewer: see .threads."""

@@ -1,17 +1,17 @@
 /*
-Decodes a CWIC model in C11: what cwic.py computes in eval mode, but reading only the weights that a token uses.
+Decodes a CWIC model in C11: what cwic.py computes in eval mode, but reading only the weights a token uses.
 
-Decoding a token is mostly waiting for weights: each is used for one multiplication and one addition, so a token
-takes as long as its weights take to arrive from memory. A weight that is not read is time saved, if memory likes
-the order of those that are. So weights are stored input by input: those that one input is multiplied with lie side
-by side, and a token that skips the input skips this whole row.
+Decoding a token is mostly waiting for weights: each takes part in one multiplication and one addition, so a
+token takes as long as its weights take to arrive from memory. A weight that is not read is time saved, if
+memory likes the order of those that are. So the weights that one input is multiplied with lie side by side,
+in a row, and a token that skips the input skips the whole row.
 
-Build it with: python build_kernel.py. decoder.py packs models for it and checks shapes before it makes pointers.
+Build it with: python build_kernel.py. decoder.py packs models for it, and checks them first.
 
-In this order: the structs, the small maths, rows (where the time goes), a matrix for one token, a matrix for the
-many tokens of a prompt, attention and the whole step, the team of threads.
+In this order: the structs; small maths; rows, where the time goes; a matrix for one token; a matrix for the
+many tokens of a prompt; attention, and the whole step; the team of threads.
 
-Not here: more than one sequence, f16, GPUs, Windows. Threads do not survive fork(): make a new team in the child.
+Not here: more than one sequence, f16, GPUs, Windows. Threads do not survive fork(): make a new team there.
 */
 
 #include <math.h>
@@ -19,7 +19,7 @@ Not here: more than one sequence, f16, GPUs, Windows. Threads do not survive for
 #include <stdlib.h>
 #include <string.h>
 
-#if !defined(PLAIN)             // PLAIN: without threads and all that is only fast, the short way through this file
+#if !defined(PLAIN)             // PLAIN: no threads, nothing only for speed: the short way through this file
 #define THREADS
 #include <pthread.h>
 #include <sched.h>
@@ -30,32 +30,34 @@ Not here: more than one sequence, f16, GPUs, Windows. Threads do not survive for
 #endif
 #endif
 
-#if defined(__GNUC__)           // inline always: each format, a constant then, gets a loop of its own
+#if defined(__GNUC__)
 #define INLINE static inline __attribute__((always_inline))
 #else
 #define INLINE static inline
 #define __builtin_prefetch(address, write, level) ((void)0)
 #endif
 
-// -----------------------------------------------------------------------------------------------------------
+// -----------------------------------------------------------------------------
 // the structs. build_kernel.py takes the declarations up to "end of interface" from here
 
 enum { F32, BF16, INT8 };       // formats of weights; everything else is f32
 enum { GPT2, LLAMA };           // architectures
 enum { BATCH = 64 };            // tokens that can be read at once
 enum { BLOCK = 64 };            // numbers that are added up in registers
+enum { SPLITS = 4 };            // pieces that the inputs of a matrix are cut into, at most
 
 typedef struct {                // a matrix with thresholds: a StripedLinear, or Llama's Neurons
     size_t n_in, n_out;
-    size_t stripe;              // columns that share thresholds; n = ceil(n_out / stripe), the last may be narrower
-    size_t tile;                // columns computed together: a stripe is cut into tiles, its last may be narrower
-    size_t splits;              // and each tile's inputs are cut so often, to make tasks for all threads
-    const void *weight;         // (n_in, width) for each tile in turn; Neurons: (n_in, 2, n_out), see add_rows
-    const float *scale;         // (n, n_in) for INT8, where a weight is scale * its byte; otherwise NULL
+    size_t stripe;              // columns that share thresholds; n = ceil(n_out / stripe), the last narrower
+    size_t tile;                // columns computed together: stripes are cut into tiles, the last narrower,
+    size_t splits;              // and each tile's inputs into splits, to make tasks for all threads
+    const void *weight;         // (n_in, width) for each tile in turn; Neurons (n_in, 2, n_out), see add_rows
     const float *thresholds;    // (n, n_in)
     const float *mu;            // (n_in) the usual value of each input
+    const float *row_scale;     // (n, n_in) and (n_out) for INT8, where a weight is row_scale * column_scale
+    const float *column_scale;  //   * byte; otherwise NULL
     const float *base;          // (n_out) mu @ W + b: the output when every input is as usual
-} Matrix;
+} Matrix;                       // thresholds to base are best side by side: they are asked for together
 
 typedef struct {
     const float *gain, *bias;   // (n_embd) each; bias may be NULL
@@ -64,7 +66,7 @@ typedef struct {
 typedef struct {
     Norm ln_1, ln_2;
     Matrix qkv, out, up, down;  // Llama: up is the gate, down are the neurons
-} Block;
+} Layer;
 
 typedef struct {
     int arch, dtype;
@@ -72,14 +74,15 @@ typedef struct {
     float norm_eps;
     const float *wpe;           // (block_size, n_embd) GPT-2's positions
     const float *cos, *sin;     // (block_size, head_dim / 2) Llama's
-    const Block *blocks;        // (n_layer)
+    const Layer *layers;        // (n_layer)
     Norm ln_f;
     Matrix head;                // its columns are also the embeddings of the tokens
 } Model;
 
 typedef struct {                // what a sequence has left behind, and where its next tokens are worked on
-    float *k;                   // (n_layer, n_kv_head, ceil(block_size / BLOCK), head_dim, BLOCK)
-    float *v;                   // (n_layer, n_kv_head, block_size, ceil(head_dim / BLOCK) * BLOCK)
+    void *k;                    // (n_layer, n_kv_head, ceil(block_size / BLOCK), head_dim, BLOCK)
+    void *v;                    // (n_layer, n_kv_head, block_size, ceil(head_dim / BLOCK) * BLOCK)
+                                // both f32 where weights are, else bf16
     float *x, *h;               // (BATCH, n_embd) the residual stream, and what a norm makes of it
     float *qkv;                 // (BATCH, (n_head + 2 * n_kv_head) * head_dim)
     float *mixed;               // (BATCH, n_embd) what attention gathered
@@ -95,33 +98,37 @@ void team_free(Team *team);
 
 // Reads count tokens, 1 to BATCH, the first at this position: logits (vocab_size) of the last one, and active
 // (count, 4 * n_layer + 1), the weights that each token used of each matrix. Many at once are read faster
-// than one after the other, and give the same numbers to the bit. 0, or -1 where a size, token or position is
-// impossible
+// than one after the other, and give the same numbers, to the bit. 0, or -1 where a size, token or position
+// is impossible
 int decode(Team *team, const Model *model, const State *state, const uint32_t *tokens, size_t count,
            size_t position, float *logits, int64_t *active);
 
-// One matrix alone, for tests and measurements: x (count, n_in) -> y (count, n_out), active (count). For
-// neurons x is what the gate says, and is overwritten, and h (count, n_out) what up is multiplied with;
-// otherwise h is NULL
-int multiply_alone(Team *team, const Matrix *matrix, int dtype, size_t count, float *x, const float *h, float *y,
-                   int64_t *active);
+// One matrix alone, for tests and measurements: x (count, n_in) -> y (count, n_out), active (count). Neurons:
+// x is what the gate says, and is overwritten; h (count, n_out) is what up is multiplied with, otherwise
+// NULL. 0, or -1
+int multiply_alone(Team *team, const Matrix *matrix, int dtype, size_t count, float *x, const float *h,
+                   float *y, int64_t *active);
 
 // end of interface
 
-typedef struct {                // what each thread has for itself
-    uint32_t *index;            // (longest) rows that are active
-    float *value;               // (longest) what they are multiplied with; or attention's scores
-    int64_t active[BATCH];      // weights that each token used
-} Worker;
+enum { COLUMNS = 2 * BLOCK };   // that are computed together for many tokens
 
 typedef struct Threads Threads; // how they share tasks and wait for them: at the end of this file
 
+typedef struct {                // what each thread has for itself
+    Threads *threads;
+    uint32_t *index;            // (longest) rows that are active
+    float *value;               // (longest) what they are multiplied with; or attention's scores
+    float (*sums)[SPLITS][COLUMNS];     // (BATCH)
+    int64_t active[BATCH];      // weights that each token used
+} Worker;
+
 struct Team {
-    int size, n_workers;        // threads; workers, some without a thread on a system short of them
+    int size, n_workers;        // threads; workers, some without a thread where a system is short of them
     Worker *workers;            // (n_workers)
     Threads *threads;
     size_t longest, n_sums;
-    float *sums;                // (n_sums) what the tasks of a matrix leave behind
+    float *sums;                // (n_sums) what the tasks of a matrix leave behind: (tiles, splits, tile)
 };
 
 // does tasks 0, 1, ... in any order, each on whichever thread is free; returns when all are done
@@ -131,8 +138,8 @@ static void run_tasks(Team *team, size_t tasks, Task *function, const void *argu
 static size_t least(size_t a, size_t b) { return a < b ? a : b; }
 static size_t pieces(size_t whole, size_t piece) { return (whole + piece - 1) / piece; }
 
-// -----------------------------------------------------------------------------------------------------------
-// the small maths. Loops are written so that compilers vectorise them: a sum needs leave to be reordered (omp
+// -----------------------------------------------------------------------------
+// small maths. Loops are written so that compilers vectorise them: a sum needs leave to be reordered (omp
 // simd), and exp, which libm computes one at a time, is written out
 
 // GPT-2's LayerNorm, or Llama's RMSNorm, which does not centre
@@ -146,7 +153,8 @@ static void normalise(float *restrict y, const float *restrict x, Norm norm, con
     #pragma omp simd reduction(+:squares)
     for (size_t i = 0; i < n; i++) squares += (x[i] - mean) * (x[i] - mean);
     float scale = 1 / sqrtf(squares / (float)n + m->norm_eps);
-    for (size_t i = 0; i < n; i++) y[i] = (x[i] - mean) * scale * norm.gain[i] + (norm.bias ? norm.bias[i] : 0);
+    for (size_t i = 0; i < n; i++)
+        y[i] = (x[i] - mean) * scale * norm.gain[i] + (norm.bias ? norm.bias[i] : 0);
 }
 
 // e^x to 2 units in the last place: 2^n * e^r, where r, at most half of ln 2, is what n leaves. Adding 1.5 *
@@ -154,10 +162,10 @@ static void normalise(float *restrict y, const float *restrict x, Norm norm, con
 INLINE float exponential(float x)
 {
     union { float f; uint32_t u; } n, power;
-    x = x < -87 ? -87 : x > 88 ? 88 : x;                                // NaN passes through
+    x = x < -87 ? -87 : x > 88 ? 88 : x;                            // NaN passes through
     n.f = x * 1.44269504f + 12582912;
     float whole = n.f - 12582912;
-    float r = x - whole * 0.693359375f + whole * 2.12194440e-4f;        // ln 2 in two parts, the first one exact
+    float r = x - whole * 0.693359375f + whole * 2.12194440e-4f;    // ln 2 in two parts, the first one exact
     power.u = (n.u + 127) << 23;
     float tail = 0.166666655f + r * (0.0416665792f + r * (0.00833345205f + r * 0.00138888f));
     return power.f * (1 + r * (1 + r * (0.5f + r * tail)));
@@ -178,7 +186,8 @@ static void silu(float *x, size_t n)
 static void softmax(float *x, size_t n)
 {
     float largest = x[0], sum = 0;
-    for (size_t i = 1; i < n; i++) largest = x[i] > largest ? x[i] : largest;
+    #pragma omp simd reduction(max:largest)
+    for (size_t i = 0; i < n; i++) largest = x[i] > largest ? x[i] : largest;
     for (size_t i = 0; i < n; i++) x[i] = exponential(x[i] - largest);
     #pragma omp simd reduction(+:sum)
     for (size_t i = 0; i < n; i++) sum += x[i];
@@ -195,38 +204,44 @@ static void rotate(float *restrict head, const float *restrict cos, const float 
     }
 }
 
-// -----------------------------------------------------------------------------------------------------------
+// -----------------------------------------------------------------------------
 // rows: which ones a token uses, and what they add up to
 
 // The inputs from first to last that a stripe uses, centred (and scaled, for INT8): those with |x - mu| > t.
 // A NaN is used too, so that it spreads, as in PyTorch, and does not pass for an input that is as usual.
-// Returns how many, and of each its distance from the first in index, itself in value
+// Returns how many
 static size_t find_active(const Matrix *m, size_t stripe, const float *restrict x, size_t first, size_t last,
                           uint32_t *restrict index, float *restrict value)
 {
     const float *restrict mu = m->mu, *restrict t = m->thresholds + stripe * m->n_in;
-    const float *restrict scale = m->scale ? m->scale + stripe * m->n_in : NULL;
+    const float *restrict scale = m->row_scale ? m->row_scale + stripe * m->n_in : NULL;
     size_t n = 0, i = first;
 #ifdef AVX512
     const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-    for (; i + 16 <= last; i += 16) {   // 16 are stored, however few are active: what comes next overwrites the rest
+    for (; i + 16 <= last; i += 16) {   // 16 are stored, however few are active: the next overwrite the rest
         __m512 c = _mm512_sub_ps(_mm512_loadu_ps(x + i), _mm512_loadu_ps(mu + i));
         __mmask16 used = _mm512_cmp_ps_mask(_mm512_abs_ps(c), _mm512_loadu_ps(t + i), _CMP_NLE_UQ);
         if (scale) c = _mm512_mul_ps(c, _mm512_loadu_ps(scale + i));
         _mm512_storeu_ps(value + n, _mm512_maskz_compress_ps(used, c));
-        __m512i numbers = _mm512_add_epi32(lanes, _mm512_set1_epi32((int)(i - first)));
+        __m512i numbers = _mm512_add_epi32(lanes, _mm512_set1_epi32((int)i));
         _mm512_storeu_si512(index + n, _mm512_maskz_compress_epi32(used, numbers));
         n += (size_t)__builtin_popcount(used);
     }
 #endif
     for (; i < last; i++) {             // no branch to mispredict: always written, kept by moving on
         float c = x[i] - mu[i];
-        index[n] = (uint32_t)(i - first);
+        index[n] = (uint32_t)i;
         value[n] = scale ? c * scale[i] : c;
         n += !(fabsf(c) <= t[i]);
     }
     return n;
 }
+
+// calls function(..., dtype) with a constant instead, so that each format gets a loop of its own
+#define FOR_FORMAT(dtype, function, ...) do { \
+    if (dtype == F32) function(__VA_ARGS__, F32); \
+    else if (dtype == BF16) function(__VA_ARGS__, BF16); \
+    else function(__VA_ARGS__, INT8); } while (0)
 
 INLINE size_t bytes(int dtype) { return dtype == F32 ? 4 : dtype == BF16 ? 2 : 1; }
 
@@ -235,8 +250,16 @@ INLINE float weight(const char *row, size_t j, int dtype)
 {
     if (dtype == F32) return ((const float *)row)[j];
     if (dtype == INT8) return ((const int8_t *)row)[j];
-    union { uint32_t u; float f; } bits = {(uint32_t)((const uint16_t *)row)[j] << 16};     // the upper half of an f32
+    union { uint32_t u; float f; } bits = {(uint32_t)((const uint16_t *)row)[j] << 16};     // half an f32
     return bits.f;
+}
+
+// Asks for a cache line of weights: into the first-level cache, past the others, as nobody will need it again
+// soon; or, where eight rows would fill that, into the second
+INLINE void request(const char *address, int dtype)
+{
+    if (dtype == F32) __builtin_prefetch(address, 0, 2);
+    else __builtin_prefetch(address, 0, 0);
 }
 
 typedef struct {                // n rows of weights, and what each is multiplied with
@@ -245,6 +268,8 @@ typedef struct {                // n rows of weights, and what each is multiplie
     const uint32_t *index;      // (n) which rows
     float *value;               // (n)
     size_t n;
+    const char *soon;           // (n_soon) bytes, some of what the next matrix needs before its rows
+    size_t n_soon;
 } Rows;
 
 #ifdef PLAIN
@@ -272,30 +297,20 @@ static void dot_eight(Rows rows, size_t k, const float *h, int dtype)
 
 // The same, fast. sums is read and written once for eight weights. And rows are asked for before it is their
 // turn: no prefetcher of the hardware can guess which one comes next, but we know. With every cache line of a
-// row goes a request for the same line of the row eight further on; and with the first eight rows, one for
-// their own
+// row goes a request for the same line of the row eight further on
 typedef struct {
     const char *row[8], *later[8];
     float value[8];
 } Eight;
 
-// asks for a cache line: into the first-level cache, or, where eight rows would fill that, into the second
-INLINE void request(const char *address, int dtype)
-{
-    if (dtype == F32) __builtin_prefetch(address, 0, 2);
-    else __builtin_prefetch(address, 0, 3);
-}
-
-INLINE Eight take_eight(Rows rows, size_t k, int dtype)
+INLINE Eight take_eight(Rows rows, size_t k)
 {
     Eight e;
     for (size_t r = 0; r < 8; r++) {    // past the end: the last row again, times nothing
         e.row[r] = rows.weight + rows.index[least(k + r, rows.n - 1)] * rows.stride;
-        e.later[r] = rows.weight + rows.index[least(k + r + 8, rows.n - 1)] * rows.stride;
+        e.later[r] = rows.weight + rows.index[least(k + 8 + r, rows.n - 1)] * rows.stride;
         e.value[r] = k + r < rows.n ? rows.value[k + r] : 0;
     }
-    for (size_t r = 0; k == 0 && r < 8; r++)
-        for (size_t i = 0; i < rows.width * bytes(dtype); i += 64) request(e.row[r] + i, dtype);
     return e;
 }
 
@@ -303,7 +318,8 @@ INLINE Eight take_eight(Rows rows, size_t k, int dtype)
 INLINE __m512 load16(const char *row, size_t j, int dtype)
 {
     if (dtype == F32) return _mm512_loadu_ps(row + 4 * j);
-    if (dtype == INT8) return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const void *)(row + j))));
+    if (dtype == INT8)
+        return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const void *)(row + j))));
     __m512i bits = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const void *)(row + 2 * j)));
     return _mm512_castsi512_ps(_mm512_slli_epi32(bits, 16));
 }
@@ -311,7 +327,7 @@ INLINE __m512 load16(const char *row, size_t j, int dtype)
 
 INLINE void add_eight(float *restrict sums, Rows rows, size_t k, int dtype)
 {
-    Eight e = take_eight(rows, k, dtype);
+    Eight e = take_eight(rows, k);
     for (size_t start = 0, line = 64 / bytes(dtype); start < rows.width; start += line) {
         size_t j = start, end = least(start + line, rows.width);
         for (size_t r = 0; r < 8; r++) request(e.later[r] + start * bytes(dtype), dtype);
@@ -330,7 +346,7 @@ INLINE void add_eight(float *restrict sums, Rows rows, size_t k, int dtype)
 
 INLINE void dot_eight(Rows rows, size_t k, const float *restrict h, int dtype)
 {
-    Eight e = take_eight(rows, k, dtype);
+    Eight e = take_eight(rows, k);
     size_t line = 64 / bytes(dtype), j = 0;
     float dot[8];
 #ifdef AVX512
@@ -358,24 +374,22 @@ INLINE void dot_eight(Rows rows, size_t k, const float *restrict h, int dtype)
 
 #endif
 
-INLINE void dot_rows(Rows rows, const float *h, int dtype)
-{
-    for (size_t k = 0; k < rows.n; k += 8) dot_eight(rows, k, h, dtype);
-}
-
 // sums (width) += value[k] * row k, for all rows. A row of neurons is a column of up and, next to it, a row
-// of down: what the first makes of h multiplies the value before the second is added
+// of down: what the first makes of h multiplies the value before the second is added. With every eight rows a
+// part of what the next matrix begins with is asked for
 INLINE void add_rows(float *restrict sums, Rows rows, const float *restrict h, int dtype)
 {
     Rows down = rows;
+    size_t part = rows.n ? rows.n_soon / pieces(rows.n, 8) : 0;
     if (h) down.weight += rows.width * bytes(dtype);
     for (size_t k = 0; k < rows.n; k += 8) {
+        for (size_t i = 0; i < part; i += 64) __builtin_prefetch(rows.soon + k / 8 * part + i, 0, 2);
         if (h) dot_eight(rows, k, h, dtype);
         add_eight(sums, down, k, dtype);
     }
 }
 
-// -----------------------------------------------------------------------------------------------------------
+// -----------------------------------------------------------------------------
 // a matrix, for one token
 
 typedef struct { size_t stripe, start, width; } Tile;      // columns start to start + width - 1
@@ -384,134 +398,162 @@ typedef struct { size_t stripe, start, width; } Tile;      // columns start to s
 static Tile find_tile(const Matrix *m, size_t number)
 {
     size_t tiles = pieces(m->stripe, m->tile), stripe = number / tiles;
-    size_t start = stripe * m->stripe + number % tiles * m->tile, end = least((stripe + 1) * m->stripe, m->n_out);
+    size_t start = stripe * m->stripe + number % tiles * m->tile;
+    size_t end = least((stripe + 1) * m->stripe, m->n_out);
     return (Tile){stripe, start, start < end ? least(end - start, m->tile) : 0};
 }
 
-static size_t count_tiles(const Matrix *m) { return pieces(m->stripe, m->tile) * pieces(m->n_out, m->stripe); }
+static size_t count_tiles(const Matrix *m)
+{
+    return pieces(m->stripe, m->tile) * pieces(m->n_out, m->stripe);
+}
 
-enum { STORE, ADD, GELU, SILU };    // outputs replace y, are added to it, or replace it after passing a function
+static size_t split_start(const Matrix *m, size_t split) { return split * m->n_in / m->splits; }
+
+enum { STORE, ADD, GELU, SILU };    // outputs replace y, are added to it, or replace it after a function
 
 typedef struct {                // a matrix at work
+    Team *team;
     const Matrix *matrix;
     int dtype, then;
     size_t count;               // tokens
     float *x;                   // (count, n_in)
     const float *h;             // (count, n_out) for neurons: what up is multiplied with; otherwise NULL
     float *y;                   // (count, n_out)
-    float *sums;                // (tiles, splits, tile)
+    const Matrix *next;         // the one after it, or NULL
 } Product;
 
-// the rows of a tile from the first on, of which n are still to be found
-static Rows tile_rows(const Product *p, Tile tile, size_t first, Worker *me)
+// the rows of a tile, none of them chosen yet
+static Rows tile_rows(const Product *p, Tile tile, Worker *me)
 {
-    size_t column = bytes(p->dtype) * (p->h ? 2 : 1), stride = tile.width * column;
-    const char *weight = (const char *)p->matrix->weight + tile.start * p->matrix->n_in * column + first * stride;
-    return (Rows){weight, stride, tile.width, me->index, me->value, 0};
+    size_t column = bytes(p->dtype) * (p->h ? 2 : 1);
+    const char *weight = (const char *)p->matrix->weight + tile.start * p->matrix->n_in * column;
+    return (Rows){weight, tile.width * column, tile.width, me->index, me->value, 0, NULL, 0};
 }
 
-// what the rows of some columns have added up to becomes a token's outputs
+// adds the splits of a tile, `apart` numbers apart, into the first: in this order, whichever was done first
+static void add_splits(float *sums, size_t splits, size_t apart, size_t width)
+{
+    for (size_t split = 1; split < splits; split++)
+        for (size_t j = 0; j < width; j++) sums[j] += sums[split * apart + j];
+}
+
+// what the rows of some columns have added up to becomes the outputs of a token
 static void finish(const Product *p, size_t token, float *sums, size_t start, size_t width)
 {
-    float *y = p->y + token * p->matrix->n_out + start;
-    for (size_t j = 0; j < width; j++) sums[j] += p->matrix->base[start + j];
+    const Matrix *m = p->matrix;
+    float *y = p->y + token * m->n_out + start;
+    for (size_t j = 0; m->column_scale && j < width; j++) sums[j] *= m->column_scale[start + j];
+    for (size_t j = 0; j < width; j++) sums[j] += m->base[start + j];
     if (p->then == GELU) gelu(sums, width);
     if (p->then == SILU) silu(sums, width);
     if (p->then == ADD) for (size_t j = 0; j < width; j++) y[j] += sums[j];
     else memcpy(y, sums, width * sizeof *y);
 }
 
-// the splits of a tile are added in the same order always, whichever was done first
-static void finish_tile(const Product *p, size_t number)
-{
-    const Matrix *m = p->matrix;
-    Tile tile = find_tile(m, number);
-    float *sums = p->sums + number * m->splits * m->tile;
-    for (size_t split = 1; split < m->splits; split++)
-        for (size_t j = 0; j < tile.width; j++) sums[j] += sums[split * m->tile + j];
-    finish(p, 0, sums, tile.start, tile.width);
-}
-
-// a task is one split of one tile
+// a task is one split of a tile
 static void multiply_task(const void *argument, Worker *me, size_t task)
 {
     const Product *p = argument;
-    const Matrix *m = p->matrix;
+    const Matrix *m = p->matrix, *next = p->next;
+    size_t split = task % m->splits;
     Tile tile = find_tile(m, task / m->splits);
-    size_t split = task % m->splits, first = split * m->n_in / m->splits, last = (split + 1) * m->n_in / m->splits;
-    Rows rows = tile_rows(p, tile, first, me);
-    rows.n = find_active(m, tile.stripe, p->x, first, last, me->index, me->value);
+    float *sums = p->team->sums + task * m->tile;
+    Rows rows = tile_rows(p, tile, me);
+    rows.n = find_active(m, tile.stripe, p->x, split_start(m, split), split_start(m, split + 1), me->index,
+                         me->value);
     me->active[0] += (int64_t)(rows.n * tile.width * (p->h ? 2 : 1));
-    float *sums = p->sums + task * m->tile;
+    if (next) {
+        size_t size = (size_t)((const char *)(next->base + next->n_out) - (const char *)next->thresholds);
+        rows.n_soon = size / (count_tiles(m) * m->splits);
+        rows.soon = (const char *)next->thresholds + task * rows.n_soon;
+    }
+    for (size_t k = 0; k < least(rows.n, 8); k++)       // nobody has asked for the first eight yet
+        for (size_t i = 0; i < rows.stride; i += 64)
+            request(rows.weight + rows.index[k] * rows.stride + i, p->dtype);
     memset(sums, 0, tile.width * sizeof *sums);
-    if (p->dtype == F32) add_rows(sums, rows, p->h, F32);
-    else if (p->dtype == BF16) add_rows(sums, rows, p->h, BF16);
-    else add_rows(sums, rows, p->h, INT8);
-    if (m->splits == 1) finish_tile(p, task);
+    FOR_FORMAT(p->dtype, add_rows, sums, rows, p->h);
+    if (m->splits == 1) finish(p, 0, sums, tile.start, tile.width);
 }
 
-// -----------------------------------------------------------------------------------------------------------
-// a matrix, for many tokens at once. A block of weights, 64 x 64, is read and widened to f32 once, and then
-// serves, from the first-level cache, each token that uses it. Sums are taken in the same order as for one
-// token, so they are the same
+// -----------------------------------------------------------------------------
+// a matrix, for many tokens at once. A block of weights is read and widened to f32 once, and then serves each
+// token that uses it from the first-level cache. Sums are taken in the same order as for one token, so they
+// are the same
 
-INLINE void widen(float *restrict block, const char *from, size_t stride, size_t rows, size_t columns, int dtype)
+INLINE void widen(float *restrict block, const char *from, size_t stride, size_t rows, size_t columns,
+                  int dtype)
 {
     for (size_t r = 0; r < rows; r++)
         for (size_t j = 0; j < columns; j++) block[r * BLOCK + j] = weight(from + r * stride, j, dtype);
 }
 
-// sums (BLOCK) += value[k] * row index[k] of a block; or row k, without an index. Rows are `stride` numbers
-// apart
-static void add_block(float *restrict sums, const float *restrict block, size_t stride,
-                      const uint32_t *restrict index, const float *restrict value, size_t n)
+// sums (BLOCK) += value[k] * row index[k] - first, or row k without an index; of f32 or bf16, `stride`
+// numbers apart
+INLINE void add_block(float *restrict sums, const char *restrict block, size_t stride,
+                      const uint32_t *restrict index, size_t first, const float *restrict value, size_t n,
+                      int dtype)
 {
-#if defined(__GNUC__) && !defined(PLAIN)        // vectors of any compiler, which stay in registers
-    typedef float Lanes __attribute__((vector_size(64), aligned(4), may_alias));
-    Lanes sum[BLOCK / 16];
+#ifdef PLAIN
+    for (size_t k = 0; k < n; k++) {
+        const char *row = block + (index ? index[k] - first : k) * stride * bytes(dtype);
+        for (size_t j = 0; j < BLOCK; j++) sums[j] += value[k] * weight(row, j, dtype);
+    }
+#else               // vectors that any compiler knows, and keeps in registers
+    typedef float Floats __attribute__((vector_size(64), aligned(4), may_alias));
+    typedef uint16_t Halves __attribute__((vector_size(32), aligned(2), may_alias));
+    typedef uint32_t Bits __attribute__((vector_size(64)));
+    Floats sum[BLOCK / 16];
     memcpy(sum, sums, sizeof sum);
     for (size_t k = 0; k < n; k++) {
-        const Lanes *row = (const Lanes *)(block + (index ? index[k] : k) * stride);
-        for (size_t j = 0; j < BLOCK / 16; j++) sum[j] += value[k] * row[j];
+        const char *row = block + (index ? index[k] - first : k) * stride * bytes(dtype);
+        for (size_t j = 0; j < BLOCK / 16; j++)
+            sum[j] += value[k] * (dtype == F32 ? ((const Floats *)row)[j]
+                                  : (Floats)(__builtin_convertvector(((const Halves *)row)[j], Bits) << 16));
     }
     memcpy(sums, sum, sizeof sum);
-#else
-    for (size_t k = 0; k < n; k++)
-        for (size_t j = 0; j < BLOCK; j++) sums[j] += value[k] * block[(index ? index[k] : k) * stride + j];
 #endif
 }
 
-// a task is BLOCK columns of a tile
+// a task is some columns of a tile
 static void multiply_many_task(const void *argument, Worker *me, size_t task)
 {
     const Product *p = argument;
     const Matrix *m = p->matrix;
-    Tile tile = find_tile(m, task / pieces(m->tile, BLOCK));
-    size_t column = task % pieces(m->tile, BLOCK) * BLOCK;
+    Tile tile = find_tile(m, task / pieces(m->tile, COLUMNS));
+    Rows rows = tile_rows(p, tile, me);
+    size_t column = task % pieces(m->tile, COLUMNS) * COLUMNS, n[BATCH], last;
     if (column >= tile.width) return;
-    size_t columns = least(BLOCK, tile.width - column);
-    float block[BLOCK * BLOCK] = {0}, sums[BATCH][BLOCK], total[BATCH][BLOCK], value[BLOCK];
-    uint32_t index[BLOCK];
-    for (size_t split = 0; split < m->splits; split++) {
-        memset(sums, 0, sizeof sums);
-        size_t first = split * m->n_in / m->splits, end = (split + 1) * m->n_in / m->splits;
-        for (size_t last; first < end; first = last) {
-            Rows rows = tile_rows(p, tile, first, me);
-            const char *from = rows.weight + column * bytes(p->dtype);
-            last = least(first + BLOCK, end);
-            if (p->dtype == F32) widen(block, from, rows.stride, last - first, columns, F32);
-            else if (p->dtype == BF16) widen(block, from, rows.stride, last - first, columns, BF16);
-            else widen(block, from, rows.stride, last - first, columns, INT8);
+    size_t columns = least(COLUMNS, tile.width - column);
+    float block[BLOCK * BLOCK] = {0}, value[BATCH][BLOCK];
+    uint32_t index[BATCH][BLOCK];
+    memset(me->sums, 0, p->count * sizeof *me->sums);
+    for (size_t split = 0; split < m->splits; split++)
+        for (size_t first = split_start(m, split); first < split_start(m, split + 1); first = last) {
+            last = least(first + BLOCK, split_start(m, split + 1));
             for (size_t token = 0; token < p->count; token++) {
-                size_t n = find_active(m, tile.stripe, p->x + token * m->n_in, first, last, index, value);
-                add_block(sums[token], block, BLOCK, index, value, n);
-                if (!p->h) me->active[token] += (int64_t)(n * columns);
+                const float *x = p->x + token * m->n_in;
+                n[token] = find_active(m, tile.stripe, x, first, last, index[token], value[token]);
+                if (!p->h) me->active[token] += (int64_t)(n[token] * columns);
+            }
+            for (size_t c = 0; c < columns; c += BLOCK) {
+                const char *from = rows.weight + first * rows.stride + (column + c) * bytes(p->dtype);
+                FOR_FORMAT(p->dtype, widen, block, from, rows.stride, last - first,
+                           least(BLOCK, columns - c));
+                for (size_t token = 0; token < p->count; token++)
+                    add_block(me->sums[token][split] + c, (char *)block, BLOCK, index[token], first,
+                              value[token], n[token], F32);
             }
         }
-        for (size_t token = 0; token < p->count; token++)
-            for (size_t j = 0; j < BLOCK; j++) total[token][j] = sums[token][j] + (split ? total[token][j] : 0);
+    for (size_t token = 0; token < p->count; token++) {
+        add_splits(me->sums[token][0], m->splits, COLUMNS, COLUMNS);
+        finish(p, token, me->sums[token][0], tile.start + column, columns);
     }
-    for (size_t token = 0; token < p->count; token++) finish(p, token, total[token], tile.start + column, columns);
+}
+
+INLINE void dot_rows(Rows rows, const float *h, int dtype)
+{
+    for (size_t k = 0; k < rows.n; k += 8) dot_eight(rows, k, h, dtype);
 }
 
 // The first half of BLOCK neurons: x, what the gate says, becomes what down is multiplied with, 0 where a
@@ -521,42 +563,43 @@ static void multiply_up_task(const void *argument, Worker *me, size_t task)
     const Product *p = argument;
     const Matrix *m = p->matrix;
     size_t first = task * BLOCK, last = least(first + BLOCK, m->n_in);
-    Rows rows = tile_rows(p, find_tile(m, 0), first, me);
+    Rows rows = tile_rows(p, find_tile(m, 0), me);
     for (size_t token = 0; token < p->count; token++) {
         float *x = p->x + token * m->n_in;
-        const float *h = p->h + token * m->n_out;
         rows.n = find_active(m, 0, x, first, last, me->index, me->value);
-        if (p->dtype == F32) dot_rows(rows, h, F32);
-        else if (p->dtype == BF16) dot_rows(rows, h, BF16);
-        else dot_rows(rows, h, INT8);
+        FOR_FORMAT(p->dtype, dot_rows, rows, p->h + token * m->n_out);
         memset(x + first, 0, (last - first) * sizeof *x);
-        for (size_t k = 0; k < rows.n; k++) x[first + me->index[k]] = me->value[k];
+        for (size_t k = 0; k < rows.n; k++) x[me->index[k]] = me->value[k];
         me->active[token] += (int64_t)(2 * rows.n * m->n_out);
     }
 }
 
-// x (count, n_in) -> y (count, n_out), and the weights that each token used, written to every `step`-th
-// number of active
-static void multiply(Team *team, const Matrix *m, int dtype, size_t count, float *x, const float *h, float *y,
-                     int then, int64_t *active, size_t step)
+// one token or many. The weights that each of them used go to every `step`-th number of active
+static void multiply(Product p, int64_t *active, size_t step)
 {
-    Product product = {m, dtype, then, count, x, h, y, team->sums};
-    size_t tiles = count_tiles(m);
+    Team *team = p.team;
+    const Matrix *m = p.matrix;
     Matrix down = *m;
-    if (count == 1) {
-        run_tasks(team, tiles * m->splits, multiply_task, &product);
-        for (size_t i = 0; m->splits > 1 && i < tiles; i++) finish_tile(&product, i);
-    } else {
-        if (h) {
-            run_tasks(team, pieces(m->n_in, BLOCK), multiply_up_task, &product);
-            down.weight = (const char *)m->weight + m->n_out * bytes(dtype);
-            down.thresholds = m->mu;                            // which are 0
-            down.scale = NULL;
-            product.matrix = &down;
+    size_t tiles = count_tiles(m);
+    if (p.count == 1) {
+        run_tasks(team, tiles * m->splits, multiply_task, &p);
+        for (size_t i = 0; m->splits > 1 && i < tiles; i++) {
+            Tile tile = find_tile(m, i);
+            float *sums = team->sums + i * m->splits * m->tile;
+            add_splits(sums, m->splits, m->tile, tile.width);
+            finish(&p, 0, sums, tile.start, tile.width);
         }
-        run_tasks(team, tiles * pieces(m->tile, BLOCK), multiply_many_task, &product);
+    } else {
+        if (p.h) {
+            run_tasks(team, pieces(m->n_in, BLOCK), multiply_up_task, &p);
+            down.weight = (const char *)m->weight + m->n_out * bytes(p.dtype);
+            down.thresholds = m->mu;                        // which are 0
+            down.row_scale = NULL;
+            p.matrix = &down;
+        }
+        run_tasks(team, tiles * pieces(m->tile, COLUMNS), multiply_many_task, &p);
     }
-    for (size_t token = 0; token < count; token++) {
+    for (size_t token = 0; token < p.count; token++) {
         active[token * step] = 0;
         for (int i = 0; i < team->n_workers; i++) {
             active[token * step] += team->workers[i].active[token];
@@ -565,21 +608,23 @@ static void multiply(Team *team, const Matrix *m, int dtype, size_t count, float
     }
 }
 
-// how many weights a token would use of a matrix
+// how many weights a token would use
 static int64_t count_active(const Matrix *m, const float *x, Worker *me)
 {
     size_t active = 0;
     for (size_t stripe = 0, start = 0; start < m->n_out; stripe++, start += m->stripe)
-        active += least(m->stripe, m->n_out - start) * find_active(m, stripe, x, 0, m->n_in, me->index, me->value);
+        active += least(m->stripe, m->n_out - start)
+            * find_active(m, stripe, x, 0, m->n_in, me->index, me->value);
     return (int64_t)active;
 }
 
 static int possible(const Team *team, const Matrix *m, int dtype, size_t n_in, size_t n_out)
 {
     return n_in && n_out && m->n_in == n_in && m->n_out == n_out && n_in <= team->longest
-        && m->stripe && m->stripe <= n_out && m->tile && m->tile <= m->stripe && m->splits && m->splits <= n_in
+        && m->stripe && m->stripe <= n_out && m->tile && m->tile <= m->stripe
+        && m->splits && m->splits <= least(n_in, SPLITS)
         && count_tiles(m) * m->splits * m->tile <= team->n_sums
-        && (dtype == F32 || dtype == BF16 || (dtype == INT8 && m->scale));
+        && (dtype == F32 || dtype == BF16 || (dtype == INT8 && m->row_scale && m->column_scale));
 }
 
 int multiply_alone(Team *team, const Matrix *m, int dtype, size_t count, float *x, const float *h, float *y,
@@ -587,42 +632,57 @@ int multiply_alone(Team *team, const Matrix *m, int dtype, size_t count, float *
 {
     if (!count || count > BATCH || !possible(team, m, dtype, m->n_in, m->n_out)) return -1;
     if (h && m->tile < m->n_out) return -1;
-    multiply(team, m, dtype, count, x, h, y, STORE, active, 1);
+    multiply((Product){team, m, dtype, STORE, count, x, h, y, NULL}, active, 1);
     return 0;
 }
 
-// -----------------------------------------------------------------------------------------------------------
+// -----------------------------------------------------------------------------
 // attention, and the whole step
 
-typedef struct { const Model *model; const State *state; size_t count, position, layer; } Attention;
+typedef struct {
+    const Model *model;
+    const State *state;
+    size_t count, position, layer;
+    int dtype;                  // of keys and values
+} Attention;
 
 // a token's embedding is its column of the head; GPT-2 adds one for its position
 static void embed(const Model *m, float *x, size_t token, size_t position)
 {
     const Matrix *head = &m->head;
-    size_t stripe = token / head->stripe;
-    Tile tile = find_tile(head, stripe * pieces(head->stripe, head->tile) + token % head->stripe / head->tile);
-    const char *column = (const char *)head->weight + (tile.start * head->n_in + token - tile.start) * bytes(m->dtype);
+    size_t stripe = token / head->stripe, tiles = pieces(head->stripe, head->tile);
+    Tile tile = find_tile(head, stripe * tiles + token % head->stripe / head->tile);
+    const char *tile_start = (const char *)head->weight + tile.start * head->n_in * bytes(m->dtype);
     for (size_t i = 0; i < m->n_embd; i++) {
-        x[i] = weight(column, i * tile.width, m->dtype) * (head->scale ? head->scale[stripe * head->n_in + i] : 1);
+        x[i] = weight(tile_start, i * tile.width + token - tile.start, m->dtype);
+        if (m->dtype == INT8) x[i] *= head->row_scale[stripe * head->n_in + i] * head->column_scale[token];
         if (m->arch == GPT2) x[i] += m->wpe[position * m->n_embd + i];
     }
 }
 
-// where the cache has what a head remembers of a position: keys, one number in each of head_dim rows; values,
-// a row
-static float *cached_k(const Attention *now, size_t head, size_t position)
+// where the cache has what a head remembers of a position: of its key a number in each of head_dim rows; its
+// value
+static char *cached_key(const Attention *now, size_t head, size_t position)
 {
     const Model *m = now->model;
-    size_t size = m->n_embd / m->n_head, of_head = pieces(m->block_size, BLOCK) * size * BLOCK;
-    return now->state->k + (now->layer * m->n_kv_head + head) * of_head + position / BLOCK * size * BLOCK + position % BLOCK;
+    size_t of_block = m->n_embd / m->n_head * BLOCK, blocks = pieces(m->block_size, BLOCK);
+    size_t block = (now->layer * m->n_kv_head + head) * blocks + position / BLOCK;
+    return (char *)now->state->k + (block * of_block + position % BLOCK) * bytes(now->dtype);
 }
 
-static float *cached_v(const Attention *now, size_t head, size_t position)
+static char *cached_value(const Attention *now, size_t head, size_t position)
 {
     const Model *m = now->model;
     size_t width = pieces(m->n_embd / m->n_head, BLOCK) * BLOCK;
-    return now->state->v + ((now->layer * m->n_kv_head + head) * m->block_size + position) * width;
+    size_t row = (now->layer * m->n_kv_head + head) * m->block_size + position;
+    return (char *)now->state->v + row * width * bytes(now->dtype);
+}
+
+static void put(char *to, size_t i, float x, int dtype)
+{
+    union { float f; uint32_t u; } bits = {x};
+    if (dtype == F32) ((float *)to)[i] = x;
+    else ((uint16_t *)to)[i] = (uint16_t)(x != x ? 0x7fc0 : (bits.u + 0x7fff + (bits.u >> 16 & 1)) >> 16);
 }
 
 // Llama's queries and keys are turned to their position; keys and values join the cache
@@ -633,9 +693,10 @@ static void remember(const Attention *now, float *qkv, size_t position)
     for (size_t i = 0; m->arch == LLAMA && i < m->n_head + m->n_kv_head; i++)
         rotate(qkv + i * size, m->cos + position * half, m->sin + position * half, half);
     for (size_t i = 0; i < m->n_kv_head; i++) {
-        float *k = qkv + (m->n_head + i) * size, *v = k + m->n_kv_head * size, *to = cached_k(now, i, position);
-        for (size_t j = 0; j < size; j++) to[j * BLOCK] = k[j];
-        memcpy(cached_v(now, i, position), v, size * sizeof *v);
+        const float *k = qkv + (m->n_head + i) * size, *v = k + m->n_kv_head * size;
+        char *key = cached_key(now, i, position), *value = cached_value(now, i, position);
+        for (size_t j = 0; j < size; j++) put(key, j * BLOCK, k[j], now->dtype);
+        for (size_t j = 0; j < size; j++) put(value, j, v[j], now->dtype);
     }
 }
 
@@ -647,17 +708,20 @@ static void attend_task(const void *argument, Worker *me, size_t task)
     const Model *m = now->model;
     size_t size = m->n_embd / m->n_head, head = task / now->count, token = task % now->count;
     size_t shared = head / (m->n_head / m->n_kv_head), length = now->position + token + 1;
+    size_t width = pieces(size, BLOCK) * BLOCK;
     const float *q = now->state->qkv + (token * (m->n_head + 2 * m->n_kv_head) + head) * size;
     float *y = now->state->mixed + (token * m->n_head + head) * size, *scores = me->value, sums[BLOCK];
     for (size_t t = 0; t < length; t += BLOCK) {
         memset(sums, 0, sizeof sums);
-        add_block(sums, cached_k(now, shared, t), BLOCK, NULL, q, size);
-        for (size_t i = 0; i < BLOCK && t + i < length; i++) scores[t + i] = sums[i] / sqrtf((float)size);
+        FOR_FORMAT(now->dtype, add_block, sums, cached_key(now, shared, t), BLOCK, NULL, 0, q, size);
+        memcpy(scores + t, sums, least(BLOCK, length - t) * sizeof *scores);
     }
+    for (size_t t = 0; t < length; t++) scores[t] /= sqrtf((float)size);
     softmax(scores, length);
     for (size_t j = 0; j < size; j += BLOCK) {
+        const char *values = cached_value(now, shared, 0) + j * bytes(now->dtype);
         memset(sums, 0, sizeof sums);
-        add_block(sums, cached_v(now, shared, 0) + j, pieces(size, BLOCK) * BLOCK, NULL, scores, length);
+        FOR_FORMAT(now->dtype, add_block, sums, values, width, NULL, 0, scores, length);
         memcpy(y + j, sums, least(BLOCK, size - j) * sizeof *y);
     }
 }
@@ -669,40 +733,47 @@ int decode(Team *team, const Model *model, const State *state, const uint32_t *t
     const State *s = state;
     size_t d = m->n_embd, qkv = m->n_head && m->n_kv_head ? d + 2 * m->n_kv_head * (d / m->n_head) : 0;
     size_t matrices = 4 * m->n_layer + 1;
-    int gpt2 = m->arch == GPT2;
-    if (!count || count > BATCH || position + count > m->block_size || m->block_size > team->longest) return -1;
-    if (!qkv || d % m->n_head || m->n_head % m->n_kv_head) return -1;
-    if (!possible(team, &m->head, m->dtype, d, m->vocab_size)) return -1;
-    for (const Block *b = m->blocks; b < m->blocks + m->n_layer; b++)
-        if (!possible(team, &b->qkv, m->dtype, d, qkv) || !possible(team, &b->out, m->dtype, d, d)
-            || !possible(team, &b->up, m->dtype, d, m->n_hidden) || !possible(team, &b->down, m->dtype, m->n_hidden, d)
-            || (!gpt2 && b->down.tile < d)) return -1;
+    int gpt2 = m->arch == GPT2, dtype = m->dtype;
+    if (!count || count > BATCH || position + count > m->block_size) return -1;
+    if (m->block_size > team->longest) return -1;
+    if (!m->n_layer || !qkv || d % m->n_head || m->n_head % m->n_kv_head) return -1;
+    if (!possible(team, &m->head, dtype, d, m->vocab_size)) return -1;
+    for (const Layer *l = m->layers; l < m->layers + m->n_layer; l++)
+        if (!possible(team, &l->qkv, dtype, d, qkv) || !possible(team, &l->out, dtype, d, d)
+            || !possible(team, &l->up, dtype, d, m->n_hidden)
+            || !possible(team, &l->down, dtype, m->n_hidden, d) || (!gpt2 && l->down.tile < d)) return -1;
     for (size_t i = 0; i < count; i++) if (tokens[i] >= m->vocab_size) return -1;
 
-    Attention now = {m, s, count, position, 0};
+    Attention now = {m, s, count, position, 0, dtype == F32 ? F32 : BF16};
     for (size_t i = 0; i < count; i++) embed(m, s->x + i * d, tokens[i], position + i);
     for (; now.layer < m->n_layer; now.layer++) {
-        const Block *b = &m->blocks[now.layer];
+        const Layer *l = &m->layers[now.layer];
         int64_t *used = active + 4 * now.layer;
-        for (size_t i = 0; i < count; i++) normalise(s->h + i * d, s->x + i * d, b->ln_1, m);
-        multiply(team, &b->qkv, m->dtype, count, s->h, NULL, s->qkv, STORE, used, matrices);
+        for (size_t i = 0; i < count; i++) normalise(s->h + i * d, s->x + i * d, l->ln_1, m);
+        multiply((Product){team, &l->qkv, dtype, STORE, count, s->h, NULL, s->qkv, &l->out}, used, matrices);
         for (size_t i = 0; i < count; i++) remember(&now, s->qkv + i * qkv, position + i);
-        run_tasks(team, count * m->n_head, attend_task, &now);
-        multiply(team, &b->out, m->dtype, count, s->mixed, NULL, s->x, ADD, used + 1, matrices);
-        for (size_t i = 0; i < count; i++) normalise(s->h + i * d, s->x + i * d, b->ln_2, m);
-        multiply(team, &b->up, m->dtype, count, s->h, NULL, s->hidden, gpt2 ? GELU : SILU, used + 2, matrices);
-        multiply(team, &b->down, m->dtype, count, s->hidden, gpt2 ? NULL : s->h, s->x, ADD, used + 3, matrices);
+        run_tasks(team, m->n_head * count, attend_task, &now);
+        multiply((Product){team, &l->out, dtype, ADD, count, s->mixed, NULL, s->x, &l->up}, used + 1,
+                 matrices);
+        for (size_t i = 0; i < count; i++) normalise(s->h + i * d, s->x + i * d, l->ln_2, m);
+        int then = gpt2 ? GELU : SILU;
+        multiply((Product){team, &l->up, dtype, then, count, s->h, NULL, s->hidden, &l->down}, used + 2,
+                 matrices);
+        const float *h = gpt2 ? NULL : s->h;
+        const Matrix *next = now.layer + 1 < m->n_layer ? &l[1].qkv : &m->head;
+        multiply((Product){team, &l->down, dtype, ADD, count, s->hidden, h, s->x, next}, used + 3, matrices);
     }
     for (size_t i = 0; i < count; i++) {
         int64_t *used = active + (i + 1) * matrices - 1;
         normalise(s->h, s->x + i * d, m->ln_f, m);
-        if (i + 1 < count) *used = count_active(&m->head, s->h, team->workers);     // nobody asks for the logits
-        else multiply(team, &m->head, m->dtype, 1, s->h, NULL, logits, STORE, used, 1);
+        if (i + 1 < count) *used = count_active(&m->head, s->h, team->workers);     // no logits are asked for
+        else multiply((Product){team, &m->head, dtype, STORE, 1, s->h, NULL, logits, &m->layers->qkv}, used,
+                      1);
     }
     return 0;
 }
 
-// -----------------------------------------------------------------------------------------------------------
+// -----------------------------------------------------------------------------
 // the team of threads. The calling thread says what is to be done and in how many tasks, takes tasks itself,
 // and goes on when all are done. The others claim tasks as long as there are any, so a thread that gets cheap
 // ones, or a core to itself, does more; and one that a neighbour has pushed off its core is waited for only
@@ -715,7 +786,7 @@ struct Threads {
     const void *argument;
     size_t tasks;
     // what all threads write, each on a cache line of its own
-    _Alignas(64) atomic_uint_fast64_t open;     // tasks not yet claimed; above them, in 32 bits, the number of the run
+    _Alignas(64) atomic_uint_fast64_t open;     // tasks not yet claimed; above them, 32 bits, the run
     _Alignas(64) atomic_size_t done;            // tasks done
     _Alignas(64) atomic_int sleeping;
     atomic_int stop;
@@ -741,7 +812,7 @@ static void work(Threads *t, Worker *me)
 {
     uint_fast64_t open = atomic_load_explicit(&t->open, memory_order_acquire);
     while (open & UINT32_MAX) {
-        if (!atomic_compare_exchange_weak(&t->open, &open, open - 1)) continue;             // another was faster
+        if (!atomic_compare_exchange_weak(&t->open, &open, open - 1)) continue;     // another was faster
         t->function(t->argument, me, t->tasks - (size_t)(open & UINT32_MAX));
         atomic_fetch_add_explicit(&t->done, 1, memory_order_acq_rel);
         open = atomic_load_explicit(&t->open, memory_order_acquire);
@@ -763,19 +834,17 @@ static void run_tasks(Team *team, size_t tasks, Task *function, const void *argu
         pthread_mutex_unlock(&t->mutex);
     }
     work(t, team->workers);
-    for (unsigned tries = 0; atomic_load_explicit(&t->done, memory_order_acquire) < tasks; tries++) pause_a_moment(tries);
+    for (unsigned tries = 0; atomic_load_explicit(&t->done, memory_order_acquire) < tasks; tries++)
+        pause_a_moment(tries);
 }
-
-typedef struct { Threads *threads; Worker *worker; } Start;
 
 static void *thread_main(void *argument)
 {
-    Start start = *(Start *)argument;
-    Threads *t = start.threads;
-    free(argument);
+    Worker *me = argument;
+    Threads *t = me->threads;
     for (unsigned tries = 0; !atomic_load(&t->stop); tries++) {
         if (atomic_load_explicit(&t->open, memory_order_relaxed) & UINT32_MAX) {
-            work(t, start.worker);
+            work(t, me);
             tries = 0;
         } else if (tries < 6000) {
             pause_a_moment(tries);
@@ -802,10 +871,9 @@ static int start_threads(Team *team, int size)
     pthread_cond_init(&t->wake, NULL);
     t->thread = calloc((size_t)size, sizeof *t->thread);
     while (t->thread && t->started + 1 < size) {
-        Start *start = malloc(sizeof *start);
-        if (!start) break;
-        *start = (Start){t, &team->workers[t->started + 1]};
-        if (pthread_create(&t->thread[t->started], NULL, thread_main, start)) { free(start); break; }
+        Worker *worker = &team->workers[t->started + 1];
+        worker->threads = t;
+        if (pthread_create(&t->thread[t->started], NULL, thread_main, worker)) break;
         t->started++;
     }
     return t->started + 1;
@@ -842,7 +910,7 @@ void team_free(Team *team)
 {
     if (!team) return;
     if (team->threads) stop_threads(team->threads);
-    for (int i = 0; i < team->n_workers; i++) free(team->workers[i].value);
+    for (int i = 0; i < team->n_workers; i++) free(team->workers[i].sums);
     free(team->workers);
     free(team->sums);
     free(team);
@@ -850,7 +918,8 @@ void team_free(Team *team)
 
 Team *team_new(int threads, size_t longest, size_t sums)
 {
-    if (threads < 1 || threads > 1024 || !longest || longest > UINT32_MAX || !sums || sums > UINT32_MAX) return NULL;
+    if (threads < 1 || threads > 1024 || !longest || longest > UINT32_MAX) return NULL;
+    if (!sums || sums > UINT32_MAX) return NULL;
     Team *team = calloc(1, sizeof *team);
     if (!team) return NULL;
     team->longest = longest;
@@ -859,11 +928,13 @@ Team *team_new(int threads, size_t longest, size_t sums)
     team->workers = calloc((size_t)threads, sizeof *team->workers);
     for (; team->workers && team->n_workers < threads; team->n_workers++) {
         Worker *w = &team->workers[team->n_workers];
-        w->value = malloc(longest * (sizeof *w->value + sizeof *w->index));
-        if (!w->value) break;
+        w->sums = malloc(BATCH * sizeof *w->sums + longest * (sizeof *w->value + sizeof *w->index));
+        if (!w->sums) break;
+        w->value = (float *)(w->sums + BATCH);
         w->index = (uint32_t *)(w->value + longest);
     }
-    if (team->n_workers == threads && team->sums && (team->size = start_threads(team, threads))) return team;
+    if (team->n_workers == threads && team->sums) team->size = start_threads(team, threads);
+    if (team->size) return team;
     team_free(team);
     return NULL;
 }

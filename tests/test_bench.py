@@ -80,17 +80,19 @@ def text_and_counts(model, data, count):
 def test_decode_counts_what_the_model_counts(models, data, tmp_path, arch):
     """
     Dense, and with the checkpoint's own thresholds; counted over the tokens after the prompt. Bytes per token
-    are those of the weights in use, of every threshold (4 bytes each), and with int8 of a scale beside each.
+    are those of the weights in use, of every threshold (4 bytes each), and with int8 of a scale beside each and of
+    one for each column.
     """
     written, _ = rows('decode', models[arch], tmp_path, '--tokens', 20, '--data', data)
     model, _ = cwic.load_checkpoint(models[arch])
     _, active = text_and_counts(model, data, 36)
     used = float(sum(active.values())[16:].mean())
     thresholds = sum(layer.theta.numel() for _, layer in model.gated())
+    columns = sum(layer.down.shape[1] if hasattr(layer, 'down') else layer.n_out for _, layer in model.gated())
     ours = [row for row in written if row['engine'] == 'cwic']
     assert [row['dtype'] for row in ours] == ['f32', 'f32', 'bf16', 'bf16', 'int8', 'int8']
     for row, sparse in zip(ours, 3 * (False, True)):
-        scales = thresholds if row['dtype'] == 'int8' else 0
+        scales = thresholds + columns if row['dtype'] == 'int8' else 0
         expected = used if sparse else model.dense()
         # in bf16 and int8 what follows the first matrices is rounded, and so are a few comparisons
         assert row['reduction'] == pytest.approx(model.dense() / expected, rel=1e-9 if row['dtype'] == 'f32' else 0.05)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from cwic import GPT, CWICConfig, Neurons, add_adapters, generate, merge_adapters
-from decoder import Decoder, PackedMatrix, TorchDecoder, pack_rows, row_scale
+from decoder import Decoder, PackedMatrix, TorchDecoder, quantise
 
 torch.set_num_threads(1)        # tiny matrices: more threads only wait for each other
 
@@ -122,27 +122,35 @@ def test_rotary_positions_far_out(scaling):
     assert np.abs(logits - want).max() < 1e-4 * np.abs(want).max()
 
 
-def test_int8_rows():
-    """Every weight within half a step of its row's scale, in units of which the largest is 127; zeros stay zeros."""
-    rows = torch.randn(9, 23) * torch.logspace(-3, 2, 9)[:, None]
+def test_quantise():
+    """Every weight within half a step of its scales, in units of which each row reaches 127; zeros stay zeros."""
+    rows = torch.randn(9, 23) * torch.logspace(-3, 2, 9)[:, None] * torch.logspace(2, -1, 23)
     rows[4] = 0
-    scale, packed = row_scale(rows, 'int8'), torch.empty(9, 23, dtype=torch.int8)
-    pack_rows(rows, scale, packed)
-    assert ((packed * scale[:, None] - rows).abs() <= scale[:, None] * 0.5001).all()
-    assert (packed.abs().amax(1) == torch.tensor([127] * 4 + [0] + [127] * 4)).all()
-    assert row_scale(rows, 'bf16') is None
+    column_scale = rows.abs().amax(0)
+    integers, row_scale = quantise(rows, column_scale)
+    scale = row_scale[:, None] * column_scale
+    assert ((integers * scale - rows).abs() <= scale * 0.5001).all()
+    assert torch.equal(integers, integers.round())
+    assert integers.abs().amax(1).tolist() == [127] * 4 + [0] + [127] * 4
 
 
-def test_int8_scales_belong_to_stripes():
-    """A scale for each (input, stripe): one large weight must not coarsen those of other stripes, nor a tile have its own."""
+def test_int8_scales():
+    """
+    A row scale for each (input, stripe): one large weight must not coarsen other stripes, and tiles of a stripe share
+    theirs. A column scale: nor must it coarsen the other columns of its row.
+    """
     model = random_model(vocab_size=9000, stripe_head=4500, n_layer=1)
     with torch.no_grad():
-        model.head.weight[3, 4400] = 1000                               # the second of two tiles of the first stripe
+        model.head.weight.clamp_(-1, 1)
+        model.head.weight[0] = torch.ones(9000)
+        model.head.weight[3, 4400] = 1000                               # in the last of three tiles of the first stripe
+        want = model.head.weight[3].abs()
     packed = PackedMatrix(model.head, 'int8')
-    assert packed.sizes['tile'] == 2250
-    assert packed.tensors['scale'].shape == (2, 51)
-    assert packed.tensors['scale'][0, 3] == pytest.approx(1000 / 127)
-    assert packed.tensors['scale'][1, 3] == pytest.approx(float(model.head.weight[3, 4500:].abs().max()) / 127)
+    assert packed.sizes['tile'] == 1500
+    row_scale, column_scale = packed.tensors['row_scale'], packed.tensors['column_scale']
+    assert column_scale[4400] == 1000 and (column_scale[:4400] == 1).all()
+    assert row_scale.shape == (2, 51) and row_scale[0, 3] == pytest.approx(1 / 127)
+    assert row_scale[1, 3] == pytest.approx(float(want[4500:].max()) / 127)
 
 
 @pytest.mark.parametrize('arch', SIZES)

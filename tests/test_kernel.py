@@ -76,7 +76,9 @@ def test_equals_pytorch(kernel, n_in, n_out, stripe):
         with torch.no_grad():
             want, (count, _) = layer(x[None])
         c, weight = (x - layer.mu).abs(), layer.weight.detach().abs()
-        rounding = {'f32': 0, 'bf16': c @ weight / 2 ** 8, 'int8': (c @ weight.amax(1) / 254)[:, None]}[dtype]
+        columns = weight.amax(0)                                        # int8: rows are scaled after columns are
+        half_a_step = (weight / columns).amax(1, keepdim=True) * columns / 254
+        rounding = {'f32': 0, 'bf16': c @ weight / 2 ** 8, 'int8': c @ half_a_step}[dtype]
         bound = rounding + 1e-4 * want[0].abs().max().clamp_min(1e-2) + torch.zeros_like(want[0])
         for tokens in (1, 3):
             y, active = multiply(kernel, layer, x[:tokens], dtype)
@@ -95,8 +97,10 @@ def test_neurons_equal_pytorch(kernel, n_embd, n_hidden):
         with torch.no_grad():
             want, (count, _) = layer(h[None], z[None])
             up, down = layer.up.abs(), layer.down.abs()
-            up_step, down_step = {'f32': (0, 0), 'bf16': (up / 2 ** 8, down / 2 ** 8),
-                                  'int8': (up.amax(0) / 254, down.amax(1)[:, None] / 254)}[dtype]
+            columns = down.amax(0)
+            up_step, down_step = {
+                'f32': (0, 0), 'bf16': (up / 2 ** 8, down / 2 ** 8),
+                'int8': (up.amax(0) / 254, (down / columns).amax(1, keepdim=True) * columns / 254)}[dtype]
             largest = z.abs() * (h.abs() @ (up + up_step))
             rounding = largest @ (down + down_step) - (z.abs() * (h.abs() @ up)) @ down
         bound = (rounding + 1e-4 * want.abs().max().clamp_min(1e-3)).numpy()
@@ -195,9 +199,10 @@ def test_impossible_sizes_are_refused(kernel):
     """Every entry point looks at what it is given: sizes that would reach outside a buffer give -1, and nothing is read."""
     layer, x = random_linear(64, 32, 16, True, 1), torch.zeros(1, 64)
     for wrong in (dict(n_in=0), dict(n_in=65), dict(n_out=0), dict(stripe=0), dict(stripe=33), dict(tile=0), dict(tile=17),
-                  dict(splits=0), dict(splits=65), dict(stripe=32, tile=32, splits=64)):
+                  dict(splits=0), dict(splits=5), dict(stripe=32, tile=32, splits=4)):
         assert multiply(kernel, layer, x, **wrong) is None, wrong
-    assert multiply(kernel, layer, x, 'int8', scale=kernel.ffi.NULL) is None
+    assert multiply(kernel, layer, x, 'int8', row_scale=kernel.ffi.NULL) is None
+    assert multiply(kernel, layer, x, 'int8', column_scale=kernel.ffi.NULL) is None
     assert multiply(kernel, layer, x[:0]) is None and multiply(kernel, layer, x.expand(65, 64)) is None
     assert multiply(kernel, random_neurons(32, 64, 1), x, h=torch.zeros(1, 32), tile=16) is None
     null = kernel.ffi.NULL
@@ -242,8 +247,9 @@ static int64_t expect(const Matrix *m, int dtype, const float *x, const float *h
             const char *row = (const char *)m->weight + (tile.start * m->n_in * (h ? 2 : 1) + i * width) * bytes(dtype);
             for (size_t j = 0; h && j < m->n_out; j++) up += weight(row, j, dtype) * (double)h[j];
             if (h) { c *= up; row += m->n_out * bytes(dtype); }
-            if (m->scale) c *= m->scale[at];
-            for (size_t j = 0; j < tile.width; j++) y[tile.start + j] += c * weight(row, j, dtype);
+            if (dtype == INT8) c *= m->row_scale[at];
+            for (size_t j = 0; j < tile.width; j++)
+                y[tile.start + j] += c * weight(row, j, dtype) * (dtype == INT8 ? m->column_scale[tile.start + j] : 1);
             active += (int64_t)width;
         }
     return active;
@@ -259,9 +265,9 @@ static int try_matrix(int trial)
     size_t stripes[] = {1, m.n_out, 1 + below(m.n_out)};
     m.stripe = neurons ? m.n_out : stripes[below(3)];
     m.tile = neurons ? m.n_out : 1 + below(m.stripe);
-    m.splits = 1 + below(least(m.n_in, 9));
+    m.splits = 1 + below(least(m.n_in, SPLITS));
     size_t n = pieces(m.n_out, m.stripe) * m.n_in, weights = m.n_in * m.n_out * (neurons ? 2 : 1);
-    float *w = floats(weights), *scale = floats(n), *t = floats(n), *mu = floats(m.n_in), *base = floats(m.n_out);
+    float *w = floats(weights), *scale = floats(n), *t = floats(n), *mu = floats(m.n_in), *base = floats(m.n_out), *columns = floats(m.n_out);
     float *x = floats(COUNT * m.n_in), *h = floats(COUNT * m.n_out), *y = floats(COUNT * m.n_out);
     float *changed = malloc(COUNT * m.n_in * sizeof *x);
     double *want = malloc(m.n_out * sizeof *want), bound = (dtype == INT8 ? 127 * 127 : 1) * 1e-4 * (double)m.n_in;
@@ -269,7 +275,8 @@ static int try_matrix(int trial)
     for (size_t i = 0; neurons && i < m.n_in; i++) mu[i] = 0;
     if (kind == 3) x[below(COUNT * m.n_in)] = below(2) ? NAN : INFINITY;
     void *packed = pack(w, weights, dtype);
-    m.weight = packed; m.scale = dtype == INT8 ? scale : NULL; m.thresholds = t; m.mu = mu; m.base = base;
+    m.weight = packed; m.thresholds = t; m.mu = mu; m.base = base;
+    if (dtype == INT8) { m.row_scale = scale; m.column_scale = columns; }
     Team *team = team_new(1 + (int)below(3), m.n_in, count_tiles(&m) * m.splits * m.tile);
     for (size_t count = 1; count <= COUNT; count += COUNT - 1) {
         int64_t active[COUNT];
@@ -284,22 +291,23 @@ static int try_matrix(int trial)
         }
     }
     team_free(team);
-    free(w); free(scale); free(t); free(mu); free(base); free(x); free(changed); free(h); free(y); free(want); free(packed);
+    free(w); free(scale); free(t); free(mu); free(base); free(columns); free(x); free(changed); free(h); free(y); free(want); free(packed);
     return 0;
 }
 
 // a whole model, as small as can be: a prompt, then a step at each position, and some that must be refused
-static int try_model(int arch)
+static int try_model(int arch, int dtype)
 {
     enum { D = 6, V = 11, T = 70, H = 10 };
     size_t kv = arch == GPT2 ? 3 : 1, qkv = D + 2 * kv * 2;
     float *w = floats(1000), *z = calloc(1000, 4), *tables = floats(T * D), *logits = floats(V);
     Norm norm = {tables, NULL};
-    Block block = {norm, norm, {D, qkv, qkv, qkv, 2, w, NULL, z, z, z}, {D, D, 4, 2, 1, w, NULL, z, z, z},
-                   {D, H, 7, 7, 1, w, NULL, z, z, z}, {H, D, D, D, 3, w, NULL, z, z, z}};
-    Matrix head = {D, V, 3, 3, 1, w, NULL, z, z, z};
-    Model model = {arch, F32, V, T, 1, 3, kv, D, H, 1e-5f, tables, tables, tables, &block, norm, head};
-    State state = {calloc(kv * 2 * 2 * BLOCK, 4), calloc(kv * T * BLOCK, 4), floats(BATCH * D), floats(BATCH * D),
+    Layer layer = {norm, norm, {D, qkv, qkv, qkv, 2, w, z, z, z, z, z}, {D, D, 4, 2, 1, w, z, z, z, z, z},
+                   {D, H, 7, 7, 1, w, z, z, z, z, z}, {H, D, D, D, 3, w, z, z, z, z, z}};
+    Matrix head = {D, V, 3, 3, 1, w, z, z, z, z, z};
+    Model model = {arch, dtype, V, T, 1, 3, kv, D, H, 1e-5f, tables, tables, tables, &layer, norm, head};
+    size_t size = dtype == F32 ? 4 : 2;
+    State state = {calloc(kv * 2 * 2 * BLOCK, size), calloc(kv * T * BLOCK, size), floats(BATCH * D), floats(BATCH * D),
                    floats(BATCH * qkv), floats(BATCH * D), floats(BATCH * H)};
     int64_t active[5 * BATCH];
     uint32_t tokens[BATCH] = {3, 1, 4, 1, 5, 9, 2, 6}, unknown = V;
@@ -312,7 +320,7 @@ static int try_model(int arch)
     if (!decode(team, &model, &state, &unknown, 1, 0, logits, active)) return puts("not refused: a token");
     if (!decode(team, &model, &state, tokens, 1, T, logits, active)) return puts("not refused: a position");
     if (!decode(team, &model, &state, tokens, 0, 0, logits, active)) return puts("not refused: no tokens");
-    block.up.n_out++;
+    layer.up.n_out++;
     if (!decode(team, &model, &state, tokens, 1, 0, logits, active)) return puts("not refused: a size");
     team_free(team);
     free(w); free(z); free(tables); free(logits);
@@ -323,7 +331,7 @@ static int try_model(int arch)
 int main(void)
 {
     for (int trial = 0; trial < TRIALS; trial++) { srand((unsigned)trial); if (try_matrix(trial)) return 1; }
-    if (try_model(GPT2) || try_model(LLAMA)) return 1;
+    for (int dtype = F32; dtype <= INT8; dtype++) if (try_model(GPT2, dtype) || try_model(LLAMA, dtype)) return 1;
     puts("fine");
     return 0;
 }
