@@ -20,9 +20,10 @@ import torch.distributed as dist
 
 from options import fail
 
-# read by torch.compile when first used. Where torch 2.11 sums over tokens and over inputs in one kernel, the
-# gradient of a single stripe's thresholds, (1, in), comes out as (in)
-os.environ.setdefault('TORCHINDUCTOR_MIX_ORDER_REDUCTION', '0')
+if torch.__version__ < '2.13':
+    # for torch.compile: where older ones sum over tokens and over inputs in one kernel, the gradient of a
+    # single stripe's thresholds, (1, in), comes out as (in)
+    os.environ.setdefault('TORCHINDUCTOR_MIX_ORDER_REDUCTION', '0')
 
 
 def keep_memory():

@@ -19,7 +19,8 @@ resume), log.csv and training.png.
 A batch depends on the seed and the step alone, so there is no data position and no random state to carry: a
 resumed run draws what the uninterrupted one would have drawn, on any number of processes. Each process takes
 its share of the sequences of every step; gradients, statistics and counts are summed in one place,
-sum_over_processes(). All evaluate, the first one logs and saves. Several hosts need --out on a shared disk.
+sum_over_processes(). All evaluate, the first one logs and saves. Where one has ended, those left save and end.
+Several hosts need --out on a shared disk.
 
 Not here: an experiment tracker, dropout, sharding of weights or of the optimiser.
 """
@@ -633,9 +634,7 @@ def train(run, data, rank, world):
                         warm_statistics(run, (batch(2 ** 31 + i)[0] for i in range(WARM_BATCHES)))
             loss, active, stop = train_step(run, *batch(run.step), target, dense, stop=bool(wishes))
         except ProcessGone as why:
-            if rank > 0:
-                raise
-            save_last(run)
+            save_last(run)              # by whichever are left: all have the same to save
             fail(f'another process has ended; step {run.step} is saved, go on with --resume ({why})', 1)
         run.step += 1
 
@@ -651,15 +650,17 @@ def train(run, data, rank, world):
         if evaluated or run.step % 10 == 0:
             val_loss = run.results['val_loss'] if evaluated else None
             run.log.append([run.step, round(run.seconds, 2), loss, val_loss, reduction, target, lr])
-        if evaluated and rank == 0:
+        if evaluated:
             score = 'kl' if 'kl' in run.results else 'val_loss'
             met = (run.step >= config.dense_steps + config.ramp_steps
                    and run.results['reduction'] >= MET * config.target_reduction)
-            if (met and run.results[score] < run.best.get(score, math.inf)
-                    or run.step == config.steps() and not run.best):
-                run.best = {**run.results, 'step': run.step}
-                save(run, 'best.pt')
-            save_last(run)
+            better = (met and run.results[score] < run.best.get(score, math.inf)
+                      or run.step == config.steps() and not run.best)
+            run.best = {**run.results, 'step': run.step} if better else run.best
+            if rank == 0:
+                if better:
+                    save(run, 'best.pt')
+                save_last(run)
         if rank == 0 and (evaluated or time.perf_counter() - progress.time >= config.log_every):
             try:
                 print(progress.line(loss, reduction, target, evaluated), flush=True)
