@@ -681,9 +681,13 @@ def compare(config, given):
     keep()
     text = table(rows)
     cwic.write_atomically(os.path.join(config.out, 'table.md'), lambda file: file.write(text.encode()))
+    files = [path, os.path.join(config.out, 'table.md')]
     # ablations are in the table
-    plots.frontier([r for r in rows if r['method'] != 'dense' and ':' not in r['method']], config.picture)
-    print(f'\n{text}\nfiles: {path}, {os.path.join(config.out, "table.md")}, {config.picture}')
+    drawn = [r for r in rows if 'reduction' in r and r['method'] != 'dense' and ':' not in r['method']]
+    if drawn:
+        plots.frontier(drawn, config.picture)
+        files.append(config.picture)
+    print(f'\n{text}\nfiles: {", ".join(files)}')
 
 
 # -----------------------------------------------------------------------------

@@ -3,8 +3,8 @@ How good a model is, at what compute, and how close to its dense teacher.
 
     python evaluate.py out/best.pt                          # on the validation split it was trained with
     python evaluate.py out/best.pt --dense                  # the same model with every weight
-    python evaluate.py adapters/smollm2_first.pt --text FILE        # on a text file of yours
-    python evaluate.py adapters/smollm2_first.pt --blimp FILE       # grammar: 67 paradigms of 1,000 pairs
+    python evaluate.py adapters/smollm2.pt --text FILE      # on a text file of yours
+    python evaluate.py adapters/smollm2.pt --blimp FILE     # grammar: 67 paradigms of 1,000 pairs
 
 An adapter is also compared with its base, the dense model it learned from. Every token counts, the LM head's
 compute included, and every token is as sparse as it is in decoding; all in f32.

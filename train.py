@@ -19,7 +19,7 @@ resume), log.csv and training.png.
 A batch depends on the seed and the step alone, so there is no data position and no random state to carry: a
 resumed run draws what the uninterrupted one would have drawn, on any number of processes. Each process takes
 its share of the sequences of every step; gradients, statistics and counts are summed in one place,
-sum_over_processes(). All evaluate, the first one logs and saves. Where one has ended, those left save and end.
+sum_over_processes(). All evaluate, the first one logs and saves. Where one ends, the rest save and end.
 Several hosts need --out on a shared disk.
 
 Not here: an experiment tracker, dropout, sharding of weights or of the optimiser.

@@ -440,6 +440,12 @@ def test_parts_made_apart_make_a_whole(setting, tmp_path, capsys):
     assert (tmp_path / 'whole' / 'table.md').read_text() == (tmp_path / 'once' / 'table.md').read_text()
 
 
+def test_ablations_alone_have_a_table_and_no_picture(setting, tmp_path, capsys):
+    """The picture of no method at all ended in a traceback, after an hour of training."""
+    compare(setting, tmp_path / 'out', '--quick', '--methods', 'CWIC: no centre')
+    assert '| CWIC: no centre |' in capsys.readouterr().out and not (tmp_path / 'out.png').exists()
+
+
 def test_what_a_user_gets_wrong_is_one_line(setting, tmp_path, capsys):
     compare(setting, tmp_path / 'out', '--methods', 'TEAL', '--targets', '2')
     sparse = small_model(thresholds=1.0, **SIZES)
