@@ -278,7 +278,10 @@ def train_step(run, tokens, targets, target, dense=False, stop=False):
     if not dense:
         for (_, layer), theta, layer_sums in zip(model.gated(), before, sums, strict=True):
             layer.limit_thresholds(theta)
-            layer.update_statistics(layer_sums)
+            # a teacher's copy keeps the teacher's statistics. What is skipped learns as if it were used, so
+            # it may grow and grow, and a sigma that grew with it would keep it below its threshold for ever
+            if run.teacher is None:
+                layer.update_statistics(layer_sums)
         # one batch's count is noise, and flop_loss, bent as it is, would mistake noise for missing reduction
         run.active.lerp_(active.to(run.active), 0.1)
     # here, and nowhere earlier, a GPU is waited for: by now it has been told all that this step takes

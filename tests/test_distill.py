@@ -120,6 +120,21 @@ def test_statistics_are_warmed_in_two_goes():
     assert float((model.head.sigma / sigma - 1).abs().max()) < 0.1
 
 
+def test_a_copy_is_measured_in_the_sigmas_of_its_teacher():
+    """
+    Neurons of SmolLM2 that were skipped for every token grew a hundredfold, as what is skipped learns as if it
+    were used; their sigma grew with them, and with it their threshold, so that they were never used, and from
+    step 1,400 on the KL rose. A model without a teacher is another after a while, and its statistics follow.
+    """
+    for teacher in (cwic.dense_copy(small_model(seed=3)), None):
+        run = new_run(small_model(), teacher, batch_size=4)
+        train.warm_statistics(run, [batch()[0]])
+        before = [layer.sigma.clone() for _, layer in run.model.gated()]
+        train.train_step(run, *batch(), target=3.0)
+        same = [torch.equal(layer.sigma, sigma) for (_, layer), sigma in zip(run.model.gated(), before)]
+        assert all(same) if teacher else not any(same)
+
+
 def test_warm_statistics_do_not_depend_on_the_micro_batch():
     runs = [new_run(dense_model(), micro_batch=micro_batch) for micro_batch in (8, 4)]
     batches = [batch(8, vocab=257, seed=seed)[0] for seed in range(train.WARM_BATCHES)]
