@@ -290,7 +290,7 @@ def load(config):
         path, name = str(ADAPTER) if ADAPTER.exists() else path, 'SmolLM2-135M-Instruct (Apache-2.0)'
     try:
         model, saved = load(path)
-        conversation = Conversation(model, saved.get('tokenizer'), config)
+        conversation = Conversation(model, saved.get('tokenizer'), config, saved.get('base'))
     except (CheckpointError, TokenizerError, WeightsError, MemoryError) as error:
         fail(f'{error}', 1)
     except ValueError as error:         # a number of threads that cannot be

@@ -23,6 +23,7 @@ from itertools import groupby
 import numpy as np
 import torch
 
+import weights
 from build_kernel import KernelUnavailable
 from cwic import sample
 from decoder import Decoder, TorchDecoder
@@ -126,10 +127,12 @@ class Conversation:
     """
     The text so far, as token ids, and the turns it is made of. config may be replaced between turns.
     show(kind, text, token) is called with what is to be seen, as it comes. KeyboardInterrupt ends a reply.
+    base: of an adapter, what weights.load takes for the dense model that it changes.
     """
 
-    def __init__(self, model, spec, config):
+    def __init__(self, model, spec, config, base=None):
         self.model, self.spec, self.config, self.encoding = model, spec, config, load_tokenizer(spec)
+        self.base = base
         self.stop_ids = stop_ids(spec, self.encoding)
         self.sparse = any(bool(layer.theta.any()) for _, layer in model.gated())
         self.decoder, self.engine, self.no_kernel = make_decoder(model, config, dense=not self.sparse)
@@ -244,7 +247,8 @@ class Conversation:
     def dense(self, show):
         """The last turn once more with every weight, and the same random numbers. It is not kept."""
         if self.dense_decoder is None:
-            self.dense_decoder = make_decoder(self.model, self.config, dense=True)[0]
+            model = weights.load(self.base)[0] if self.base else self.model
+            self.dense_decoder = make_decoder(model, self.config, dense=True)[0]
         turn, other = self.turns[-1], copy(self)
         other.config, other.decoder, other.generator = turn.config, self.dense_decoder, torch.Generator()
         other.generator.set_state(turn.random_state)
