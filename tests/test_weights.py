@@ -969,7 +969,9 @@ os.replace(f.name, os.path.join(folder, os.path.basename(f.name)))
 
 LOAD = '''
 import importlib.metadata
+import signal
 import weights
+signal.signal(signal.SIGINT, signal.default_int_handler)        # a shell's background jobs begin without
 importlib.metadata.distribution = __import__('test_weights').not_installed
 weights.SMOLLM2_SIZE, weights.SMOLLM2_SHA256 = {size}, {sha256!r}
 weights.find_smollm2()
