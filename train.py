@@ -284,7 +284,7 @@ def train_step(run, tokens, targets, target, dense=False, stop=False):
                 layer.update_statistics(layer_sums)
         # one batch's count is noise, and flop_loss, bent as it is, would mistake noise for missing reduction
         run.active.lerp_(active.to(run.active), 0.1)
-    # here, and nowhere earlier, a GPU is waited for: by now it has been told all that this step takes
+    # a process that is alone waits for its GPU here, and not earlier: it has been told all the step takes
     if not math.isfinite(loss + norm + threshold_norm):
         fail(f'step {run.step + 1}: the loss is {float(loss)}, the norm of its gradient {float(norm)}; '
              'stopped, and what was saved before is whole. Try a lower --lr', 1)
