@@ -106,6 +106,7 @@ enum { COLUMNS = 2 * BLOCK };   // that are computed together for many tokens
 
 typedef struct {                // what each thread has for itself
     Team *team;
+    pthread_t thread;
     uint32_t *index;            // (longest) rows that are active
     float *value;               // (longest) what they are multiplied with; or attention's scores
     float (*sums)[SPLITS][COLUMNS];     // (BATCH)
@@ -115,10 +116,8 @@ typedef struct {                // what each thread has for itself
 typedef void Task(const void *argument, Worker *me, size_t task);
 
 struct Team {
-    int size;                   // threads, the calling one among them
-    int n_workers;              // may be more, where a system is short of threads
-    Worker *workers;            // (n_workers)
-    pthread_t *threads;         // (size - 1) the others
+    int size;                   // threads, the calling one, which is the first, among them
+    Worker *workers;            // (size)
     size_t longest, n_sums;
     float *sums;                // (n_sums) what the tasks of a matrix leave behind: (tiles, splits, tile)
     Task *function;             // what is being done: these may be read by a thread that has claimed a task
@@ -570,7 +569,7 @@ static void multiply(Product p, int64_t *active, size_t step)
     }
     for (size_t token = 0; token < p.count; token++) {
         active[token * step] = 0;
-        for (int i = 0; i < team->n_workers; i++) {
+        for (int i = 0; i < team->size; i++) {
             active[token * step] += team->workers[i].active[token];
             team->workers[i].active[token] = 0;
         }
@@ -821,12 +820,13 @@ void team_free(Team *team)
     atomic_store(&team->stop, 1);
     pthread_cond_broadcast(&team->wake);
     pthread_mutex_unlock(&team->mutex);
-    for (int i = 0; i < team->size - 1; i++) pthread_join(team->threads[i], NULL);
+    for (int i = 0; i < team->size; i++) {
+        if (i > 0) pthread_join(team->workers[i].thread, NULL);
+        free(team->workers[i].sums);
+    }
     pthread_cond_destroy(&team->wake);
     pthread_mutex_destroy(&team->mutex);
-    for (int i = 0; i < team->n_workers; i++) free(team->workers[i].sums);
     free(team->workers);
-    free(team->threads);
     free(team->sums);
     free(team);
 }
@@ -844,21 +844,19 @@ Team *team_new(int threads, size_t longest, size_t sums)
     team->n_sums = sums;
     team->sums = malloc(sums * sizeof *team->sums);
     team->workers = calloc((size_t)threads, sizeof *team->workers);
-    team->threads = calloc((size_t)threads, sizeof *team->threads);
-    for (; team->workers && team->n_workers < threads; team->n_workers++) {
-        Worker *w = &team->workers[team->n_workers];
+    for (; team->sums && team->workers && team->size < threads; team->size++) {
+        Worker *w = &team->workers[team->size];
         w->sums = malloc(BATCH * sizeof *w->sums + longest * (sizeof *w->value + sizeof *w->index));
         if (!w->sums) break;
         w->team = team;
         w->value = (float *)(w->sums + BATCH);
         w->index = (uint32_t *)(w->value + longest);
-    }
-    if (team->n_workers < threads || !team->sums || !team->threads) {
-        team_free(team);
-        return NULL;
-    }
-    for (team->size = 1; team->size < threads; team->size++)        // a system short of threads gives fewer
-        if (pthread_create(&team->threads[team->size - 1], NULL, thread_main, &team->workers[team->size]))
+        if (team->size > 0 && pthread_create(&w->thread, NULL, thread_main, w)) {
+            free(w->sums);              // a system short of threads gives fewer
             break;
-    return team;
+        }
+    }
+    if (team->size) return team;
+    team_free(team);
+    return NULL;
 }
