@@ -54,6 +54,7 @@ import torch.distributed as dist
 
 import build_kernel
 import cwic
+import evaluate
 import plots
 import train
 import weights
@@ -63,7 +64,6 @@ from data import common
 from decoder import FORMATS, Decoder, PackedMatrix, pointer
 from device import (ProcessGone, check_compile, choose_device, choose_dtype, join_processes, keep_memory,
                     meet, sum_over_processes, together)
-from evaluate import validation_windows
 from options import fail, option, parse_options, printable
 from tokenizer import end_id, load_tokenizer
 
@@ -761,41 +761,41 @@ def measure_train(config, what):
 # loss
 
 
+def through(decoder):
+    """What computes a model's logits (B, T, vocab) and active (M, B, T) of tokens (B, T) one at a time."""
+    def forward(tokens, dense):
+        logits, active = [], []
+        for sequence in tokens.tolist():
+            decoder.reset()
+            for token in sequence:
+                for values, of_token in zip((logits, active), decoder.step(token)):
+                    values.append(torch.from_numpy(of_token))
+        shape = *tokens.shape, -1
+        return torch.stack(logits).view(shape), torch.stack(active).view(shape).permute(2, 0, 1)
+    return forward
+
+
 def measure_loss(config, what):
     """
     The rows of loss: validation loss (nats per token) and reduction in each format, token by token through
     the kernel; of an adapter also KL(base || model) and how often both find the same token likeliest.
     """
-    threads = max(listed('threads', config.threads, most=1024))
+    threads, rows = max(listed('threads', config.threads, most=1024)), []
     model, saved = weights.load(config.model or 'out/best.pt')
     options = saved.get('options') or {}
     length = min(options.get('block_size', 512), model.config.block_size)
     text, meta = read_dataset(config.data or options.get('data', 'python'), saved, length)
-    windows = validation_windows(text, meta, config.windows, length)                    # (windows, T + 1)
+    windows = evaluate.validation_windows(text, meta, config.windows, length)       # (windows, T + 1)
     base = weights.load(saved['base'])[0] if saved.get('base') else None
-    decoders = {dtype: Decoder(model, dtype, threads) for dtype in config.dtypes.split(',')}
-    sums = {dtype: 0.0 for dtype in decoders}
-    for i, window in enumerate(torch.from_numpy(windows)):
-        inputs, targets = window[:-1], window[1:, None]                                 # (T), (T, 1)
-        with torch.no_grad():
-            expected = None if base is None else base(inputs[None], dense=True)[0][0].log_softmax(-1)
-        for dtype, decoder in decoders.items():
-            progress(f'window {i + 1} of {len(windows)}, {dtype}')
-            decoder.reset()
-            logits, active = zip(*map(decoder.step, inputs))
-            logp = torch.from_numpy(np.stack(logits)).log_softmax(-1)                   # (T, vocab)
-            values = [float(np.sum(active)), -float(logp.gather(1, targets).double().sum())]
-            if base is not None:
-                values += [float((expected.exp() * (expected - logp)).sum(1).double().sum()),
-                           float((expected.argmax(1) == logp.argmax(1)).sum())]
-            sums[dtype] += np.array(values) / (len(windows) * length)
-    progress()
-    rows = []
-    for dtype, (active, *values) in sums.items():
-        values = zip(('loss', 'kl', 'agreement'), map(float, values))
-        rows.append(dict(what=what, engine='cwic', dtype=dtype, threads=decoders[dtype].threads,
-                         reduction=float(model.dense() / active), **dict(values)))
+    for dtype in config.dtypes.split(','):
+        progress(f'{dtype}: {len(windows)} windows of {length} tokens')
+        decoder = Decoder(model, dtype, threads)
+        model.forward = through(decoder)
+        found = evaluate.measure(model, windows, base)
+        rows.append(dict(engine='cwic', dtype=dtype, threads=decoder.threads, loss=found['val_loss'],
+                         **{key: found[key] for key in ('reduction', 'kl', 'agreement') if key in found}))
         rows[-1]['loss_over_first'] = rows[-1]['loss'] - rows[0]['loss']
+    progress()
     return rows
 
 
