@@ -475,75 +475,80 @@ class RowsAlone:
                        4096 * self.sizes['n_out'] / int(active))
 
 
+def where_time_goes(measured, model, columns):
+    """
+    The rows of probe from what was measured: of rows alone, how fast they arrive; of a token, its parts in
+    microseconds. columns: {matrix: of its rows}.
+    """
+    kept = 'part', 'dtype', 'threads', 'columns', 'reduction', 'bandwidth_gb_s', 'roofline'
+    us = {(r['part'], r['dtype'], r['threads']): 1e6 / r['tok_s'] for r in measured}    # of what is silent
+    rows, share = [], {}
+    for r in measured:
+        row = {key: r[key] for key in kept if key in r}
+        if r['part'] == 'rows':
+            rows.append(dict(row, read_gb_s=r['gb_per_token'] * r['tok_s']))
+            share[r['dtype'], r['threads'], r['asked'], r['columns']] = r['roofline']
+        if r['part'] == 'token':
+            key, token, of_rows = (r['dtype'], r['threads']), 1e6 / r['tok_s'], {'layers': 0.0, 'head': 0.0}
+            for name, layer in model.gated():       # what rows alone would take, memory being as fast as now
+                gigabytes = layer.dense / r['reduction'] * FORMATS[r['dtype']].itemsize / 1e9
+                speed = share[*key, r['asked'], columns[name]] * r['bandwidth_gb_s']
+                of_rows['head' if name == 'head' else 'layers'] += 1e6 * gigabytes / speed
+            silent, stream = us['silent', *key], token * r['roofline']
+            thresholds = us['silent, matrices', *key] - us['narrow, matrices', *key]
+            hand_over = us['narrow', *key] - us['narrow', r['dtype'], 1]
+            explained = sum(of_rows.values()) + silent
+            rows.append(dict(row, tok_s=r['tok_s'], possible=stream / explained, token_us=token,
+                             stream_us=stream, layers_us=of_rows['layers'], head_us=of_rows['head'],
+                             thresholds_us=thresholds, hand_over_us=hand_over,
+                             between_us=silent - thresholds - hand_over, rest_us=token - explained))
+    return sorted(rows, key=lambda row: (row['part'], -row['threads']))
+
+
 def measure_probe(config, what):
     """
     The rows of probe, in two parts. 'rows': how fast rows arrive that are skipped at random, beside memory
-    that is read from end to end. 'token': where the time of a token goes, found by taking away. Where nothing
-    is active, what is left is the price of everything but rows; in a model as deep, but narrow, little more
-    than handing work from thread to thread; and matrices where nothing is active, without what stands between
-    them, show what thresholds cost. With the time that rows alone would take this should add up to what a
-    token takes: the rest is what no part explains.
+    that is read from end to end. 'token': where the time of a token goes, found by taking away. A decoder in
+    which no input is active shows what all but rows takes; its matrices without what stands between them,
+    what thresholds and sums do; a narrow model as deep, on several threads and on one, what handing over work
+    does. With what rows alone take this should add up to a token: the rest is what no part explains.
     """
     threads = listed('threads', config.threads, most=1024)
     reductions = listed('reductions', config.reductions, float)
     if (config.model or 'gpt2-shape') not in SHAPES:
         fail(f'--model {config.model}: a probe is made of {" or ".join(SHAPES)}')
     kernel, (model, _) = build_kernel.load(), choose_model(config)
-    c = model.config
-    small = GPT(replace(c, n_embd=16 * c.n_head, n_hidden=16 * c.n_head,
-                        vocab_size=min(16 * c.n_head, c.vocab_size))).eval()
+    n_embd = 16 * model.config.n_head
+    small = GPT(replace(model.config, n_embd=n_embd, n_hidden=n_embd,
+                        vocab_size=min(n_embd, model.config.vocab_size))).eval()
     text = torch.randint(small.config.vocab_size, (PROMPT + config.tokens,)).tolist()
     read = text[:PROMPT], text[PROMPT:]
-    settings = dict(zip(reductions, make_settings(model, {}, reductions, read[0])))
+    settings = make_settings(model, {}, reductions, read[0])
     silent, silent_small = Setting(model, False, read[0]), Setting(small, False, read[0])
-    for setting in (silent, silent_small):
-        for tensors in setting.tensors.values():
-            tensors['thresholds'].fill_(torch.inf)
+    for tensors in (*silent.tensors.values(), *silent_small.tensors.values()):
+        tensors['thresholds'].fill_(torch.inf)
     memory = torch.from_numpy(np.full(PROBE_BYTES, 0x3c, np.uint8))         # .0115 as f32 and as bf16
     cases, columns = [], {}
     for dtype in config.dtypes.split(','):
-        decoder, narrow = (Decoder(m, dtype, max(threads)) for m in (model, small))
+        decoder, narrow = Decoder(model, dtype, max(threads)), Decoder(small, dtype, max(threads))
         for name, layer in model.gated():       # a row of neurons is one of up and one of down
             sizes = decoder.packed[name].sizes
             columns[name] = sizes['tile'] * (layer.dense // (sizes['n_in'] * sizes['n_out']))
-        add = lambda part, run, **labels: cases.append((dict(labels, part=part, dtype=dtype), run))
-        if 1 not in threads:
-            add('silent, narrow', partial(run_kernel, narrow, silent_small, 1, *read), threads=1)
-        for t in threads:
-            for reduction, setting in settings.items():
-                for width in sorted({*WIDTHS, *columns.values()}):
-                    rows = RowsAlone(kernel, memory, dtype, width, 1 / reduction)
-                    add('rows', partial(rows, t), columns=width, asked=reduction, threads=t)
-                add('token', partial(run_kernel, decoder, setting, t, *read), asked=reduction, threads=t)
-            add('silent', partial(run_kernel, decoder, silent, t, *read), threads=t)
-            add('silent, no more than matrices', partial(run_matrices, decoder, silent, t), threads=t)
-            add('silent, narrow', partial(run_kernel, narrow, silent_small, t, *read), threads=t)
-            add('silent, narrow, matrices', partial(run_matrices, narrow, silent_small, t), threads=t)
-    measured = measure(cases, config.rounds)
-    us = {(r['part'], r['dtype'], r['threads']): 1e6 / r['tok_s'] for r in measured}    # of what is silent
-    rows = [dict(r, read_gb_s=r['gb_per_token'] * r['tok_s']) for r in measured if r['part'] == 'rows']
-    share = {(r['dtype'], r['threads'], r['asked'], r['columns']): r['roofline'] for r in rows}
-    for r in (r for r in measured if r['part'] == 'token'):
-        key, token, of_rows = (r['dtype'], r['threads']), 1e6 / r['tok_s'], {'layers': 0.0, 'head': 0.0}
-        stream = token * r['roofline']
-        for name, layer in model.gated():       # what rows alone would take, while memory is as fast as now
-            gigabytes = layer.dense / r['reduction'] * FORMATS[r['dtype']].itemsize / 1e9
-            speed = share[*key, r['asked'], columns[name]] * r['bandwidth_gb_s']
-            of_rows['head' if name == 'head' else 'layers'] += 1e6 * gigabytes / speed
-        silence = us['silent', *key]
-        thresholds = us['silent, no more than matrices', *key] - us['silent, narrow, matrices', *key]
-        hand_over = us['silent, narrow', *key] - us['silent, narrow', r['dtype'], 1]
-        explained = sum(of_rows.values()) + silence
-        rows.append(dict(r, possible=stream / explained, token_us=token, stream_us=stream,
-                         layers_us=of_rows['layers'], head_us=of_rows['head'], thresholds_us=thresholds,
-                         hand_over_us=hand_over, between_us=silence - thresholds - hand_over,
-                         rest_us=token - explained))
-    for row in rows:
-        for key in ('gb_per_token', 'thresholds_gb_per_token', 'tok_s_min', 'tok_s_max', 'asked'):
-            del row[key]
-        if row['part'] == 'rows':
-            del row['tok_s']
-    return sorted(rows, key=lambda row: (row['part'], -row['threads']))
+        alone = [(reduction, width, RowsAlone(kernel, memory, dtype, width, 1 / reduction))
+                 for reduction in reductions for width in sorted({*WIDTHS, *columns.values()})]
+        for t in sorted({1, *threads}):
+            add = lambda part, run, *more, **labels: cases.append(
+                (dict(labels, part=part, dtype=dtype, threads=t), partial(run, *more)))
+            add('narrow', run_kernel, narrow, silent_small, t, *read)
+            if t in threads:
+                add('narrow, matrices', run_matrices, narrow, silent_small, t)
+                add('silent', run_kernel, decoder, silent, t, *read)
+                add('silent, matrices', run_matrices, decoder, silent, t)
+                for reduction, width, rows in alone:
+                    add('rows', rows, t, asked=reduction, columns=width)
+                for reduction, setting in zip(reductions, settings):
+                    add('token', run_kernel, decoder, setting, t, *read, asked=reduction)
+    return where_time_goes(measure(cases, config.rounds), model, columns)
 
 
 # -----------------------------------------------------------------------------
@@ -818,7 +823,7 @@ COLUMNS = (             # title, key in a row, width, format: those that rows ha
     ('possible', 'possible', '>8', '.2f'), ('us: token', 'token_us', '>9', '.0f'),
     ('streamed', 'stream_us', '>8', '.0f'), ('rows', 'layers_us', '>5', '.0f'),
     ('head', 'head_us', '>5', '.0f'),
-    ('thresholds', 'thresholds_us', '>10', '.0f'), ('hand-over', 'hand_over_us', '>9', '.0f'),
+    ('thresholds, sums', 'thresholds_us', '>16', '.0f'), ('hand-over', 'hand_over_us', '>9', '.0f'),
     ('norms, attention', 'between_us', '>16', '.0f'), ('rest', 'rest_us', '>5', '.0f'))
 
 
