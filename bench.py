@@ -448,7 +448,7 @@ def measure_speed(config, what):
 class RowsAlone:
     """
     Rows of so many columns, packed like those of a matrix and added up by the same loop, of which a share is
-    active at random: half a gigabyte of them, 4,096 to a stripe, and nothing else to do.
+    active at random: as many as memory holds, 4,096 to a stripe, and nothing else to do.
     """
 
     def __init__(self, kernel, memory, dtype, columns, share):
@@ -480,19 +480,19 @@ def where_time_goes(measured, model, columns):
     The rows of probe from what was measured: of rows alone, how fast they arrive; of a token, its parts in
     microseconds. columns: {matrix: of its rows}.
     """
-    kept = 'part', 'dtype', 'threads', 'columns', 'reduction', 'bandwidth_gb_s', 'roofline'
+    kept = 'part', 'dtype', 'threads', 'columns', 'megabytes', 'reduction', 'bandwidth_gb_s', 'roofline'
     us = {(r['part'], r['dtype'], r['threads']): 1e6 / r['tok_s'] for r in measured}    # of what is silent
     rows, share = [], {}
     for r in measured:
         row = {key: r[key] for key in kept if key in r}
         if r['part'] == 'rows':
             rows.append(dict(row, read_gb_s=r['gb_per_token'] * r['tok_s']))
-            share[r['dtype'], r['threads'], r['asked'], r['columns']] = r['roofline']
+            share[r['dtype'], r['threads'], r['asked'], r['columns'], r['megabytes']] = r['roofline']
         if r['part'] == 'token':
             key, token, of_rows = (r['dtype'], r['threads']), 1e6 / r['tok_s'], {'layers': 0.0, 'head': 0.0}
             for name, layer in model.gated():       # what rows alone would take, memory being as fast as now
                 gigabytes = layer.dense / r['reduction'] * FORMATS[r['dtype']].itemsize / 1e9
-                speed = share[*key, r['asked'], columns[name]] * r['bandwidth_gb_s']
+                speed = share[*key, r['asked'], columns[name], r['megabytes']] * r['bandwidth_gb_s']
                 of_rows['head' if name == 'head' else 'layers'] += 1e6 * gigabytes / speed
             silent, stream = us['silent', *key], token * r['roofline']
             thresholds = us['silent, matrices', *key] - us['narrow, matrices', *key]
@@ -534,8 +534,12 @@ def measure_probe(config, what):
         for name, layer in model.gated():       # a row of neurons is one of up and one of down
             sizes = decoder.packed[name].sizes
             columns[name] = sizes['tile'] * (layer.dense // (sizes['n_in'] * sizes['n_out']))
-        alone = [(reduction, width, RowsAlone(kernel, memory, dtype, width, 1 / reduction))
-                 for reduction in reductions for width in sorted({*WIDTHS, *columns.values()})]
+        # half a gigabyte, of which no cache helps; and as much as the model has, of which one may hold a part
+        size = min(model.dense() * FORMATS[dtype].itemsize, PROBE_BYTES)
+        sizes = sorted({(PROBE_BYTES, width) for width in WIDTHS} | {(size, c) for c in columns.values()})
+        alone = [(dict(asked=reduction, columns=width, megabytes=size // 10 ** 6),
+                  RowsAlone(kernel, memory[:size], dtype, width, 1 / reduction))
+                 for reduction in reductions for size, width in sizes]
         for t in sorted({1, *threads}):
             add = lambda part, run, *more, **labels: cases.append(
                 (dict(labels, part=part, dtype=dtype, threads=t), partial(run, *more)))
@@ -544,10 +548,11 @@ def measure_probe(config, what):
                 add('narrow, matrices', run_matrices, narrow, silent_small, t)
                 add('silent', run_kernel, decoder, silent, t, *read)
                 add('silent, matrices', run_matrices, decoder, silent, t)
-                for reduction, width, rows in alone:
-                    add('rows', rows, t, asked=reduction, columns=width)
+                for labels, rows in alone:
+                    add('rows', rows, t, **labels)
                 for reduction, setting in zip(reductions, settings):
-                    add('token', run_kernel, decoder, setting, t, *read, asked=reduction)
+                    add('token', run_kernel, decoder, setting, t, *read, asked=reduction,
+                        megabytes=size // 10 ** 6)
     return where_time_goes(measure(cases, config.rounds), model, columns)
 
 
@@ -809,7 +814,7 @@ def measure_loss(config, what):
 COLUMNS = (             # title, key in a row, width, format: those that rows have are printed
     ('engine', 'engine', '<14', ''), ('prompt', 'prompt', '>6', ''), ('stripe', 'stripe', '>6', ''),
     ('dtype', 'dtype', '<12', ''), ('processes', 'processes', '>9', ''),
-    ('threads', 'threads', '>7', ''), ('columns', 'columns', '>7', ''),
+    ('threads', 'threads', '>7', ''), ('columns', 'columns', '>7', ''), ('of MB', 'megabytes', '>6', ''),
     ('reduction', 'reduction', '>9', '.2f'),
     ('loss', 'loss', '>7', '.4f'), ('change', 'loss_over_first', '>7', '+.4f'),
     ('KL to base', 'kl', '>10', '.4f'), ('agreement', 'agreement', '>9', '.3f'),

@@ -144,6 +144,8 @@ def test_probe_accounts_for_all_of_a_token(monkeypatch, tmp_path, arch):
     config = bench.SHAPES['gpt2-shape']
     expected = {80, config.n_embd * (2 if arch == 'llama' else 1)}      # of down
     assert expected < {row['columns'] for row in parts['rows']}
+    # in the memory that the model takes, far less than a megabyte, of which a cache holds what it held while decoding
+    assert {row['columns'] for row in parts['rows'] if row['megabytes'] == 1} == {80}
     assert [(row['dtype'], row['threads']) for row in parts['token']] == [
         (dtype, threads) for threads in (2, 1) for dtype in ('f32', 'int8') for _ in range(2)]
     for row in parts['token']:
