@@ -260,16 +260,14 @@ typedef float Floats __attribute__((vector_size(64), aligned(4), may_alias));
 // weights j to j + 15 of a row. What gcc makes of the loop costs int8 a third of its speed, so AVX-512 is told
 INLINE void load(Floats *to, const char *row, size_t j, int dtype)
 {
+    if (dtype == F32) { *to = *(const Floats *)(row + 4 * j); return; }
 #ifdef __AVX512F__
-    __m512i halves, bytes;
-    if (dtype == BF16) halves = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const void *)(row + 2 * j)));
-    if (dtype == INT8) bytes = _mm512_cvtepi8_epi32(_mm_loadu_si128((const void *)(row + j)));
-    if (dtype == BF16) *to = (Floats)_mm512_slli_epi32(halves, 16);
-    if (dtype == INT8) *to = (Floats)_mm512_cvtepi32_ps(bytes);
-    if (dtype != F32) return;
+    __m512i whole = dtype == BF16 ? _mm512_cvtepu16_epi32(_mm256_loadu_si256((const void *)(row + 2 * j)))
+                                  : _mm512_cvtepi8_epi32(_mm_loadu_si128((const void *)(row + j)));
+    *to = dtype == BF16 ? (Floats)_mm512_slli_epi32(whole, 16) : (Floats)_mm512_cvtepi32_ps(whole);
+#else
+    for (size_t i = 0; i < 16; i++) (*to)[i] = weight(row, j + i, dtype);
 #endif
-    if (dtype == F32) *to = *(const Floats *)(row + 4 * j);
-    else for (size_t i = 0; i < 16; i++) (*to)[i] = weight(row, j + i, dtype);
 }
 
 // Asks for a cache line of weights: into the first-level cache, past the others, as nobody will need it again
