@@ -147,9 +147,9 @@ class Apart(Thresholds):
         self.to(neurons.up.device)
 
     def forward(self, x, z, dense=False):
-        h, (active_up, _) = self.up(x, dense)
-        y, (active_down, sums) = self.down(h * z, dense)
-        return y, (active_up + active_down, sums)
+        h, active_up = self.up(x, dense)
+        y, active_down = self.down(h * z, dense)
+        return y, active_up + active_down
 
 
 class LowRankRest(Changed):
@@ -163,9 +163,9 @@ class LowRankRest(Changed):
         self.register_buffer('B', V.t().contiguous())               # (rank, out)
 
     def forward(self, x, dense=False):
-        y, (active, sums) = super().forward(x, dense)
+        y, active = super().forward(x, dense)
         rest = 0 * x if dense else torch.where(x.abs() > self.thresholds()[0], 0.0, x)
-        return y + rest @ self.A @ self.B, (active + (not dense) * (self.A.numel() + self.B.numel()), sums)
+        return y + rest @ self.A @ self.B, active + (not dense) * (self.A.numel() + self.B.numel())
 
 
 class TopK(Changed):
@@ -175,10 +175,9 @@ class TopK(Changed):
     def forward(self, x, dense=False):
         count = self.n_in if dense else max(round(self.share * self.n_in), 1)
         largest = torch.zeros_like(x).scatter_(-1, x.abs().topk(count, dim=-1, sorted=False).indices, 1.0)
-        y, (active, _) = super().forward(x + (x * largest - x).detach(), dense=True)
+        y, active = super().forward(x + (x * largest - x).detach(), dense=True)
         # train.py asks for the gradient of every count: here it is 0
-        active = torch.full_like(active, count * self.n_out) + 0 * x.sum(-1)
-        return y, (active, torch.zeros(4, self.n_in, device=x.device))
+        return y, torch.full_like(active, count * self.n_out) + 0 * x.sum(-1)
 
 
 class Rectified(Changed):
@@ -187,10 +186,10 @@ class Rectified(Changed):
 
     def forward(self, x, dense=False):
         x = x if dense else torch.where(x > 0, x, (1 - self.amount) * x)
-        y, (active, sums) = super().forward(x, dense)
+        y, active = super().forward(x, dense)
         # where the count's own gradient sees what is next to a threshold, L1, in units of the mean, sees all
         l1 = self.n_out * (x.abs() / x.detach().abs().mean().clamp_min(1e-12)).sum(-1)
-        return y, (active.detach() + l1 - l1.detach(), sums)
+        return y, active.detach() + l1 - l1.detach()
 
 
 class Unread(Changed):
@@ -198,16 +197,13 @@ class Unread(Changed):
     unread = 0
 
     def forward(self, x, dense=False):
-        y, (active, sums) = super().forward(x, dense)
-        return y, (active if dense else active * (1 - self.unread / self.n_out), sums)
+        y, active = super().forward(x, dense)
+        return y, active if dense else active * (1 - self.unread / self.n_out)
 
 
 class Uncentred(Changed):
     """Learned thresholds on |x|."""
-
-    def update_statistics(self, sums):
-        super().update_statistics(sums)
-        self.mu.zero_()
+    centred = False
 
 
 class OneThreshold(Changed):
@@ -222,8 +218,8 @@ class OwnPrice(Changed):
     push = torch.tensor(1.0)        # for each number, torch would compile anew
 
     def forward(self, x, dense=False):
-        y, (active, sums) = super().forward(x, dense)
-        return y, (active.detach() + self.push * (active - active.detach()), sums)
+        y, active = super().forward(x, dense)
+        return y, active.detach() + self.push * (active - active.detach())
 
 
 # -----------------------------------------------------------------------------
@@ -529,7 +525,7 @@ def distil(run, data, method, calibration, report):
 
     if method.learned:
         with uncompiled():
-            train.warm_statistics(run, (batch(2 ** 31 + i)[0] for i in range(train.WARM_BATCHES)))
+            train.observe(run, train_data, meta)
     for run.step in range(config.steps()):
         target, lr = train.target_at(run.step, config), train.lr_at(run.step, config)
         if not (method.learned or method.dense) and run.step % EVERY == 0:
@@ -553,7 +549,7 @@ def run_method(job, config, recipe, given, teacher, saved, report):
     for layer in model.modules() if not method.learned else ():
         if isinstance(layer, Thresholds):       # a step of train.py leaves to the method what is not learned
             layer.theta.requires_grad_(False)
-            layer.limit_thresholds = layer.update_statistics = lambda *args: None
+            layer.limit_thresholds = lambda before: None
     run.optimizer = torch.optim.AdamW(model.parameter_groups(options.lr, options.lr, options.weight_decay),
                                       betas=(0.9, options.beta2), fused=device != 'mps')
     # thresholds are set on training text, results are for validation text: windows, evenly spread

@@ -503,8 +503,7 @@ def measure_train(config, what):
     set_reduction(model, 3.0, tokens[:1, :-1])
     if device != 'cpu':
         checks['sparse: thresholds'], checks['sparse: all else'] = disagreement(run, tokens)
-    for _, layer in model.train().gated():
-        layer.seen.fill_(np.inf)        # statistics that rest on so many tokens stay as they are
+    model.train()
     teacher = train.frozen_teacher(run)
     if config.compile:
         run.head_loss = torch.compile(train.head_loss)
@@ -631,8 +630,7 @@ def measure_processes(config):
     set_reduction(run.model, 3.0, tokens[:1, :-1])
     for x in run.model.state_dict().values():
         together(dist.broadcast, x, 0)
-    for _, layer in run.model.train().gated():
-        layer.seen.fill_(np.inf)        # statistics that rest on so many tokens stay as they are
+    run.model.train()
     if name == 'cuda':
         name = f'{world} x {torch.cuda.get_device_name()}'
     about = dict(device=name, dtype=str(run.dtype).removeprefix('torch.'), batch=batch,

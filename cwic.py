@@ -38,66 +38,48 @@ from torch.utils.checkpoint import checkpoint
 
 BANDWIDTH = 0.1         # width of the window in which a threshold feels its inputs, in sigmas
 FLOOR = 1e-3            # thresholds never fall below this, in sigmas
-MEMORY = 0.98           # how much of the statistics' weight survives one optimiser step
-OBSERVE_EVERY = 4       # one position in four is enough for the statistics, and four times cheaper
+OBSERVE_EVERY = 7       # one token in seven is enough for statistics (an odd number: windows differ in which)
 
 # -----------------------------------------------------------------------------
-# the usual value and the spread of each input, robustly
-
-
-def observe(x, mu, sigma):
-    """
-    What one batch says about the centre and spread of each input, as sums, so that batches can be added up.
-    The centre is a weighted mean in which a value weighs 1 / max(|x - mu|, 0.1 sigma): repeated, this settles
-    near the median (Weiszfeld's iteration). Before there is a sigma every value weighs 1.
-
-    x (B, T, in); mu, sigma (in). Returns sums over tokens (4, in): weight, weight * (x - mu), |x - mu|,
-    tokens.
-    """
-    B, T, _ = x.shape
-    with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
-        if B >= OBSERVE_EVERY:
-            # each sequence starts at another offset: position 0, where attention parks what it does not need,
-            # is unlike all others, and must not count four times
-            sequence = torch.arange(B, device=x.device)[:, None]
-            position = torch.arange(0, T, OBSERVE_EVERY, device=x.device) + sequence % OBSERVE_EVERY
-            x = x[sequence, position.clamp_max(T - 1)]                  # (B, T / 4, in)
-        c = x.flatten(0, 1).float() - mu                                # (tokens, in)
-        distance = c.abs()
-        weight = torch.where(sigma > 0, sigma / distance.clamp_min(0.1 * sigma).clamp_min(1e-12), 1.0)
-        return torch.stack([weight.sum(0), (weight * c).sum(0), distance.sum(0), torch.full_like(mu, len(c))])
+# thresholds, and the usual value and the spread of each input, in which they are measured
 
 
 class Thresholds(nn.Module):
     """
     What everything that skips has in common: one threshold t = theta * scale * sigma for each (stripe, input)
     pair. theta is trained; scale makes Adam move thresholds about as fast, in sigmas, as it moves outputs.
+    mu and sigma are observed once, on dense tokens, before anything is skipped. They do not follow what
+    training makes of the inputs: what is skipped learns as if it were used, so it may grow and grow, and a
+    sigma that grew with it would keep it below its threshold for ever.
     """
+    centred = True      # or mu stays 0
 
     def __init__(self, n_in, stripes):
         super().__init__()
         self.n_in = n_in
         self.scale = 10 * math.sqrt(n_in)
         self.theta = nn.Parameter(torch.zeros(stripes, n_in))   # (n, in)
-        self.register_buffer('mu', torch.zeros(n_in))           # centre of each input
+        self.register_buffer('mu', torch.zeros(n_in))           # usual value of each input
         self.register_buffer('sigma', torch.zeros(n_in))        # spread, as a standard deviation
-        self.register_buffer('seen', torch.zeros(2, n_in))      # the weight that mu and sigma rest on
 
     def thresholds(self):
         """Absolute thresholds t (n, in): an input is used by a stripe where |x - mu| > t."""
         return self.theta * self.scale * self.sigma
 
     @torch.no_grad()
-    def update_statistics(self, sums):
+    def observe(self, x):
         """
-        Folds the sums of a whole optimiser step (4, in) into mu and sigma. Both are means over all tokens so
-        far, older ones weighing less, and divided by the weight actually seen, so without a bias towards the
-        zeros at first.
+        Sets mu and sigma of each input, robustly, from x (B, T, in). mu is close to the median: the mean of
+        what lies near it, a value weighing 1 / max(distance, sigma / 10). (A median itself is some token's
+        value, whose c, 0 but for rounding, would be of either sign.) sigma is the mean distance from mu,
+        which sqrt(pi / 2) makes a standard deviation where inputs are normal.
         """
-        weight, pull, distance, count = sums
-        self.seen.mul_(MEMORY).add_(torch.stack([weight, count]))
-        self.mu += pull / self.seen[0].clamp_min(1e-12)
-        self.sigma += (math.sqrt(math.pi / 2) * distance - count * self.sigma) / self.seen[1].clamp_min(1e-12)
+        x = x.flatten(0, 1)[::OBSERVE_EVERY].float()                        # (tokens, in)
+        if self.centred:
+            distance = (x - x.median(0).values).abs()
+            weight = 1 / distance.clamp_min(distance.mean(0) / 10).clamp_min(1e-12)
+            self.mu.copy_((weight * x).sum(0) / weight.sum(0))
+        self.sigma.copy_(math.sqrt(math.pi / 2) * (x - self.mu).abs().mean(0))
 
     @torch.no_grad()
     def limit_thresholds(self, before):
@@ -225,20 +207,16 @@ class StripedLinear(Thresholds):
         self.adapter = nn.Identity()    # or a LowRank change of the weight
 
     def forward(self, x, dense=False):
-        """
-        x (B, T, in) -> y (B, T, out), used: a pair of active (B, T) and observe()'s sums (4, in), which are
-        None where nothing is learned of the input: in eval mode, and where thresholds play no part (dense).
-        """
+        """x (B, T, in) -> y (B, T, out), active (B, T): the weights each token used. dense: all of them."""
         B, T, _ = x.shape
         weight = self.adapter(self.weight)
         if dense:
-            y, used = x @ weight, (as_count(torch.full((B, T), self.dense, device=x.device)), None)
+            y, active = x @ weight, as_count(torch.full((B, T), self.dense, device=x.device))
         else:
-            sums = observe(x, self.mu, self.sigma) if self.training else None
             y, active = GatedProduct.apply(x.float().view(B * T, -1), self.mu, self.thresholds(),
                                            BANDWIDTH * self.sigma, weight, self.stripe)
-            y, used = y.view(B, T, -1), (active.view(B, T), sums)
-        return (y if self.bias is None else y + self.bias.to(y.dtype)), used
+            y, active = y.view(B, T, -1), active.view(B, T)
+        return (y if self.bias is None else y + self.bias.to(y.dtype)), active
 
 
 # -----------------------------------------------------------------------------
@@ -314,8 +292,8 @@ class Attention(nn.Module):
         self.out = StripedLinear(config.n_embd, config.n_embd, config.stripe_out, config.bias)
 
     def forward(self, x, rotary, cache, dense):
-        """x (B, T, d); rotary: Llama's tables, or None -> y (B, T, d), [used by qkv, used by out]."""
-        qkv, used_qkv = self.qkv(x, dense)
+        """x (B, T, d); rotary: Llama's tables, or None -> y (B, T, d), [active of qkv, of out]."""
+        qkv, active_qkv = self.qkv(x, dense)
         q, k, v = (z.unflatten(2, (-1, self.head_dim)).transpose(1, 2) for z in qkv.split(self.widths, dim=2))
         if rotary is not None:                                              # q, k, v (B, heads, T, head_dim)
             q, k = rotate(q, *rotary), rotate(k, *rotary)
@@ -328,8 +306,8 @@ class Attention(nn.Module):
                 mask = torch.ones(x.shape[1], now, dtype=torch.bool, device=x.device).tril(past)
         grouped = k.shape[1] < q.shape[1]
         y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=not past, enable_gqa=grouped)
-        y, used_out = self.out(y.transpose(1, 2).flatten(2), dense)
-        return y, [used_qkv, used_out]
+        y, active_out = self.out(y.transpose(1, 2).flatten(2), dense)
+        return y, [active_qkv, active_out]
 
 
 class MLP(nn.Module):
@@ -339,9 +317,9 @@ class MLP(nn.Module):
         self.down = StripedLinear(config.n_hidden, config.n_embd, config.stripe_down, config.bias)
 
     def forward(self, x, dense):
-        h, used_up = self.up(x, dense)
-        y, used_down = self.down(F.gelu(h, approximate='tanh'), dense)
-        return y, [used_up, used_down]
+        h, active_up = self.up(x, dense)
+        y, active_down = self.down(F.gelu(h, approximate='tanh'), dense)
+        return y, [active_up, active_down]
 
 
 class Block(nn.Module):
@@ -355,10 +333,10 @@ class Block(nn.Module):
         self.mlp = MLP(config) if config.arch == 'gpt2' else GatedMLP(config)
 
     def forward(self, x, rotary, cache, dense):
-        y, used_attn = self.attn(self.ln_1(x), rotary, cache, dense)
+        y, active_attn = self.attn(self.ln_1(x), rotary, cache, dense)
         x = x + y
-        y, used_mlp = self.mlp(self.ln_2(x), dense)
-        return x + y, used_attn + used_mlp
+        y, active_mlp = self.mlp(self.ln_2(x), dense)
+        return x + y, active_attn + active_mlp
 
 
 def norm(config):
@@ -421,9 +399,9 @@ class GatedNeurons(torch.autograd.Function):
 class Neurons(Thresholds):
     """
     Llama's up and down: y = (up(x) * z * m) @ down,  m = |z| > t, where z is what the gate says to each
-    neuron. One threshold decides for a column of up and a row of down. z is usually close to 0, so it is not
-    centred: mu stays 0.
+    neuron. One threshold decides for a column of up and a row of down. z is usually close to 0: no centre.
     """
+    centred = False
 
     def __init__(self, n_embd, n_hidden):
         super().__init__(n_hidden, 1)
@@ -433,18 +411,13 @@ class Neurons(Thresholds):
         self.adapter_up, self.adapter_down = nn.Identity(), nn.Identity()
 
     def forward(self, x, z, dense=False):
-        """x (B, T, d), z (B, T, neurons) -> y (B, T, d), used: as in StripedLinear."""
+        """x (B, T, d), z (B, T, neurons) -> y (B, T, d), active (B, T)."""
         h, down = x @ self.adapter_up(self.up), self.adapter_down(self.down)
         if dense:
-            return (h * z) @ down, (as_count(torch.full(x.shape[:2], self.dense, device=x.device)), None)
-        sums = observe(z, self.mu, self.sigma) if self.training else None
+            return (h * z) @ down, as_count(torch.full(x.shape[:2], self.dense, device=x.device))
         a, active = GatedNeurons.apply(z.float().flatten(0, 1), h.flatten(0, 1), self.thresholds()[0],
                                        BANDWIDTH * self.sigma, 2 * x.shape[2])
-        return a.view_as(h) @ down, (active.view(x.shape[:2]), sums)
-
-    def update_statistics(self, sums):
-        super().update_statistics(sums)
-        self.mu.zero_()
+        return a.view_as(h) @ down, active.view(x.shape[:2])
 
 
 class GatedMLP(nn.Module):
@@ -454,9 +427,9 @@ class GatedMLP(nn.Module):
         self.neurons = Neurons(config.n_embd, config.n_hidden)
 
     def forward(self, x, dense):
-        z, used_gate = self.gate(x, dense)
-        y, used_neurons = self.neurons(x, F.silu(z), dense)
-        return y, [used_gate, used_neurons]
+        z, active_gate = self.gate(x, dense)
+        y, active_neurons = self.neurons(x, F.silu(z), dense)
+        return y, [active_gate, active_neurons]
 
 
 # -----------------------------------------------------------------------------
@@ -492,9 +465,8 @@ class GPT(nn.Module):
 
     def trunk(self, tokens, cache=None, dense=False, recompute=False):
         """
-        All but the head. tokens (B, T) -> hidden (B, T, d), used: [(active (B, T), sums (4, in))], one per
-        matrix. recompute: keep no activations inside blocks, compute them again in backward. (Blocks change
-        nothing, they return what they observe, so nothing is counted twice.)
+        All but the head. tokens (B, T) -> hidden (B, T, d), active (matrices - 1, B, T). recompute: keep no
+        activations inside blocks, compute them again in backward.
         """
         past = 0 if cache is None else cache.length
         positions = torch.arange(past, past + tokens.shape[1], device=tokens.device)
@@ -503,16 +475,16 @@ class GPT(nn.Module):
             x = x + self.wpe(positions)
         else:
             rotary = rotary_tables(self.config, positions)
-        used = []
+        active = []
         for block in self.blocks:
             if recompute:
-                x, used_block = checkpoint(block, x, rotary, cache, dense, use_reentrant=False)
+                x, active_block = checkpoint(block, x, rotary, cache, dense, use_reentrant=False)
             else:
-                x, used_block = block(x, rotary, cache, dense)
-            used += used_block
+                x, active_block = block(x, rotary, cache, dense)
+            active += active_block
         if cache is not None:
             cache.length += tokens.shape[1]
-        return self.ln_f(x), used
+        return self.ln_f(x), torch.stack(active)
 
     def forward(self, tokens, cache=None, dense=False):
         """
@@ -520,9 +492,19 @@ class GPT(nn.Module):
         for each token, counted in the pass that made the logits. With a KVCache, tokens follow those already
         in it, and join them. dense: every weight is used, thresholds play no part.
         """
-        hidden, used = self.trunk(tokens, cache, dense)
-        logits, used_head = self.head(hidden, dense)
-        return logits.float(), torch.stack([active for active, _ in used + [used_head]])
+        hidden, active = self.trunk(tokens, cache, dense)
+        logits, active_head = self.head(hidden, dense)
+        return logits.float(), torch.cat([active, active_head[None]])
+
+    @torch.no_grad()
+    def observe(self, tokens):
+        """Sets the statistics of every layer, on one dense pass over tokens (B, T)."""
+        hooks = [layer.register_forward_pre_hook(lambda layer, args: layer.observe(args[-2]))   # x or z
+                 for _, layer in self.gated()]
+        hidden, _ = self.trunk(tokens, dense=True)
+        for hook in hooks:
+            hook.remove()
+        self.head.observe(hidden)
 
     def parameter_groups(self, lr, threshold_lr, weight_decay):
         """

@@ -18,7 +18,7 @@ resume), log.csv and training.png.
 
 A batch depends on the seed and the step alone, so there is no data position and no random state to carry: a
 resumed run draws what the uninterrupted one would have drawn, on any number of processes. Each process takes
-its share of the sequences of every step; gradients, statistics and counts are summed in one place,
+its share of the sequences of every step; gradients and counts are summed in one place,
 sum_over_processes(). All evaluate, the first one logs and saves. Where one ends, the rest save and end.
 Several hosts need --out on a shared disk.
 
@@ -58,8 +58,7 @@ from options import fail, option, parse_options
 COLUMNS = ['step', 'seconds', 'loss', 'val_loss', 'reduction', 'target', 'lr']      # of log.csv
 FILES = ('best.pt', 'last.pt', 'log.csv', 'training.png')                           # of a run
 MET = 0.97                  # an evaluation has met the target from this share of it on
-WARM_BATCHES = 20           # that the statistics see before sparsity begins,
-CENTRING_BATCHES = 4        # of which the first only find the centres
+OBSERVED = 64               # windows on which the statistics rest, all of them dense
 
 
 @dataclass
@@ -200,9 +199,9 @@ def lr_at(step, config):
 def head_loss(model, teacher, hidden, teacher_hidden, targets, dense, teacher_share):
     """
     The head and the loss of what it predicts. hidden (B, T, d), targets (B, T) -> the loss, a mean over
-    tokens, in nats; and what the head used.
+    tokens, in nats; and the head's active weights (B, T).
     """
-    logits, used = model.head(hidden, dense)
+    logits, active = model.head(hidden, dense)
     logits, loss = logits.flatten(0, 1), 0.0                            # (B * T, vocab)
     if teacher_share < 1:
         loss = (1 - teacher_share) * cwic.next_token_loss(logits, targets.flatten())
@@ -210,7 +209,7 @@ def head_loss(model, teacher, hidden, teacher_hidden, targets, dense, teacher_sh
         with torch.no_grad():
             teacher_logits = teacher.head(teacher_hidden, dense=True)[0].flatten(0, 1)
         loss = loss + teacher_share * cwic.two_way_kl(logits, teacher_logits)
-    return loss, used
+    return loss, active
 
 
 def backward(run, tokens, targets, dense, price):
@@ -218,12 +217,12 @@ def backward(run, tokens, targets, dense, price):
     Adds the gradients of one micro-batch, tokens and targets (B, T), to those of the step. Only a few
     sequences' logits exist at a time: backward reaches their hidden states before the next come, and the
     trunk when all are there. Returns the loss (nats) and each matrix's active weights (matrices,), both as
-    their part of the step's mean, and the sums of observe() for each matrix.
+    their part of the step's mean.
     """
     config, model = run.config, run.model
     share = len(tokens) / config.batch_size
     teacher_share = 0.0 if dense or run.teacher is None else config.teacher
-    hidden, used = model.trunk(tokens, dense=dense, recompute=config.recompute)
+    hidden, active = model.trunk(tokens, dense=dense, recompute=config.recompute)
     leaf = hidden.detach().requires_grad_()                             # (B, T, d)
     # pieces of one size, or for another one torch.compile would compile again
     count = math.ceil(len(tokens) / rows_at_once(model, tokens.shape[1]))
@@ -233,21 +232,19 @@ def backward(run, tokens, targets, dense, price):
     if teacher_share:
         with torch.no_grad():
             teacher_hidden = run.teacher.trunk(tokens, dense=True)[0].tensor_split(count)
-    total_loss, active_head, sums_head = 0.0, 0.0, 0.0
+    total_loss, active_head = 0.0, 0.0
     for piece in zip(leaf.tensor_split(count), teacher_hidden, targets.tensor_split(count)):
         piece_share = share * len(piece[0]) / len(tokens)
-        loss, (active, sums) = run.head_loss(model, run.teacher, *piece, dense, teacher_share)
-        (piece_share * (loss + price * active.mean())).backward()
+        loss, active_piece = run.head_loss(model, run.teacher, *piece, dense, teacher_share)
+        (piece_share * (loss + price * active_piece.mean())).backward()
         total_loss = total_loss + piece_share * loss.detach()
-        active_head = active_head + piece_share * active.detach().mean()
-        sums_head = None if dense else sums_head + sums
-    active = share * torch.stack([active for active, _ in used]).mean((1, 2))   # (matrices - 1,)
+        active_head = active_head + piece_share * active_piece.detach().mean()
+    active = share * active.mean((1, 2))                                # (matrices - 1,)
     if dense:
         hidden.backward(leaf.grad)
     else:
         torch.autograd.backward([hidden, price * active.sum()], [leaf.grad, None])
-    active = torch.cat([active.detach(), active_head[None]])                    # (matrices,)
-    return total_loss, active, [sums for _, sums in used] + [sums_head]
+    return total_loss, torch.cat([active.detach(), active_head[None]])  # (matrices,)
 
 
 def train_step(run, tokens, targets, target, dense=False, stop=False):
@@ -261,27 +258,22 @@ def train_step(run, tokens, targets, target, dense=False, stop=False):
     run.optimizer.zero_grad()
     # the loss of compute, flop_loss(run.active), has one slope for all: what each active weight costs
     price = 0.0 if dense else cwic.price(run.active.sum(), model.dense(), target)
-    loss, active, sums = 0.0, 0.0, None
+    loss, active = 0.0, 0.0
     for micro_batch in zip(tokens.split(config.micro_batch), targets.split(config.micro_batch)):
         with run.autocast():
-            micro_loss, micro_active, micro_sums = backward(run, *micro_batch, dense, price)
+            micro_loss, micro_active = backward(run, *micro_batch, dense, price)
         loss, active = loss + micro_loss, active + micro_active
-        sums = micro_sums if sums is None or dense else [a + b for a, b in zip(sums, micro_sums)]
     stop = torch.tensor(float(stop), device=run.device)
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
-    sum_over_processes(gradients + [loss, active, stop] + ([] if dense else sums))
+    sum_over_processes(gradients + [loss, active, stop])
     *others, thresholds = [group['params'] for group in run.optimizer.param_groups]
     norm = torch.nn.utils.clip_grad_norm_(sum(others, []), config.clip or math.inf)
     threshold_norm = torch.nn.utils.get_total_norm([p.grad for p in thresholds if not dense])
     before = [layer.theta.detach().clone() for _, layer in model.gated()]
     run.optimizer.step()
     if not dense:
-        for (_, layer), theta, layer_sums in zip(model.gated(), before, sums, strict=True):
+        for (_, layer), theta in zip(model.gated(), before):
             layer.limit_thresholds(theta)
-            # a teacher's copy keeps the teacher's statistics. What is skipped learns as if it were used, so
-            # it may grow and grow, and a sigma that grew with it would keep it below its threshold for ever
-            if run.teacher is None:
-                layer.update_statistics(layer_sums)
         # one batch's count is noise, and flop_loss, bent as it is, would mistake noise for missing reduction
         run.active.lerp_(active.to(run.active), 0.1)
     # a process that is alone waits for its GPU here, and not earlier: it has been told all the step takes
@@ -291,31 +283,13 @@ def train_step(run, tokens, targets, target, dense=False, stop=False):
     return float(loss), active, bool(stop)
 
 
-@torch.no_grad()
-def warm_statistics(run, batches):
-    """
-    Thresholds are measured in sigmas, so these come first. batches: of tokens (B, T). May raise ProcessGone.
-    """
-    model = run.model
-    for i, tokens in enumerate(batches):
-        totals = None
-        for micro_batch in tokens.split(run.config.micro_batch):
-            with run.autocast():
-                hidden, used = model.trunk(micro_batch)
-            sums = [s for _, s in used] + [cwic.observe(hidden, model.head.mu, model.head.sigma)]
-            totals = sums if totals is None else [a + b for a, b in zip(totals, sums)]
-        try:
-            sum_over_processes(totals)
-        except ProcessGone:         # none rather than some: the resumed run begins here, and takes them anew
-            for _, layer in model.gated():
-                for statistic in (layer.seen, layer.mu, layer.sigma):
-                    statistic.zero_()
-            raise
-        for (_, layer), layer_sums in zip(model.gated(), totals, strict=True):
-            if i < CENTRING_BATCHES:
-                layer.seen.zero_()      # around a centre that is still wrong the spread is too large
-            layer.update_statistics(layer_sums)
-    if any(float(layer.sigma.max()) == 0 for _, layer in model.gated()):
+def observe(run, train_data, meta):
+    """Sets the model's statistics. (Every process reads the same windows, so all find the same.)"""
+    config = replace(run.config, batch_size=OBSERVED)
+    starts = step_starts(train_data, meta, config, 2 ** 31)             # of a step that never comes
+    with run.autocast():
+        run.model.observe(windows(train_data, starts, config.block_size, run.device)[0])
+    if any(float(layer.sigma.max()) == 0 for _, layer in run.model.gated()):
         fail('the inputs of a layer never change, so its thresholds could not learn: is a layer all 0?', 1)
 
 
@@ -632,9 +606,9 @@ def train(run, data, rank, world):
         try:
             if run.step == config.dense_steps and not dense:
                 run.teacher = frozen_teacher(run) if config.teacher else None
-                if all(float(layer.seen.max()) == 0 for _, layer in model.gated()):     # unlike an adapter's
+                if not any(float(layer.sigma.max()) for _, layer in model.gated()):     # unlike an adapter's
                     with uncompiled():
-                        warm_statistics(run, (batch(2 ** 31 + i)[0] for i in range(WARM_BATCHES)))
+                        observe(run, train_data, meta)
             loss, active, stop = train_step(run, *batch(run.step), target, dense, stop=bool(wishes))
         except ProcessGone as why:
             save_last(run)              # by whichever are left: all have the same to save

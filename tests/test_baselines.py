@@ -150,7 +150,7 @@ def test_top_k_keeps_k_whatever_is_equal():
     layer.share = 0.4
     x = torch.tensor([[[0., 0, 0, 0, 0, 0, 0, 0, 0, 0], [1., -1, 1, -1, 1, 1, 1, 1, 1, 1],
                        [0.1, -9, 0.2, 8, 0.3, 0, 7, 0.1, -6, 0.4]]], requires_grad=True)
-    y, (active, _) = layer(x)
+    y, active = layer(x)
     assert active.tolist() == [[24, 24, 24]]
     kept = torch.tensor([0., -9, 0, 8, 0, 0, 7, 0, -6, 0])
     assert torch.allclose(y[0, 2], kept @ layer.weight + layer.bias, atol=1e-5)
@@ -172,7 +172,7 @@ def test_low_rank_path_takes_exactly_what_is_skipped():
     rank = int(0.05 * 24 * 40 / 64)
     assert sparse.A.shape == (24, 0) if rank == 0 else (24, rank)
     kept = np.where(np.abs(x) > 0.8, x, 0)
-    y, (active, _) = sparse(torch.from_numpy(x)[None])
+    y, active = sparse(torch.from_numpy(x)[None])
     expected = kept @ W + (x - kept) @ (U[:, :rank] * S[:rank]) @ V[:rank]
     np.testing.assert_allclose(y[0].detach(), expected, atol=1e-4)
     assert active[0].tolist() == [int((row != 0).sum()) * 40 + rank * 64 for row in kept]
@@ -217,9 +217,9 @@ def test_greedy_moves_compute_within_a_block_to_where_its_output_suffers_less(ar
         model(tokens)
         hook.remove()
         *args, _ = caught['args']
-        y, used = model.blocks[0](*args, False)
+        y, active = model.blocks[0](*args, False)
         errors.append(float((y - model.blocks[0](*args, True)[0]).norm()))
-        shares.append([float(active.mean()) for active, _ in used])
+        shares.append([float(count.mean()) for count in active])
     assert errors[1] < errors[0] and sum(shares[0]) == pytest.approx(sum(shares[1]), rel=0.01)
     assert max(abs(a - b) for a, b in zip(*shares)) > 100
 
@@ -231,7 +231,7 @@ def test_relu_comes_by_degrees():
     for target, slope in ((1.0, 1.0), (1.5, 0.5), (2.0, 0.0)):
         METHODS['ProSparse'].follow(model, target, 2.0, None)
         expected = torch.where(x < 0, slope * x, x) @ layer.weight + layer.bias
-        y, (active, _) = layer(x)
+        y, active = layer(x)
         assert torch.allclose(y, expected, atol=1e-5) and active.item() == (16 if slope == 0 else 32) * 64
     assert all(not isinstance(gate, baselines.Rectified) for gate in (model.head, model.blocks[0].attn.out))
 

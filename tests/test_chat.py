@@ -287,14 +287,11 @@ def make_checkpoint(path, spec, vocab_size, **sizes):
     with torch.no_grad():
         for p in model.parameters():
             p.add_(torch.randn_like(p) * 0.05)
-        for _ in range(3):
-            hidden, used = model.trunk(torch.randint(vocab_size, (4, 48)))
-            for (_, layer), (_, sums) in zip(model.gated(), used + [model.head(hidden)[1]]):
-                layer.update_statistics(sums)
+        model.observe(torch.randint(vocab_size, (8, 48)))
         for _, layer in model.gated():
             layer.theta.copy_(torch.rand(layer.theta.shape) * 1.5 / layer.scale)
         for id in stop_ids(spec, load_tokenizer(spec)):
-            model.head.weight[:, id] = -10 * hidden.mean((0, 1))        # never says it
+            model.head.weight[:, id] = -10 * model.head.mu        # never says it
         shares = model.eval()(torch.randint(vocab_size, (4, 48)))[1].sum(0) / model.dense()
     percentiles = {str(p): float(np.percentile(shares, p)) for p in (5, 50, 95)}
     cwic.save_checkpoint(path, model, tokenizer=spec, val_loss=5.5, reduction=float(1 / shares.mean()),

@@ -70,11 +70,11 @@ def test_distillation_starts_at_the_exact_dense_model(arch, rank):
     run = new_run(model, batch_size=4, teacher=1.0)
     run.teacher = train.frozen_teacher(run)
     before = {name: x.clone() for name, x in model.state_dict().items()}
-    train.warm_statistics(run, [batch(vocab=257, seed=seed)[0] for seed in range(train.WARM_BATCHES)])
+    model.observe(batch(64, vocab=257)[0])
     assert all(float(layer.sigma.min()) > 0 for _, layer in model.gated())
     assert all(torch.equal(before[name], x) for name, x in model.state_dict().items()
-               if not name.endswith(('mu', 'sigma', 'seen')))
-    loss, active, _ = train.backward(run, *batch(vocab=257), dense=False, price=0.0)
+               if not name.endswith(('mu', 'sigma')))
+    loss, active = train.backward(run, *batch(vocab=257), dense=False, price=0.0)
     assert abs(float(loss)) < 1e-9 and abs(float(active.sum()) / model.dense() - 1) < 1e-6
     # far from what a wrong start would give
     run.teacher = cwic.dense_copy(small_model(arch, vocab_size=257))
@@ -98,51 +98,18 @@ def test_the_first_step_of_the_program(dense, data, tmp_path):
     assert all(torch.equal(saved['teacher'][name], x) for name, x in dense_model().named_parameters())
 
 
-def test_statistics_are_warmed_in_two_goes():
-    """
-    A spread measured around a centre that is still wrong is too large: where an input's mean is many
-    sigmas, sigma was 1.5 to 2.5 times too large when sparsity began. The first batches find the centres,
-    and are forgotten.
-    """
-    model = dense_model()
-    with torch.no_grad():
-        model.ln_f.bias.copy_(torch.linspace(-3, 3, 16))       # the head's inputs: means of up to 15 sigmas
-        model.ln_f.weight.fill_(0.2)
-    run = new_run(model)
-    batches = [batch(16, vocab=257, seed=seed)[0] for seed in range(train.WARM_BATCHES)]
-    train.warm_statistics(run, batches)
-    with torch.no_grad():
-        x = torch.cat([model.trunk(tokens, dense=True)[0] for tokens in batches])
-    x = x.flatten(0, 1)                                         # (tokens, in)
-    mu = x.median(0).values
-    sigma = (x - mu).abs().mean(0) * (torch.pi / 2) ** 0.5
-    assert float((model.head.mu - mu).abs().div(sigma).max()) < 0.15
-    assert float((model.head.sigma / sigma - 1).abs().max()) < 0.1
-
-
-def test_a_copy_is_measured_in_the_sigmas_of_its_teacher():
+def test_statistics_stay_those_of_the_dense_model():
     """
     Neurons of SmolLM2 that were skipped for every token grew a hundredfold, as what is skipped learns as if it
-    were used; their sigma grew with them, and with it their threshold, so that they were never used, and from
-    step 1,400 on the KL rose. A model without a teacher is another after a while, and its statistics follow.
+    were used; running statistics grew with them, and with these the threshold, so that they were never used,
+    and from step 1,400 on the KL rose.
     """
-    for teacher in (cwic.dense_copy(small_model(seed=3)), None):
-        run = new_run(small_model(), teacher, batch_size=4)
-        train.warm_statistics(run, [batch()[0]])
-        before = [layer.sigma.clone() for _, layer in run.model.gated()]
-        train.train_step(run, *batch(), target=3.0)
-        same = [torch.equal(layer.sigma, sigma) for (_, layer), sigma in zip(run.model.gated(), before)]
-        assert all(same) if teacher else not any(same)
-
-
-def test_warm_statistics_do_not_depend_on_the_micro_batch():
-    runs = [new_run(dense_model(), micro_batch=micro_batch) for micro_batch in (8, 4)]
-    batches = [batch(8, vocab=257, seed=seed)[0] for seed in range(train.WARM_BATCHES)]
-    for run in runs:
-        train.warm_statistics(run, batches)
-    for (_, a), (_, b) in zip(*(run.model.gated() for run in runs)):
-        torch.testing.assert_close(a.mu, b.mu, rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(a.sigma, b.sigma, rtol=1e-4, atol=1e-5)
+    run = new_run(small_model(), cwic.dense_copy(small_model(seed=3)), batch_size=4)
+    run.model.observe(batch()[0])
+    before = [x.clone() for _, layer in run.model.gated() for x in (layer.mu, layer.sigma)]
+    train.train_step(run, *batch(), target=3.0)
+    after = [x for _, layer in run.model.gated() for x in (layer.mu, layer.sigma)]
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
 
 
 # -----------------------------------------------------------------------------
@@ -161,7 +128,7 @@ def test_loss_in_pieces_equals_the_plain_one(monkeypatch, teacher_share, logits_
     run = new_run(small_model(), teacher, batch_size=5, teacher=teacher_share)
     plain, price = small_model().train(), 1e-4
     run.model.head.register_forward_hook(lambda module, args, out: sizes.append(out[0].shape[:2].numel()))
-    loss, active, _ = train.backward(run, tokens, targets, dense=False, price=price)
+    loss, active = train.backward(run, tokens, targets, dense=False, price=price)
     assert max(sizes) * 50 <= max(logits_at_once, 16 * 50) and sum(sizes) == tokens.numel()
 
     logits, counts = plain(tokens)
@@ -331,7 +298,7 @@ def test_an_adapter_holds_what_was_trained(adapter):
     for file in ('best.pt', 'last.pt'):
         saved = load(out, file)
         assert saved['base'] == base
-        assert all(name.removesuffix('.scale').endswith(('.A', '.B', 'theta', 'mu', 'sigma', 'seen'))
+        assert all(name.removesuffix('.scale').endswith(('.A', '.B', 'theta', 'mu', 'sigma'))
                    for name in saved['model'])
     sizes = [x.shape for name, x in saved['model'].items() if '.adapter' in name or name.endswith('theta')]
     optimizer = [x['exp_avg'].shape for x in saved['optimizer']['state'].values()]
@@ -428,10 +395,10 @@ def test_compiling_changes_nothing(arch, dense, rank, one_stripe):
             for block in [*model.blocks, *frozen.blocks]:
                 block.compile(**options)
         for _ in range(2):
-            loss, active, sums = train.backward(run, *batch(), dense, price=0.0 if dense else 1e-4)
+            loss, active = train.backward(run, *batch(), dense, price=0.0 if dense else 1e-4)
         gradients = [p.grad for p in run.model.parameters() if p.requires_grad and p.grad is not None]
         assert dense or run.model.head.theta.grad.shape == run.model.head.theta.shape
-        results.append([loss, active, *([] if dense else sums), *gradients])
+        results.append([loss, active, *gradients])
     for a, b in zip(*results, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
 
