@@ -82,9 +82,9 @@ def draw_loss(axes, rows, name, line):
     axes.plot([row[0] for row in rows], [row[2] for row in rows], **QUIET)
     evaluated = [(row[0], row[3]) for row in rows if row[3] is not None]
     axes.plot(*zip(*evaluated), label=name, **line)
-    # of the first steps, which are the same in every run, the rest would be flattened
+    # by the first steps' losses, which are the same in every run, the rest would be flattened
     axes.set(title='Loss (grey: of training batches)', xlabel='optimiser step', ylabel='nats per token',
-             ylim=(None, 1.1 * evaluated[0][1]))
+             ylim=(None, 1.1 * max(value for _, value in evaluated)))
     return evaluated
 
 
