@@ -1,12 +1,10 @@
 """
 The other ways to skip: what CWIC builds on and is compared with, on the same models, counted the same way.
-And what gets compute.
 
     python baselines.py compare                     # every method on the small Python model: hours
     python baselines.py compare --quick             # does all of it work? minutes
     python baselines.py compare --methods TEAL,CWIC --targets 2,3 --trained_targets 3
     python baselines.py compare --subject smollm2 --recipe config/smollm2_distill.toml --blimp blimp.jsonl.xz
-    python baselines.py tokens out/best.pt          # which tokens get compute, where, in which matrices
 
 compare starts from a dense model: python train.py --target_reduction 1 --out out/dense
 Processes may share its methods and seeds, each with an --out and --picture of its own; the rows.jsonl of all,
@@ -39,9 +37,7 @@ if __name__ == '__main__':
     signal.signal(signal.SIGINT, signal.SIG_DFL)    # Ctrl-C while torch is imported, for seconds
 
 import json
-import keyword
 import os
-import re
 import sys
 import time
 from dataclasses import asdict, dataclass, replace
@@ -686,113 +682,12 @@ def compare(config, given):
     print(f'\n{text}\nfiles: {", ".join(files)}')
 
 
-# -----------------------------------------------------------------------------
-# tokens: what gets compute
-
-
-@dataclass
-class TokensConfig:
-    """What gets compute, in a checkpoint's validation text."""
-    data: str = option('', 'folder in data/; without it, the one the checkpoint was trained with')
-    windows: int = option(64, 'windows of text', at_least=1)
-    device: str = option('auto', 'auto, cpu, cuda or mps')
-
-
-PYTHON = re.compile(r"""(?P<comment>\#[^\n]*)
-    |(?P<string>[rbfu]?(\"{3}[\s\S]*?(\"{3}|$)|'{3}[\s\S]*?('{3}|$)|"(\\.|[^"\\\n])*"?|'(\\.|[^'\\\n])*'?))
-    |(?P<indentation>\n[ \t]*)|(?P<number>\d[\w.]*)|(?P<name>\w+)|(?P<space>[ \t]+)|(?P<operator>[\s\S])
-    """, re.X)
-PROSE = re.compile(r"""(?P<template><\|[^|>]*\|>(system|user|assistant)?)|(?P<digits>\d+)|(?P<name>\w+)
-    |(?P<space>\s+)|(?P<punctuation>[\s\S])""", re.X)
-FUNCTION_WORDS = set("""
-    a about all also am an and any are as at be because been but by can could did do does for from had
-    has have he her his how i if in into is it its just like may me more my no not of on one or our out
-    other she should so some such than that the their them then there these they this to up us was we
-    were what when where which who will with would you your""".split())
-
-
-def kinds_of_tokens(pieces, pattern):
-    """
-    pieces: the bytes of each token of a window -> the kind of each: that of its first character but spaces.
-    A window that begins within a string takes what is outside for inside, up to the next one.
-    """
-    kinds, seen = {}, set()         # kinds: of each character, one for each byte
-    for match in pattern.finditer(b''.join(pieces).decode('latin-1')):
-        kind, word = match.lastgroup, match.group()
-        if kind == 'name' and pattern is PYTHON:
-            kind = ('keyword' if keyword.iskeyword(word) else
-                    'name seen before' if word in seen else 'new name')
-        elif kind == 'name':
-            kind = ('function word' if word.lower() in FUNCTION_WORDS else
-                    'capitalised word' if word[0].isupper() else 'content word')
-        seen.add(word)
-        kinds.update(dict.fromkeys(range(*match.span()), kind))
-    ends = np.cumsum([len(piece) for piece in pieces])
-    firsts = [end - max(len(piece.lstrip(b' ')), 1) for end, piece in zip(ends, pieces)]
-    return ['first token', *(kinds.get(first, 'other') for first in firsts[1:])]
-
-
-@torch.no_grad()
-def tokens(config, path):
-    model, saved = weights.load(path)
-    options, model = saved.get('options') or {}, model.to(choose_device(config.device))
-    length = min(options.get('block_size', 512), model.config.block_size)
-    name = config.data or options.get('data', 'python')
-    _, data, meta = common.load_dataset(name, length)
-    if meta['tokenizer'] != saved['tokenizer']:
-        fail(f'{path} was not trained on data/{name}; say on what: --data NAME', 1)
-    windows = validation_windows(data, meta, config.windows, length)
-    bytes_of = load_tokenizer(saved['tokenizer']).decode_single_token_bytes
-    pieces = [[bytes_of(token) for token in window] for window in windows[:, :-1].tolist()]
-    pattern = PROSE if 'template' in saved['tokenizer'] else PYTHON
-    kinds = np.array([kinds_of_tokens(of_window, pattern) for of_window in pieces])         # (windows, T)
-    measured, used = [], 0.0
-    for batch in torch.from_numpy(windows).split(evaluate.rows_at_once(model, length)):
-        batch = batch.to(model.head.weight.device)
-        logits, active = model(batch[:, :-1])
-        logp, dense_logp = logits.log_softmax(-1), model(batch[:, :-1], dense=True)[0].log_softmax(-1)
-        loss, dense_loss = (-x.gather(-1, batch[:, 1:, None])[:, :, 0] for x in (logp, dense_logp))
-        entropy, share = -(logp.exp() * logp).sum(-1), active.sum(0) / model.dense()
-        measured.append(torch.stack([x.cpu().double() for x in (share, loss, entropy, loss - dense_loss)]))
-        used = used + active.sum((1, 2)).cpu()
-    share, loss, entropy, gain = torch.cat(measured, 1).numpy()         # (windows, T) each
-    print(f'{share.size:,} tokens, which use {share.mean():.1%} of the weights\n\ncompute by kind of token')
-    for kind in sorted(set(kinds.flat), key=lambda kind: -share[kinds == kind].mean()):
-        print(f'{kind:30}{share[kinds == kind].mean():8.1%}  of {(kinds == kind).sum():,}')
-    print('\ncompute by position')
-    bounds = [0, *(2 ** i for i in range(20) if 2 ** i < length), length]
-    for low, high in zip(bounds, bounds[1:]):
-        print(f'{low:5} to {high - 1:<21}{share[:, low:high].mean():8.1%}')
-    print('\ncorrelation of compute with')
-    for label, values in (('surprise of the token read', loss[:, :-1]),
-                          ('entropy of the prediction', entropy[:, 1:]),
-                          ('loss of the prediction', loss[:, 1:]),
-                          ('what all weights would gain', gain[:, 1:])):
-        print(f'{label:30}{np.corrcoef(share[:, 1:].flat, values.flat)[0, 1]:+8.2f}')
-    print('\ncompute by layer and matrix\n' + ''.join(f'{matrix:>9}' for matrix in model.config.matrices))
-    used = [f'{float(u) / share.size / layer.dense:9.1%}' for u, (_, layer) in zip(used, model.gated())]
-    print('\n'.join(''.join(used[i:i + 4]) for i in range(0, len(used), 4)) + '  head')
-    order = np.argsort(share[:, 1:], axis=None)
-    for label, places in (('least', order[:12]), ('most', order[:-13:-1])):
-        print(f'\n{label} expensive, in context')
-        for window, t in zip(*np.unravel_index(places, share[:, 1:].shape)):
-            before, token = (repr(b''.join(some).decode('utf-8', 'replace'))[1:-1] for some in
-                             (pieces[window][max(t - 11, 0):t + 1], pieces[window][t + 1:t + 2]))
-            print(f'{share[window, t + 1]:6.1%}  {before[-60:]:>60} [{token}]')
-
-
 def main():
-    argv = sys.argv[1:]
-    what = argv.pop(0) if argv and not argv[0].startswith('-') else ''
-    path = argv.pop(0) if what == 'tokens' and argv and not argv[0].startswith('-') else 'out/best.pt'
+    if sys.argv[1:2] != ['compare']:
+        fail('say what to do: python baselines.py compare; then --help says how')
     try:
-        if what == 'compare':
-            keep_memory()
-            compare(*parse_options(CompareConfig, 'python baselines.py compare', argv=argv))
-        elif what == 'tokens':
-            tokens(parse_options(TokensConfig, 'python baselines.py tokens CHECKPOINT', argv=argv)[0], path)
-        else:
-            fail('say what to do: python baselines.py compare, or tokens CHECKPOINT; then --help says how')
+        keep_memory()
+        compare(*parse_options(CompareConfig, 'python baselines.py compare', argv=sys.argv[2:]))
     except (CheckpointError, weights.WeightsError) as error:
         fail(error, 1)
     except torch.OutOfMemoryError:

@@ -465,37 +465,3 @@ def test_what_a_user_gets_wrong_is_one_line(setting, tmp_path, capsys):
             compare(setting, tmp_path / out, *more)
         error = capsys.readouterr().err
         assert ended.value.code in (1, 2) and error.count('\n') == 1 and says in error, error
-
-
-# -----------------------------------------------------------------------------
-# what gets compute
-
-
-def test_kinds_of_tokens():
-    code = 'def add(a):\n    # a note\n    x = 10 + a\n    return "in a" + x'
-    expected = ['first token', 'new name', 'operator', 'new name', 'operator', 'operator', 'indentation',
-                'comment', 'comment', 'indentation', 'new name', 'operator', 'number', 'operator',
-                'name seen before', 'indentation', 'keyword', 'string', 'string', 'operator', 'name seen before']
-    pieces = ['def', ' add', '(', 'a', ')', ':', '\n    ', '# a', ' note', '\n    ', 'x', ' =', ' 10', ' +',
-              ' a', '\n    ', 'return', ' "in', ' a"', ' +', ' x']
-    assert ''.join(pieces) == code
-    assert baselines.kinds_of_tokens([p.encode() for p in pieces], baselines.PYTHON) == expected
-    pieces = ['<|im_start|>', 'user', '\n', 'Is', ' Al', 'ma', ' older', ' than', ' 42', '?', '<|im_end|>']
-    expected = ['first token', 'template', 'space', 'function word', 'capitalised word', 'capitalised word',
-                'content word', 'function word', 'digits', 'punctuation', 'template']
-    assert baselines.kinds_of_tokens([p.encode() for p in pieces], baselines.PROSE) == expected
-
-
-def test_tokens_tells_the_compute_that_is_measured(setting, tmp_path, monkeypatch, capsys):
-    model = small_model(thresholds=1.0, **SIZES)
-    path = str(tmp_path / 'sparse.pt')
-    cwic.save_checkpoint(path, model, tokenizer={'kind': 'bytes'}, options={'block_size': 16, 'data': str(setting)})
-    monkeypatch.setattr(sys, 'argv', ['baselines.py', 'tokens', path, '--windows', '4', '--device', 'cpu'])
-    common.run(baselines.main)
-    out = capsys.readouterr().out
-    _, val, meta = common.load_dataset(str(setting), 16)
-    results = evaluate.measure(model, evaluate.validation_windows(val, meta, 4, 16))
-    assert f'64 tokens, which use {1 / results["reduction"]:.1%} of the weights' in out
-    assert all(f'{share:9.1%}' in out for share in results['active_share'])
-    assert f'surprise of the token read{results["surprise_correlation"]:+12.2f}' in out
-    assert f'entropy of the prediction{results["entropy_correlation"]:+13.2f}' in out
