@@ -22,13 +22,13 @@ Nearly every method is the layer of cwic.py with thresholds that come from somew
     Q-Sparse        |x_i|                       0        the K-th largest of the token
     ProSparse       x_i, with its sign          0        0, which is ReLU; then a quantile
     pruning         its mean over all tokens    median   a quantile
+    Deja Vu         a predictor's, of a unit    0        a quantile
     CWIC            |x_i - centre_i|            median   learned, for each stripe and input
 
 so a method is a few lines, and METHODS reads as a survey of them: idea, paper, where it breaks. Thresholds
 are set on training text, results are for validation text, every token of it is sparse, the LM head counts.
 
-Not here: Deja Vu (Liu et al., 2023), whose predictors choose neurons and heads, and ShadowLLM (Akhauri et
-al., 2024), which has one predictor for all: even without one neuron the small model is only 1.8x smaller.
+Not here: kernels. sparse_kernel.c skips inputs; for each method METHODS says what could skip its pattern.
 """
 
 import signal
@@ -59,6 +59,7 @@ from tokenizer import end_id, load_tokenizer
 
 ONE = 10 ** 9           # columns to a stripe: all that the matrix has
 LEAST = 0.02            # what skips keeps at least this share of its weights
+RANK = 32               # of Deja Vu's predictors
 LOW_RANK = 0.05         # R-Sparse: share of a matrix's weights in the path that takes what is skipped
 NEVER = 1e30            # a threshold that no input exceeds
 EVERY = 10              # optimiser steps between calibrations, where weights are trained
@@ -197,6 +198,45 @@ class Unread(Changed):
         return y, active if dense else active * (1 - self.unread / self.n_out)
 
 
+class Chosen(Changed):
+    """Heads or neurons that a Predictor has chosen for a token: columns of qkv or up, rows of out or down."""
+    chosen = None       # (B, T, heads or neurons), 1.0 or 0.0; None: all
+
+    rows = False        # whether its rows read them
+    more = 0            # weights of the predictor, counted here
+
+    def forward(self, x, dense=False):
+        if dense or self.chosen is None:
+            return super().forward(x, dense=True)
+        if self.rows:
+            x = x * self.chosen.repeat_interleave(self.n_in // self.chosen.shape[2], dim=2).to(x.dtype)
+        y, active = super().forward(x, dense=True)
+        return y, active * self.chosen.mean(2, dtype=active.dtype) + self.more
+
+
+class Predictor(torch.nn.Module):
+    """
+    Scores heads and neurons by the residual stream at an earlier place, through two small matrices. pairs:
+    [(layer whose columns make them, layer whose rows read them, how many)]
+    """
+
+    def __init__(self, n_embd, pairs):
+        super().__init__()
+        self.pairs, self.counts = pairs, [count for *_, count in pairs]     # tuples: layers are the model's
+        self.A = torch.nn.Parameter(torch.randn(n_embd, RANK) / n_embd ** 0.5)              # (d, rank)
+        self.B = torch.nn.Parameter(torch.zeros(RANK, sum(self.counts)))                    # (rank, units)
+        self.least = [-1e30] * len(pairs)       # scores above are chosen
+
+    def forward(self, x):
+        """x (B, T, d) -> a list of scores (B, T, heads or neurons), one of each pair"""
+        x = torch.nn.functional.layer_norm(x.to(self.A.dtype), x.shape[2:])
+        return ((x @ self.A).relu() @ self.B).split(self.counts, dim=2)
+
+    def choose(self, x):
+        for (columns, rows, _), scores, least in zip(self.pairs, self(x), self.least):
+            columns.chosen = rows.chosen = (scores > least).float()
+
+
 class Uncentred(Changed):
     """Learned thresholds on |x|."""
     centred = False
@@ -241,6 +281,7 @@ class Method:
     stripe: int = ONE           # columns to a stripe; 0: as the recipe has it
     layer: type = StripedLinear     # what layers become
     trained: bool = False       # for the recipe's steps
+    predicts: bool = False      # only what chooses is trained: at the targets of methods without training
     learned: bool = False       # the thresholds too; otherwise limit() sets them
     teacher: bool = True        # the dense model; else the text teaches
     dense: bool = False         # nothing is skipped
@@ -250,11 +291,15 @@ class Method:
     def skips(self, name):
         return not self.kinds or name.split('.')[-1] in self.kinds
 
+    def skipping(self, model):
+        """-> the weights of all that skips; what each token uses besides the model's weights"""
+        skipping = sum(gate.dense for name, gate in gates(model).items() if self.skips(name))
+        return skipping, LOW_RANK * model.dense() if self.layer is LowRankRest else 0
+
     def share(self, model, target):
         """What share of its weights all that skips must use, for 1 / target of the whole. Raises Cannot."""
-        total = model.dense()
-        skipping = sum(gate.dense for name, gate in gates(model).items() if self.skips(name))
-        fixed = total - skipping + (LOW_RANK * total if self.layer is LowRankRest else 0)
+        total, (skipping, more) = model.dense(), self.skipping(model)
+        fixed = total - skipping + more
         if total / target < fixed + LEAST * skipping:
             raise Cannot(f'at most {total / (fixed + LEAST * skipping):.2f}x: every token uses '
                          f'{fixed / total:.0%} of the weights')
@@ -362,6 +407,97 @@ class Pruning(Method):
             block.mlp.up.unread = int((block.mlp.down.theta[0] > 0).sum())
 
 
+class DejaVu(Method):
+
+    def places(self, model):
+        """[(module before which a predictor reads, its pairs: see Predictor)]; here, a block early"""
+        heads, neurons = model.config.n_head, model.config.n_hidden
+        return [(model.blocks[max(i - 1, 0)], [(block.attn.qkv, block.attn.out, heads),
+                                               (block.mlp.up, block.mlp.down, neurons)])
+                for i, block in enumerate(model.blocks)]
+
+    def importance(self, inputs, gradients):
+        """Of what each unit says (B, T, units, width), and the loss's gradients for that -> (B, T, units)"""
+        return inputs.norm(dim=3)
+
+    def skipping(self, model):
+        places = self.places(model)
+        pairs = [pair for _, pairs in places for pair in pairs]
+        return (sum(columns.dense + rows.dense for columns, rows, _ in pairs),
+                RANK * (len(places) * model.config.n_embd + sum(count for *_, count in pairs)))
+
+    def change(self, model):
+        super().change(model)
+        model.requires_grad_(False)         # only predictors learn
+        model.predictors = torch.nn.ModuleList()
+        for place, pairs in self.places(model):
+            predictor = Predictor(model.config.n_embd, pairs).to(model.head.weight.device)
+            pairs[0][1].more = predictor.A.numel() + predictor.B.numel()
+            for _, rows, _ in pairs:
+                rows.rows = True
+            place.register_forward_pre_hook(lambda _, args, predictor=predictor: predictor.choose(args[0]))
+            model.predictors.append(predictor)
+
+    def limit(self, model, target, tokens):
+        share = self.share(model, target)
+
+        def set_least(predictor, x):        # before it chooses, and of what earlier choices have left
+            predictor.least = [float(scores.flatten().sort(descending=True).values[
+                min(round(share * scores.numel()), scores.numel() - 1)]) if share < 1 else -NEVER
+                for scores in predictor(x)]
+
+        hooks = [place.register_forward_pre_hook(
+            lambda _, args, predictor=predictor: set_least(predictor, args[0]), prepend=True)
+            for (place, _), predictor in zip(self.places(model), model.predictors)]
+        with torch.no_grad():
+            model(tokens)
+        for hook in hooks:
+            hook.remove()
+
+    def follow(self, model, target, final, tokens):
+        pass                                # in training nothing is skipped
+
+    def step(self, run, tokens, targets, target):
+        """Predictors learn which units are among the most important of a token, as many as will be used."""
+        model, places, read, probes = run.model, self.places(run.model), {}, {}
+        share = self.share(model, run.config.target_reduction)
+
+        def probe(layer, args):             # a 0 is added to the input, and gets its gradient
+            probes[layer] = args[0], torch.zeros_like(args[0], requires_grad=True)
+            return args[0] + probes[layer][1], *args[1:]
+
+        hooks = [place.register_forward_pre_hook(lambda place, args: read.update({place: args[0]}))
+                 for place, _ in places]
+        hooks += [rows.register_forward_pre_hook(probe) for _, pairs in places for _, rows, _ in pairs]
+        with run.autocast():
+            logits, _ = model(tokens, dense=True)
+            loss = cwic.next_token_loss(logits.flatten(0, 1), targets.flatten())
+        for hook in hooks:
+            hook.remove()
+        gradients = torch.autograd.grad(loss, [zeros for _, zeros in probes.values()])
+        gradients, loss = dict(zip(probes, gradients)), 0.0
+        for (place, pairs), predictor in zip(places, model.predictors):
+            for (_, rows, count), scores in zip(pairs, predictor(read[place].detach())):
+                both = probes[rows][0].detach(), gradients[rows]
+                important = self.importance(*(x.float().unflatten(2, (count, -1)) for x in both))
+                most = important.topk(max(round(share * count), 1), dim=2).indices      # of (B, T, count)
+                wanted = torch.zeros_like(important).scatter_(2, most, 1.0)
+                loss = loss + torch.nn.functional.binary_cross_entropy_with_logits(scores, wanted)
+        run.optimizer.zero_grad()
+        loss.backward()
+        run.optimizer.step()
+
+
+class ShadowLLM(DejaVu):
+
+    def places(self, model):
+        pairs = [pair for _, pairs in super().places(model) for pair in pairs]
+        return [(model.blocks[0].ln_2, pairs[1:])]      # after the first attention, which all tokens use
+
+    def importance(self, inputs, gradients):
+        return (inputs * gradients).sum(3).abs()
+
+
 class SmallerDense(Method):
 
     def check(self, model, saved, target):
@@ -396,6 +532,8 @@ class OwnTargets(Method):
 
 TRAINED = {'trained': True}
 LEARNED = {'trained': True, 'learned': True, 'apart': False}
+PREDICTED = {'trained': True, 'predicts': True, 'kinds': ('qkv', 'out', 'up', 'down'), 'layer': Chosen,
+             'gpt2_only': True, 'kernel': 'heads and neurons'}
 METHODS = {
     'dense': Method(dense=True, kernel='any'),
 
@@ -440,6 +578,13 @@ METHODS = {
     # weights, which is why all others look at the token.
     'pruning': Pruning(**TRAINED, weighed=True, centred=True, static=True, layer=Unread, gpt2_only=True,
                        kernel='any'),
+    # Predictors that read the stream one block early choose heads and neurons, those that will say most (Liu
+    # et al., 2023, arXiv 2310.17157; keys and values of a head are made when a token asks for them, for all
+    # tokens before it). Breaks without ReLU, as few neurons say nothing; and the model's head does not skip.
+    'Deja Vu': DejaVu(**PREDICTED),
+    # One predictor for all, after the first attention; what matters is |a * dL/da| (Akhauri et al., 2024,
+    # arXiv 2406.16635). Breaks like Deja Vu, and where only later layers know what a token needs.
+    'ShadowLLM': ShadowLLM(**PREDICTED),
     # Why not a dense model of that size? Breaks where its training cannot be had again.
     'smaller dense': SmallerDense(**TRAINED, dense=True, kernel='any'),
     # Learned thresholds, and one price for the active weights of the whole model. Breaks where steps are few:
@@ -500,9 +645,9 @@ def plan(config, model, saved):
         if name not in METHODS:
             fail(f'--methods {name}: there are {", ".join(METHODS)}')
         method = METHODS[name]
-        asked = targets[method.trained][-1 if ':' in name else 0:]
+        asked = targets[method.trained and not method.predicts][-1 if ':' in name else 0:]
         for target in [1.0] if name == 'dense' else asked:
-            several = method.trained and target == asked[-1]
+            several = method.trained and target == targets[True][-1]
             try:
                 method.check(model, saved, target)
                 jobs += [(name, target, seed) for seed in (seeds if several else seeds[:1])]
