@@ -469,7 +469,7 @@ class DejaVu(Method):
         hooks = [place.register_forward_pre_hook(lambda place, args: read.update({place: args[0]}))
                  for place, _ in places]
         hooks += [rows.register_forward_pre_hook(probe) for _, pairs in places for _, rows, _ in pairs]
-        with run.autocast():
+        with uncompiled(), run.autocast():
             logits, _ = model(tokens, dense=True)
             loss = cwic.next_token_loss(logits.flatten(0, 1), targets.flatten())
         for hook in hooks:

@@ -179,14 +179,15 @@ def by_value(values, share, bins=10):
              *np.percentile(share.flat[some], (10, 90)).tolist()) for some in np.array_split(order, bins)]
 
 
-def correlations(found):
-    """{what: its correlation with compute}; the first token, which nothing surprises, is left out"""
-    share = found['share'][:, 1:]
+def correlations(found, which):
+    """{what: its correlation with compute}, over which tokens, bool (windows, T), the first ones aside"""
+    which = which[:, 1:]
+    share = found['share'][:, 1:][which]
     values = {'surprise of the token read': found['loss'][:, :-1],
               'entropy of the prediction': found['entropy'][:, 1:],
               'loss of the prediction': found['loss'][:, 1:],
               'what every weight would gain': found['gain'][:, 1:]}
-    return {name: float(np.corrcoef(share.flat, x.flat)[0, 1]) if share.std() > 1e-9 else 0.0
+    return {name: float(np.corrcoef(share, x[which])[0, 1]) if share.std() > 1e-9 else 0.0
             for name, x in values.items()}
 
 
@@ -201,9 +202,10 @@ def show(found, kinds, pieces, matrices):
     print('\nby position')
     for low, high, mean in by_position(share):
         print(f'{low:5} to {high:<21}{mean:19.1%}')
-    print('\ncorrelation of compute with')
-    for name, value in correlations(found).items():
-        print(f'{name:30}{value:+19.2f}')
+    print('\ncorrelation of compute with                        but for template')
+    without = correlations(found, kinds != 'template')
+    for name, value in correlations(found, kinds != '').items():
+        print(f'{name:30}{value:+19.2f}{without[name]:+11.2f}')
     print('\nby layer and matrix: share of its weights\n' + ''.join(f'{name:>9}' for name in matrices))
     rows = [found['matrices'][i:i + len(matrices)] for i in range(0, len(found['matrices']), len(matrices))]
     print('\n'.join(''.join(f'{used:9.1%}' for used in row) for row in rows) + '  head')

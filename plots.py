@@ -162,8 +162,8 @@ def tokens(kinds, positions, surprise, shares, matrices, path):
         names, counts, means = zip(*[(kind, count, 100 * mean) for kind, count, mean, *_ in reversed(kinds)])
         upper_left.barh(names, means, color='#7d9ccc', ec='0.3', lw=0.5)
         for row, (count, mean) in enumerate(zip(counts, means)):
-            upper_left.text(mean, row, f' {mean:.1f}  of {count:,}', va='center', fontsize=7)
-        upper_left.set(title='By kind of token', xlabel=label, xlim=(0, 1.3 * max(means)))
+            upper_left.text(mean, row, f' {mean:.1f}% ({count:,})', va='center', fontsize=7)
+        upper_left.set(title='By kind of token (how many)', xlabel=label, xlim=(0, 1.3 * max(means)))
         upper_left.grid(axis='y', visible=False)
         means = [100 * mean for *_, mean in positions]
         upper_right.plot(range(len(means)), means, **LINES[0])

@@ -513,6 +513,34 @@ def test_training_moves_weights_and_leaves_thresholds_to_the_method(name, settin
     assert len(steps) == 12 and min(steps) > 0 and len(followed) == 2 * 9
 
 
+@pytest.mark.parametrize('name', ['Q-Sparse', 'ProSparse', 'Deja Vu', 'CWIC', 'CWIC: own targets'])
+def test_nothing_is_compiled_again_in_the_middle_of_training(name, setting, tmp_path, monkeypatch):
+    """
+    A number that changes from step to step, kept as a number in a layer, once had torch compile all blocks at
+    every change, up to its limit, and from there on run them uncompiled: ten times slower than all others.
+    """
+    compiled, before_step, really_compile, step = [], [], torch.compile, type(METHODS[name]).step
+
+    def spied_step(self, *args):
+        before_step.append(len(compiled))
+        step(self, *args)
+    monkeypatch.setattr(torch, 'compile', lambda function, **options: really_compile(
+        function, backend=lambda graph, inputs: compiled.append(graph) or graph.forward))
+    monkeypatch.setattr(train, 'check_compile', lambda device: None)
+    monkeypatch.setattr(type(METHODS[name]), 'step', spied_step)
+    monkeypatch.setattr(baselines, 'RANK', 2)
+    monkeypatch.setattr(baselines, 'EVERY', 2)
+    recipe = (setting / 'recipe.toml').read_text(encoding='utf-8')
+    (tmp_path / 'compile.toml').write_text(recipe + 'compile = true\n', encoding='utf-8')
+    compare(setting, tmp_path / 'out', '--quick', '--methods', name, '--steps', '8',
+            '--recipe', str(tmp_path / 'compile.toml'))
+    torch.compiler.reset()
+    if name == 'Deja Vu':       # it looks into its blocks
+        assert not compiled
+    else:
+        assert len(before_step) == 8 and 0 == before_step[0] < before_step[2] == len(compiled)
+
+
 def test_resuming_changes_nothing(setting, tmp_path, monkeypatch, capsys):
     more = ['--methods', 'dense,TEAL,CWIC,TEAL + distillation', '--targets', '1.5,2', '--trained_targets', '2',
             '--seeds', '1,2', '--steps', '4']

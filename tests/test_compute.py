@@ -122,10 +122,15 @@ def test_means_and_correlations():
         pytest.approx((2, np.mean([.5, .2, .3, .2, .1]), *np.percentile([.5, .2, .3, .2, .1], (10, 90)))),
         pytest.approx((7, np.mean([.1, .1, .3, .7, .5]), *np.percentile([.1, .1, .3, .7, .5], (10, 90))))]
     expected = np.corrcoef([.2, .3, .5, .7, .2, .1, .1, .5], [0, 1, 2, 3, 5, 6, 7, 8])[0, 1]
-    assert compute.correlations(found)['surprise of the token read'] == pytest.approx(expected)
-    assert compute.correlations(found)['what every weight would gain'] == pytest.approx(-1)
+    found_all = compute.correlations(found, kinds != '')
+    assert found_all['surprise of the token read'] == pytest.approx(expected)
+    assert found_all['what every weight would gain'] == pytest.approx(-1)
+    expected = np.corrcoef([.3, .5, .2, .1, .1], [1, 2, 5, 6, 7])[0, 1]
+    assert compute.correlations(found, kinds == 'b')['surprise of the token read'] == pytest.approx(expected)
+    expected = np.corrcoef([.3, .5, .2, .1, .1], [2, 3, 6, 7, 8])[0, 1]
+    assert compute.correlations(found, kinds == 'b')['loss of the prediction'] == pytest.approx(expected)
     found['share'] = np.full((2, 5), 0.5)           # a dense model: nothing varies
-    assert set(compute.correlations(found).values()) == {0.0}
+    assert set(compute.correlations(found, kinds != '').values()) == {0.0}
 
 
 # -----------------------------------------------------------------------------

@@ -92,7 +92,7 @@ def test_tokens_draws_what_it_is_given(drawn, tmp_path):
     by_kind, by_position, by_surprise, by_matrix = drawn[0].axes[:4]
     bars = {label.get_text(): bar.get_width() for label, bar in zip(by_kind.get_yticklabels(), by_kind.patches)}
     assert bars == pytest.approx({'first token': 10, 'digits': 25, 'name': 40})
-    assert [text.get_text() for text in by_kind.texts] == [' 10.0  of 4', ' 25.0  of 30', ' 40.0  of 2,000']
+    assert [text.get_text() for text in by_kind.texts] == [' 10.0% (4)', ' 25.0% (30)', ' 40.0% (2,000)']
     line, = by_position.lines
     assert np.allclose(line.get_data(), [range(4), [10, 20, 30, 35]])
     assert [label.get_text() for label in by_position.get_xticklabels()] == ['0', '1', '2-3', '4-6']
