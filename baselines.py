@@ -40,7 +40,9 @@ import json
 import os
 import sys
 import time
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -80,6 +82,15 @@ def uncompiled():
     return torch.compiler.set_stance('force_eager')
 
 
+@contextmanager
+def hooked(functions):
+    """with hooked([(module, function)]): function(module, args) before forward(), perhaps for new args."""
+    hooks = [module.register_forward_pre_hook(function, prepend=True) for module, function in functions]
+    yield
+    for hook in hooks:
+        hook.remove()
+
+
 @torch.no_grad()
 def calibrate(module, inputs, shares, weighed=False, centred=False, static=False):
     """
@@ -88,7 +99,7 @@ def calibrate(module, inputs, shares, weighed=False, centred=False, static=False
     shares: {name: share}, and gates that are not in it skip nothing. weighed, centred: as in the table above;
     static: each input's score is its mean. Returns module(*inputs).
     """
-    def set_thresholds(gate, args, share):
+    def set_thresholds(share, gate, args):
         x, linear = args[-2].float().flatten(0, 1), isinstance(gate, StripedLinear)     # args: x or z, dense
         centre = x.median(0).values if centred and linear else torch.zeros_like(gate.mu)
         score, norms = (x - centre).abs(), torch.ones_like(gate.mu)[None]               # (N, in), (1, in)
@@ -106,14 +117,10 @@ def calibrate(module, inputs, shares, weighed=False, centred=False, static=False
         gate.sigma.fill_(1.0)
         gate.theta.copy_((t / gate.scale).expand_as(gate.theta))
 
-    hooks = [gate.register_forward_pre_hook(
-        lambda gate, args, share=shares.get(name, 1.0): set_thresholds(gate, args, share))
-        for name, gate in gates(module).items()]
-    training = module.training
-    y = module.eval()(*inputs)
+    training, shares = module.training, {gate: shares.get(name, 1.0) for name, gate in gates(module).items()}
+    with hooked([(gate, partial(set_thresholds, share)) for gate, share in shares.items()]):
+        y = module.eval()(*inputs)
     module.train(training)
-    for hook in hooks:
-        hook.remove()
     return y
 
 
@@ -232,8 +239,9 @@ class Predictor(torch.nn.Module):
         x = torch.nn.functional.layer_norm(x.to(self.A.dtype), x.shape[2:])
         return ((x @ self.A).relu() @ self.B).split(self.counts, dim=2)
 
-    def choose(self, x):
-        for (columns, rows, _), scores, least in zip(self.pairs, self(x), self.least):
+    def choose(self, place, args):
+        """Tells the layers, before this place's forward(args)."""
+        for (columns, rows, _), scores, least in zip(self.pairs, self(args[0]), self.least):
             columns.chosen = rows.chosen = (scores > least).float()
 
 
@@ -343,11 +351,8 @@ class Greedy(Method):
     @torch.no_grad()
     def limit(self, model, target, tokens):
         share, inputs = self.share(model, target), {}
-        hooks = [block.register_forward_pre_hook(lambda block, args: inputs.update({block: args}))
-                 for block in model.blocks]
-        model(tokens[:8], dense=True)
-        for hook in hooks:
-            hook.remove()
+        with hooked([(block, lambda block, args: inputs.update({block: args})) for block in model.blocks]):
+            model(tokens[:8], dense=True)
         shares = {'head': share}
         for i, block in enumerate(model.blocks):
             y, sizes = block(*inputs[block])[0], {name: gate.dense for name, gate in gates(block).items()}
@@ -435,24 +440,20 @@ class DejaVu(Method):
             pairs[0][1].more = predictor.A.numel() + predictor.B.numel()
             for _, rows, _ in pairs:
                 rows.rows = True
-            place.register_forward_pre_hook(lambda _, args, predictor=predictor: predictor.choose(args[0]))
+            place.register_forward_pre_hook(predictor.choose)
             model.predictors.append(predictor)
 
     def limit(self, model, target, tokens):
         share = self.share(model, target)
 
-        def set_least(predictor, x):        # before it chooses, and of what earlier choices have left
-            predictor.least = [float(scores.flatten().sort(descending=True).values[
-                min(round(share * scores.numel()), scores.numel() - 1)]) if share < 1 else -NEVER
-                for scores in predictor(x)]
+        def set_least(predictor, _, args):      # before it chooses, and of what earlier choices have left
+            for i, scores in enumerate(predictor(args[0])):
+                chosen = min(round(share * scores.numel()), scores.numel() - 1)
+                predictor.least[i] = float(scores.flatten().topk(chosen + 1).values.min())
 
-        hooks = [place.register_forward_pre_hook(
-            lambda _, args, predictor=predictor: set_least(predictor, args[0]), prepend=True)
-            for (place, _), predictor in zip(self.places(model), model.predictors)]
-        with torch.no_grad():
+        places = zip(self.places(model), model.predictors)
+        with torch.no_grad(), hooked([(place, partial(set_least, p)) for (place, _), p in places]):
             model(tokens)
-        for hook in hooks:
-            hook.remove()
 
     def follow(self, model, target, final, tokens):
         pass                                # in training nothing is skipped
@@ -466,18 +467,15 @@ class DejaVu(Method):
             probes[layer] = args[0], torch.zeros_like(args[0], requires_grad=True)
             return args[0] + probes[layer][1], *args[1:]
 
-        hooks = [place.register_forward_pre_hook(lambda place, args: read.update({place: args[0]}))
-                 for place, _ in places]
-        hooks += [rows.register_forward_pre_hook(probe) for _, pairs in places for _, rows, _ in pairs]
-        with uncompiled(), run.autocast():
+        hooks = [(place, lambda place, args: read.update({place: args[0].detach()})) for place, _ in places]
+        hooks += [(rows, probe) for _, pairs in places for _, rows, _ in pairs]
+        with uncompiled(), run.autocast(), hooked(hooks):
             logits, _ = model(tokens, dense=True)
             loss = cwic.next_token_loss(logits.flatten(0, 1), targets.flatten())
-        for hook in hooks:
-            hook.remove()
         gradients = torch.autograd.grad(loss, [zeros for _, zeros in probes.values()])
         gradients, loss = dict(zip(probes, gradients)), 0.0
         for (place, pairs), predictor in zip(places, model.predictors):
-            for (_, rows, count), scores in zip(pairs, predictor(read[place].detach())):
+            for (_, rows, count), scores in zip(pairs, predictor(read[place])):
                 both = probes[rows][0].detach(), gradients[rows]
                 important = self.importance(*(x.float().unflatten(2, (count, -1)) for x in both))
                 most = important.topk(max(round(share * count), 1), dim=2).indices      # of (B, T, count)

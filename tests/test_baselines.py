@@ -513,7 +513,7 @@ def test_training_moves_weights_and_leaves_thresholds_to_the_method(name, settin
     assert len(steps) == 12 and min(steps) > 0 and len(followed) == 2 * 9
 
 
-@pytest.mark.parametrize('name', ['Q-Sparse', 'ProSparse', 'Deja Vu', 'CWIC', 'CWIC: own targets'])
+@pytest.mark.parametrize('name', ['Q-Sparse', 'ProSparse', 'Deja Vu', 'CWIC'])
 def test_nothing_is_compiled_again_in_the_middle_of_training(name, setting, tmp_path, monkeypatch):
     """
     A number that changes from step to step, kept as a number in a layer, once had torch compile all blocks at
