@@ -208,7 +208,6 @@ class Unread(Changed):
 class Chosen(Changed):
     """Heads or neurons that a Predictor has chosen for a token: columns of qkv or up, rows of out or down."""
     chosen = None       # (B, T, heads or neurons), 1.0 or 0.0; None: all
-
     rows = False        # whether its rows read them
     more = 0            # weights of the predictor, counted here
 
@@ -232,7 +231,7 @@ class Predictor(torch.nn.Module):
         self.pairs, self.counts = pairs, [count for *_, count in pairs]     # tuples: layers are the model's
         self.A = torch.nn.Parameter(torch.randn(n_embd, RANK) / n_embd ** 0.5)              # (d, rank)
         self.B = torch.nn.Parameter(torch.zeros(RANK, sum(self.counts)))                    # (rank, units)
-        self.least = [-1e30] * len(pairs)       # scores above are chosen
+        self.least = [-NEVER] * len(pairs)      # scores above are chosen
 
     def forward(self, x):
         """x (B, T, d) -> a list of scores (B, T, heads or neurons), one of each pair"""
