@@ -12,6 +12,8 @@ import compute
 import cwic
 from data import common
 from test_cwic import BOTH, one_thread, small_model     # noqa: F401  one_thread: a fixture, for all
+from test_selfwritten import SPEC
+from tokenizer import load_tokenizer
 
 # stripes do not end where q, k and v do: 32, 32, 32 or, for Llama, 32, 16, 16 columns
 SIZES = {'vocab_size': 257, 'block_size': 16, 'n_layer': 2, 'n_head': 4, 'n_embd': 32, 'n_hidden': 64,
@@ -171,6 +173,27 @@ def test_program_reads_windows_without_the_next_ones_first_token(program, tmp_pa
     _, active = model(torch.from_numpy(seen[0][:, :-1]))
     assert f'75 tokens, which use {float(active.sum()) / 75 / model.dense():.1%} of the weights' in out
     assert (tmp_path / 'p.png').read_bytes().startswith(b'\x89PNG')
+
+
+def test_only_dialogues(tmp_path, monkeypatch, capsys):
+    """Every third window begins as the chat template does; documents may hold its tokens, but not begin so."""
+    ids = np.random.default_rng(0).integers(100, 120, (30, 16)).astype(np.uint16)
+    ids[::3, :6], ids[1::3, 3] = load_tokenizer(SPEC).encode('<|im_start|>user\n', allowed_special='all'), 1
+    meta = {'tokenizer': SPEC, 'vocab_size': 259, 'source': 'a test', 'window': 16}
+    for split in ('train', 'val'):
+        ids.tofile(tmp_path / f'{split}.bin')
+        meta.update({f'{split}_tokens': ids.size, f'{split}_bytes': ids.size})
+    (tmp_path / 'meta.json').write_text(json.dumps(meta), encoding='utf-8')
+    cwic.save_checkpoint(tmp_path / 'chat.pt', small_model(**{**SIZES, 'vocab_size': 259}), tokenizer=SPEC,
+                         options={'block_size': 16, 'data': str(tmp_path)})
+    seen, measure = [], compute.measure
+    monkeypatch.setattr(compute, 'measure', lambda model, teacher, windows: seen.append(windows) or
+                        measure(model, teacher, windows))
+    monkeypatch.setattr(sys, 'argv', ['compute.py', str(tmp_path / 'chat.pt'), '--dialogues', '--device', 'cpu'])
+    common.run(compute.main)
+    assert len(seen[0]) >= 9 and all(window.tolist() in ids[::3].tolist() for window in seen[0])
+    kinds = [line.split()[0] for line in capsys.readouterr().out.splitlines()[3:] if '%' in line]
+    assert {'template', 'content', 'first'} <= set(kinds)
 
 
 def test_an_adapter_is_compared_with_its_base(program, tmp_path, monkeypatch):
