@@ -656,11 +656,6 @@ def plan(config, model, saved):
 def distil(run, data, method, calibration, report):
     """Trains run.model, which method.change() has made of a dense model; report(steps done, steps in all)."""
     config, model, (train_data, _, meta) = run.config, run.model, data
-
-    def batch(step):
-        starts = train.step_starts(train_data, meta, config, step)
-        return train.windows(train_data, starts, config.block_size, run.device)
-
     if method.learned:
         with uncompiled():
             train.observe(run, train_data, meta)
@@ -671,7 +666,8 @@ def distil(run, data, method, calibration, report):
                 method.follow(model, target, config.target_reduction, calibration[:8])
         for group, share in zip(run.optimizer.param_groups, (1, 1, config.threshold_lr), strict=True):
             group['lr'] = share * lr
-        method.step(run, *batch(run.step), target)
+        starts = train.step_starts(train_data, meta, config, run.step)
+        method.step(run, *train.windows(train_data, starts, config.block_size, run.device), target)
         report(run.step + 1, config.steps())
 
 
