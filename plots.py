@@ -7,6 +7,7 @@ Every picture, in one style: as wide as a README, readable in grey. The suffix o
     plots.training(rows, best, matrices, 'out/training.png')        # train.py, at the end of a run
     plots.speed(rows, 'out/bench_decode.png', machine)              # bench.py
     plots.frontier(rows, 'assets/frontier.png', 'kl')               # baselines.py
+    plots.tokens(kinds, positions, surprise, shares, matrices, 'assets/tokens.png')     # compute.py
     plots.conversation(turns, palette, 'talk.png')                  # chat.py, /save; plots.reply is its /plot
 
 matplotlib is imported when a picture is drawn, not before: it takes a while. Errors: OSError, where the path
@@ -42,13 +43,13 @@ HERE = Path(__file__).parent
 
 
 @contextmanager
-def picture(path, width=9.0, height=3.2, columns=1, **more):
-    """A figure and its axes, side by side; saved to path at the end. Sizes in inches, 150 pixels each."""
+def picture(path, width=9.0, height=3.2, columns=1, rows=1, **more):
+    """A figure and its axes, row by row; saved to path at the end. Sizes in inches, 150 pixels each."""
     import matplotlib
     from matplotlib.figure import Figure
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(width, height), layout='constrained')
-        yield figure, figure.subplots(1, columns, **more)
+        yield figure, figure.subplots(rows, columns, **more)
         figure.savefig(path, dpi=150)
 
 
@@ -206,6 +207,36 @@ def frontier(rows, path, value='kl'):
                                minor_formatter=NullFormatter())
         panels[0].set(ylabel=VALUES[value])
         figure.legend([named[method] for method in methods], methods, loc='outside right upper')
+
+
+def tokens(kinds, positions, surprise, shares, matrices, path):
+    """
+    What gets compute: by kind of token, by position, by surprise, by layer and matrix. kinds: as
+    compute.by_kind() has them; positions: as by_position(); surprise: as by_value(); shares, matrices: as for
+    heat_map().
+    """
+    label = 'active weights, % of dense'
+    with picture(path, height=6.4, columns=2, rows=2, width_ratios=(1.15, 1)) as (_, axes):
+        (upper_left, upper_right), (lower_left, lower_right) = axes
+        names, counts, means = zip(*[(kind, count, 100 * mean) for kind, count, mean, *_ in reversed(kinds)])
+        upper_left.barh(names, means, color='#7d9ccc', ec='0.3', lw=0.5)
+        for row, (count, mean) in enumerate(zip(counts, means)):
+            upper_left.text(mean, row, f' {mean:.1f}% ({count:,})', va='center', fontsize=7)
+        upper_left.set(title='By kind of token (how many)', xlabel=label, xlim=(0, 1.3 * max(means)))
+        upper_left.grid(axis='y', visible=False)
+        means = [100 * mean for *_, mean in positions]
+        upper_right.plot(range(len(means)), means, **LINES[0])
+        upper_right.set(title='By position in the text', ylabel=label, ylim=0, xticks=range(len(means)))
+        ticks = [str(low) if low == high else f'{low}-{high}' for low, high, _ in positions]
+        upper_right.set_xticklabels(ticks, rotation=45, ha='right')
+        x, mean, low, high = np.array(surprise).T * [[1], [100], [100], [100]]
+        lower_left.fill_between(x, low, high, color='0.88', label='10th to 90th percentile')
+        lower_left.plot(x, mean, **LINES[1], label='mean of a tenth of all tokens')
+        lower_left.set(title='By surprise of the token read', xlabel='-log p of the token, nats',
+                       xscale='log', ylabel=label, ylim=(0, 1.3 * max(high)))
+        lower_left.legend(loc='upper left')
+        heat_map(lower_right, shares, matrices, highest=max(shares))
+        lower_right.set(title='By layer and matrix, % of its weights')
 
 
 # -----------------------------------------------------------------------------

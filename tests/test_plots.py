@@ -147,3 +147,24 @@ def test_the_pictures_of_the_readme_come_from_what_is_committed(drawn, tmp_path,
     shares = np.array(saved['active_share'])
     assert np.allclose(lines['qkv'], 100 * shares[0:-1:4]) and np.allclose(lines['LM head'], 100 * shares[-1])
     assert np.allclose(lines['neurons'], 100 * shares[3::4])
+
+
+def test_tokens_draws_what_it_is_given(drawn, tmp_path):
+    kinds = [('name', 2000, 0.4, 2.0, 0.1), ('digits', 30, 0.25, 1.0, 0.2), ('first token', 4, 0.1, np.nan, 0.3)]
+    positions = [(0, 0, 0.1), (1, 1, 0.2), (2, 3, 0.3), (4, 6, 0.35)]
+    surprise = [(0.01, 0.2, 0.1, 0.3), (0.5, 0.25, 0.2, 0.35), (4.0, 0.3, 0.25, 0.4)]
+    shares = list(np.linspace(0.1, 0.6, 2 * 6 + 1))
+    matrices = ('q', 'k', 'v', 'out', 'gate', 'neurons')
+    plots.tokens(kinds, positions, surprise, shares, matrices, tmp_path / 'tokens.png')
+    by_kind, by_position, by_surprise, by_matrix = drawn[0].axes[:4]
+    bars = {label.get_text(): bar.get_width() for label, bar in zip(by_kind.get_yticklabels(), by_kind.patches)}
+    assert bars == pytest.approx({'first token': 10, 'digits': 25, 'name': 40})
+    assert [text.get_text() for text in by_kind.texts] == [' 10.0% (4)', ' 25.0% (30)', ' 40.0% (2,000)']
+    line, = by_position.lines
+    assert np.allclose(line.get_data(), [range(4), [10, 20, 30, 35]])
+    assert [label.get_text() for label in by_position.get_xticklabels()] == ['0', '1', '2-3', '4-6']
+    assert np.allclose(points(by_surprise, 'mean of a tenth of all tokens'), [[0.01, 20], [0.5, 25], [4, 30]])
+    band = by_surprise.collections[0].get_paths()[0].vertices
+    assert {tuple(point) for point in np.round(band, 6)} == {(0.01, 10), (0.01, 30), (0.5, 20), (0.5, 35), (4, 25), (4, 40)}
+    assert np.allclose(by_matrix.images[0].get_array().compressed(), 100 * np.array(shares))
+    assert [label.get_text() for label in by_matrix.get_xticklabels()] == list(matrices)
