@@ -1,10 +1,11 @@
 """
 How fast the kernel is, against the memory it reads from and against others.
 
-    python bench.py kernel                          # each kind of matrix alone
     python bench.py decode                          # tokens/s, beside PyTorch with dense weights
     python bench.py decode --llama_bench PATH --gguf f32.gguf,q8_0.gguf         # and beside llama.cpp
     python bench.py decode --model smollm2          # a real model, reading real text
+    python bench.py decode --stripe 64,320,matrix   # what wider stripes gain; the last: one to a matrix
+    python bench.py probe                           # what bounds decoding: rows alone, and a token's time
     python bench.py prefill                         # prompts of several lengths: time to the first token
     python bench.py train --model gpt2-shape --compile      # a CWIC training step against the same step dense
     python bench.py train --processes 2             # two GPUs against one: do they compute the same, how fast
@@ -53,6 +54,7 @@ import torch.distributed as dist
 
 import build_kernel
 import cwic
+import evaluate
 import plots
 import train
 import weights
@@ -62,12 +64,13 @@ from data import common
 from decoder import FORMATS, Decoder, PackedMatrix, pointer
 from device import (ProcessGone, check_compile, choose_device, choose_dtype, join_processes, keep_memory,
                     meet, sum_over_processes, together)
-from evaluate import validation_windows
 from options import fail, option, parse_options, printable
 from tokenizer import end_id, load_tokenizer
 
 PROMPT = 16                     # tokens in the cache when decoding begins
 PROBE_BYTES = 2 ** 29           # more than most caches hold
+WIDTHS = (576, 768, 960, 1536, 2304, 3072)      # columns of rows that are probed, besides a model's own
+WIDEST = 2 ** 20                # columns: a stripe that holds any matrix
 KINDS = ('qkv', 'out', 'up', 'down', 'head')
 SHAPES = {                      # in stripes as weights.py cuts the released models
     'gpt2-shape': CWICConfig(vocab_size=50257, block_size=1024, n_layer=12, n_head=12, n_embd=768,
@@ -81,10 +84,11 @@ PRESETS = {'gpt2-shape': 'gpt2_124m_scratch.toml', 'smollm2-shape': 'smollm2_dis
 @dataclass
 class BenchConfig:
     """Measures speed: of the kernel, decoding, reading prompts, training; or what narrow weights cost."""
-    what: tuple = option((), 'kernel, decode, prefill, train or loss')
+    what: tuple = option((), 'decode, probe, prefill, train or loss')
     model: str = option('', f'{", ".join(SHAPES)}, or all that weights.py loads: smollm2, out/best.pt, ...; '
                         'left out: gpt2-shape, for train its default model, for loss out/best.pt')
-    stripe: int = option(0, 'columns in the stripes of a shape; 0: as in the released model', at_least=0)
+    stripe: str = option('', 'decode, prefill: columns in the stripes of a shape, or matrix, for one stripe '
+                         'to each; left out: as in the released model')
     reductions: str = option('1,2,3,4,6', 'dense / active weights, for shapes')
     dtypes: str = option('f32,bf16,int8', 'formats of the weights')
     threads: str = option('1,2', 'numbers of threads; loss takes the largest')
@@ -103,7 +107,7 @@ class BenchConfig:
     processes: int = option(1, 'train: GPUs, or processes of a CPU, that share each step; compared with one',
                             at_least=1)
     json: str = option('', 'file for all results')
-    out: str = option('out', 'where the pictures of kernel and decode go')
+    out: str = option('out', 'where the picture of decode goes')
 
 
 def machine():
@@ -129,14 +133,13 @@ def progress(text=''):
 # what is measured
 
 
-def choose_model(config):
-    """-> (model in eval mode, what else its file says: nothing of a shape)"""
+def choose_model(config, stripe=0):
+    """-> (model in eval mode, what else its file says: nothing of a shape); stripe: of a shape, 0: its own"""
     name = config.model or 'gpt2-shape'
     if name not in SHAPES:
         return weights.load(name)
     torch.manual_seed(0)
-    stripes = {f'stripe_{kind}': config.stripe for kind in KINDS if config.stripe}
-    return GPT(replace(SHAPES[name], **stripes)).eval(), {}
+    return GPT(replace(SHAPES[name], **{f'stripe_{kind}': stripe for kind in KINDS if stripe})).eval(), {}
 
 
 def read_dataset(name, saved, length):
@@ -237,35 +240,31 @@ def reading(tok_s, weights, thresholds=0, reduction=1.0, **more):
                 thresholds_gb_per_token=thresholds / 1e9)
 
 
-def kernel_reading(decoder, names, active, tokens, seconds):
-    """active: weights of these matrices that so many tokens used, together."""
-    tensors = [decoder.packed[name].tensors for name in names]
+def kernel_reading(decoder, active, tokens, seconds):
+    """active: weights that so many tokens used, together."""
+    tensors = [packed.tensors for packed in decoder.packed.values()]
     thresholds = sum(x[key].nbytes for x in tensors for key in ('thresholds', 'row_scale', 'column_scale')
                      if key in x)
-    dense = sum(int(d) for d, name in zip(decoder.dense, decoder.names) if name in names)
     weights = active / tokens * FORMATS[decoder.dtype].itemsize
-    return reading(tokens / seconds, weights, thresholds, dense * tokens / max(active, 1))
+    return reading(tokens / seconds, weights, thresholds, int(decoder.dense.sum()) * tokens / max(active, 1))
 
 
-def run_matrices(decoder, setting, threads, kind):
-    """All matrices of one kind alone, one after the other: a pass over them counts as a token."""
+def run_matrices(decoder, setting, threads):
+    """All matrices, one after the other, with nothing between them: a pass over them counts as a token."""
     setting.prepare(decoder, threads)
     ffi, y = decoder.ffi, torch.empty(max(packed.sizes['n_out'] for packed in decoder.packed.values()))
-    names = [name for name in decoder.names if name.split('.')[-1] == kind]
-    active = torch.zeros(1 + len(names), dtype=torch.int64)
-    # another matrix first: that wakes the threads, and leaves nothing of these in the cache
-    calls, inputs = [], []
-    for name, count in zip([decoder.names[0 if kind == 'head' else -1], *names], active):
+    active, calls, inputs = torch.zeros(len(decoder.names), dtype=torch.int64), [], []
+    for name, count in zip(decoder.names, active):
         inputs.append([x.clone() for x in setting.inputs[name]])
         x, h = [*(pointer(ffi, x) for x in inputs[-1]), ffi.NULL][:2]
         calls.append((decoder.team, ffi.new('Matrix *', decoder.packed[name].struct(ffi)),
                       list(FORMATS).index(decoder.dtype), 1, x, h, pointer(ffi, y), pointer(ffi, count)))
-    for i, call in enumerate(calls):
-        if i == 1:
-            start = time.perf_counter()
+    decoder.lib.multiply_alone(*calls[-1])          # wakes the threads
+    start = time.perf_counter()
+    for call in calls:
         decoder.lib.multiply_alone(*call)
     seconds = time.perf_counter() - start
-    return kernel_reading(decoder, names, int(active[1:].sum()), 1, seconds)
+    return kernel_reading(decoder, int(active.sum()), 1, seconds)
 
 
 def run_kernel(decoder, setting, threads, prompt, tokens):
@@ -277,7 +276,7 @@ def run_kernel(decoder, setting, threads, prompt, tokens):
         start = time.perf_counter()
         active = [decoder.step(token)[1] for token in tokens]
     seconds = time.perf_counter() - start
-    return kernel_reading(decoder, decoder.names, int(np.sum(active)), len(active), seconds)
+    return kernel_reading(decoder, int(np.sum(active)), len(active), seconds)
 
 
 @torch.no_grad()
@@ -329,7 +328,7 @@ def run_ctranslate2(folder, threads, prompt, tokens):
 
 
 # -----------------------------------------------------------------------------
-# kernel, decode, prefill
+# decode, prefill
 
 
 def measure(cases, rounds):
@@ -403,43 +402,158 @@ def other_engines(config):
 
 
 def measure_speed(config, what):
-    """The rows of kernel, decode or prefill."""
+    """The rows of decode or prefill."""
     threads, prompts = listed('threads', config.threads, most=1024), listed('prompts', config.prompts)
     reductions, others = listed('reductions', config.reductions, float), other_engines(config)
-    model, saved = choose_model(config)
-    context, end = model.config.block_size, PROMPT + config.tokens
-    if end > context:
-        fail(f'--tokens {config.tokens}: too many after a prompt of {PROMPT}, in a context of {context}')
-    prompts = sorted({min(length, context) for length in prompts})
-    text = text_to_read(config, model, saved, max(end, *prompts))
-    settings = make_settings(model, saved, reductions, text[:PROMPT])
-    decoders = {dtype: Decoder(model, dtype, max(threads)) for dtype in config.dtypes.split(',')}
-    print('packed weights on huge pages: '
-          + ', '.join(f'{dtype} {on_huge_pages(decoder)}' for dtype, decoder in decoders.items()), flush=True)
-    run_ours = run_matrices if what == 'kernel' else run_kernel
-    engines = [({'engine': 'cwic', 'dtype': dtype}, partial(run_ours, decoder, setting))
-               for dtype, decoder in decoders.items() for setting in settings]
-    if what == 'kernel':
-        work = [({'matrix': kind}, kind) for kind in (*model.config.matrices, 'head')]
-    else:
-        work = [({}, text[:PROMPT], text[PROMPT:end])]
-        if what == 'prefill':
-            work = [({'prompt': length}, text[:length], []) for length in prompts]
-        narrow = copy.deepcopy(model).bfloat16()
-        engines += [({'engine': 'torch', 'dtype': dtype}, partial(run_torch, dense))
-                    for dtype, dense in (('f32', model), ('bf16', narrow))] + others
-    cases = [(dict(what=what, **labels, **engine, threads=t), partial(run, t, *arguments))
+    stripes = listed('stripe', config.stripe.replace('matrix', str(WIDEST))) if config.stripe else [0]
+    engines, work, end = [], [], PROMPT + config.tokens
+    for stripe in stripes:
+        model, saved = choose_model(config, stripe)
+        context = model.config.block_size
+        if end > context:
+            fail(f'--tokens {config.tokens}: too many after a prompt of {PROMPT}, in a context of {context}')
+        prompts = sorted({min(length, context) for length in prompts})
+        text = text_to_read(config, model, saved, max(end, *prompts))
+        settings = make_settings(model, saved, reductions, text[:PROMPT])
+        labels = {'stripe': 'matrix' if stripe == WIDEST else stripe} if stripe else {}
+        for dtype in config.dtypes.split(','):
+            decoder = Decoder(model, dtype, max(threads))
+            print(f'{dtype}: {on_huge_pages(decoder)} of the packed weights on huge pages', flush=True)
+            engines += [(dict(labels, engine='cwic', dtype=dtype), partial(run_kernel, decoder, setting))
+                        for setting in settings]
+    narrow = copy.deepcopy(model).bfloat16()
+    engines += [({'engine': 'torch', 'dtype': dtype}, partial(run_torch, dense))
+                for dtype, dense in (('f32', model), ('bf16', narrow))] + others
+    work = [({}, text[:PROMPT], text[PROMPT:end])]
+    if what == 'prefill':
+        work = [({'prompt': length}, text[:length], []) for length in prompts]
+    cases = [(dict(labels, **engine, threads=t), partial(run, t, *arguments))
              for labels, *arguments in work for engine, run in engines for t in threads]
     rows = measure(cases, config.rounds)
-    key = lambda r: (r.get('matrix'), r.get('prompt'), r['engine'], r['dtype'], r['threads'])
-    dense = {key(r): r['tok_s'] for r in rows if r['reduction'] < 1.01}
+    key = lambda r: [r.get(name) for name in ('prompt', 'engine', 'stripe', 'dtype', 'threads')]
+    dense = {str(key(r)): r['tok_s'] for r in rows if r['reduction'] < 1.01}
     for r in rows:
         if what == 'prefill':           # tokens share what is read
             del r['gb_per_token'], r['thresholds_gb_per_token'], r['roofline']
             r['seconds'] = r['prompt'] / r['tok_s']
-        if key(r) in dense:
-            r['speed_over_dense'] = r['tok_s'] / dense[key(r)]
+        if str(key(r)) in dense:
+            r['speed_over_dense'] = r['tok_s'] / dense[str(key(r))]
     return rows
+
+
+# -----------------------------------------------------------------------------
+# probe
+
+
+class RowsAlone:
+    """
+    Rows of so many columns, packed like those of a matrix and added up by the same loop, of which a share is
+    active at random: as many as memory holds, 4,096 to a stripe, and nothing else to do.
+    """
+
+    def __init__(self, kernel, memory, dtype, columns, share):
+        stripes = len(memory) // (4096 * columns * FORMATS[dtype].itemsize) or 1
+        self.kernel, self.dtype, n_out = kernel, dtype, stripes * columns
+        self.sizes = dict(n_in=4096, n_out=n_out, stripe=columns, tile=columns, splits=1)
+        thresholds = torch.where(torch.rand(stripes, 4096) < share, -1.0, torch.inf)
+        self.tensors = dict(weight=memory, thresholds=thresholds, row_scale=torch.ones_like(thresholds),
+                            mu=torch.zeros(4096), column_scale=torch.ones(n_out), base=torch.zeros(n_out))
+
+    def __call__(self, threads):
+        lib, ffi = self.kernel.lib, self.kernel.ffi
+        team = ffi.gc(lib.team_new(threads, 4096, self.sizes['n_out']), lib.team_free)
+        matrix = dict(self.sizes, **{name: pointer(ffi, tensor) for name, tensor in self.tensors.items()})
+        x, y, active = torch.ones(4096), torch.empty(self.sizes['n_out']), torch.zeros(1, dtype=torch.int64)
+        call = (team, ffi.new('Matrix *', matrix), list(FORMATS).index(self.dtype), 1, pointer(ffi, x),
+                ffi.NULL, pointer(ffi, y), pointer(ffi, active))
+        for _ in range(2):              # the first time wakes the threads
+            start = time.perf_counter()
+            lib.multiply_alone(*call)
+            seconds = time.perf_counter() - start
+        thresholds = self.tensors['thresholds'].nbytes * (2 if self.dtype == 'int8' else 1)
+        return reading(1 / seconds, int(active) * FORMATS[self.dtype].itemsize, thresholds,
+                       4096 * self.sizes['n_out'] / int(active))
+
+
+def where_time_goes(measured, model, columns):
+    """
+    The rows of probe from what was measured: of rows alone, how fast they arrive; of a token, its parts in
+    microseconds. columns: {matrix: of its rows}.
+    """
+    kept = 'part', 'dtype', 'threads', 'columns', 'megabytes', 'reduction', 'bandwidth_gb_s', 'roofline'
+    us = {(r['part'], r['dtype'], r['threads']): 1e6 / r['tok_s'] for r in measured}    # of what is silent
+    rows, share = [], {}
+    for r in measured:
+        row = {key: r[key] for key in kept if key in r}
+        if r['part'] == 'rows':
+            rows.append(dict(row, read_gb_s=r['gb_per_token'] * r['tok_s']))
+            share[r['dtype'], r['threads'], r['asked'], r['columns'], r['megabytes']] = r['roofline']
+        if r['part'] == 'token':
+            key, token, of_rows = (r['dtype'], r['threads']), 1e6 / r['tok_s'], {'layers': 0.0, 'head': 0.0}
+            for name, layer in model.gated():       # what rows alone would take, memory being as fast as now
+                gigabytes = layer.dense / r['reduction'] * FORMATS[r['dtype']].itemsize / 1e9
+                speed = share[*key, r['asked'], columns[name], r['megabytes']] * r['bandwidth_gb_s']
+                of_rows['head' if name == 'head' else 'layers'] += 1e6 * gigabytes / speed
+            silent, stream = us['silent', *key], token * r['roofline']
+            thresholds = us['silent, matrices', *key] - us['narrow, matrices', *key]
+            hand_over = us['narrow', *key] - us['narrow', r['dtype'], 1]
+            explained = sum(of_rows.values()) + silent
+            rows.append(dict(row, tok_s=r['tok_s'], possible=stream / explained, token_us=token,
+                             stream_us=stream, layers_us=of_rows['layers'], head_us=of_rows['head'],
+                             thresholds_us=thresholds, hand_over_us=hand_over,
+                             between_us=silent - thresholds - hand_over, rest_us=token - explained))
+    return sorted(rows, key=lambda row: (row['part'], -row['threads']))
+
+
+def measure_probe(config, what):
+    """
+    The rows of probe, in two parts. 'rows': how fast rows arrive that are skipped at random, beside memory
+    that is read from end to end. 'token': where the time of a token goes, found by taking away. A decoder in
+    which no input is active shows what all but rows takes; its matrices without what stands between them,
+    what thresholds and sums do; a narrow model as deep, on several threads and on one, what handing over work
+    does. With what rows alone take this should add up to a token: the rest is what no part explains.
+    """
+    threads = listed('threads', config.threads, most=1024)
+    reductions = listed('reductions', config.reductions, float)
+    if (config.model or 'gpt2-shape') not in SHAPES:
+        fail(f'--model {config.model}: a probe is made of {" or ".join(SHAPES)}')
+    kernel, (model, _) = build_kernel.load(), choose_model(config)
+    n_embd = 16 * model.config.n_head
+    small = GPT(replace(model.config, n_embd=n_embd, n_hidden=n_embd,
+                        vocab_size=min(n_embd, model.config.vocab_size))).eval()
+    text = torch.randint(small.config.vocab_size, (PROMPT + config.tokens,)).tolist()
+    read = text[:PROMPT], text[PROMPT:]
+    settings = make_settings(model, {}, reductions, read[0])
+    silent, silent_small = Setting(model, False, read[0]), Setting(small, False, read[0])
+    for tensors in (*silent.tensors.values(), *silent_small.tensors.values()):
+        tensors['thresholds'].fill_(torch.inf)
+    memory = torch.from_numpy(np.full(PROBE_BYTES, 0x3c, np.uint8))         # .0115 as f32 and as bf16
+    cases, columns = [], {}
+    for dtype in config.dtypes.split(','):
+        decoder, narrow = Decoder(model, dtype, max(threads)), Decoder(small, dtype, max(threads))
+        for name, layer in model.gated():       # a row of neurons is one of up and one of down
+            sizes = decoder.packed[name].sizes
+            columns[name] = sizes['tile'] * (layer.dense // (sizes['n_in'] * sizes['n_out']))
+        # half a gigabyte, of which no cache helps; and as much as the model has, of which one may hold a part
+        size = min(model.dense() * FORMATS[dtype].itemsize, PROBE_BYTES)
+        sizes = sorted({(PROBE_BYTES, width) for width in WIDTHS} | {(size, c) for c in columns.values()})
+        alone = [(dict(asked=reduction, columns=width, megabytes=size // 10 ** 6),
+                  RowsAlone(kernel, memory[:size], dtype, width, 1 / reduction))
+                 for reduction in reductions for size, width in sizes]
+        for t in sorted({1, *threads}):
+            add = lambda part, run, *more, **labels: cases.append(
+                (dict(labels, part=part, dtype=dtype, threads=t), partial(run, *more)))
+            add('narrow', run_kernel, narrow, silent_small, t, *read)
+            if t in threads:
+                add('narrow, matrices', run_matrices, narrow, silent_small, t)
+                add('silent', run_kernel, decoder, silent, t, *read)
+                add('silent, matrices', run_matrices, decoder, silent, t)
+                for labels, rows in alone:
+                    add('rows', rows, t, **labels)
+                for reduction, setting in zip(reductions, settings):
+                    add('token', run_kernel, decoder, setting, t, *read, asked=reduction,
+                        megabytes=size // 10 ** 6)
+    return where_time_goes(measure(cases, config.rounds), model, columns)
 
 
 # -----------------------------------------------------------------------------
@@ -486,62 +600,6 @@ def make_run(config):
     active = torch.tensor([float(layer.dense) for _, layer in model.gated()], device=device)
     return train.Run(options, model, {}, optimizer, device, choose_dtype('auto', device)[0], active,
                      head_loss=train.head_loss)
-
-
-def measure_train(config, what):
-    """The rows of train: a step dense, CWIC that skips two thirds, and that with a teacher; on random ids."""
-    keep_memory()
-    if config.processes > 1:
-        return measure_processes(config)
-    run = make_run(config)
-    options, model, device = run.config, run.model, run.device
-    batch, length = options.batch_size, options.block_size
-    tokens = torch.randint(model.config.vocab_size, (batch, length + 1)).to(device)
-    checks = {}
-    if device != 'cpu':
-        _, checks['all active'] = disagreement(run, tokens)         # there are no statistics yet
-    set_reduction(model, 3.0, tokens[:1, :-1])
-    if device != 'cpu':
-        checks['sparse: thresholds'], checks['sparse: all else'] = disagreement(run, tokens)
-    model.train()
-    teacher = train.frozen_teacher(run)
-    if config.compile:
-        run.head_loss = torch.compile(train.head_loss)
-        for block in model.blocks:
-            block.compile()
-    name = torch.cuda.get_device_name() if device == 'cuda' else f'{torch.get_num_threads()} threads'
-    about = dict(device=f'{device} ({name})', dtype=str(run.dtype).removeprefix('torch.'), batch=batch,
-                 compiled=config.compile, micro_batch=options.micro_batch, block_size=length,
-                 disagreement=checks)
-    print(', '.join(f'{key} {value}' for key, value in about.items() if value != {}), flush=True)
-    rows = [dict(about, what=what, engine=engine) for engine in ('dense', 'cwic', 'cwic + teacher')]
-    seconds, synchronize = {row['engine']: [] for row in rows}, getattr(torch, device).synchronize
-    for done in range(config.rounds + 2):               # the first two compile and take memory
-        for row in rows:
-            progress(f'round {done + 1} of {config.rounds + 2}: {row["engine"]}')
-            run.teacher = teacher if 'teacher' in row['engine'] else None
-            if device == 'cuda':
-                torch.cuda.reset_peak_memory_stats()
-            synchronize()
-            start = time.perf_counter()
-            _, active, _ = train.train_step(run, tokens[:, :-1], tokens[:, 1:], 3.0, row['engine'] == 'dense')
-            synchronize()
-            seconds[row['engine']].append(time.perf_counter() - start)
-            row['reduction'] = float(model.dense() / active.sum())
-            if device == 'cuda':
-                row['memory_gib'] = torch.cuda.max_memory_allocated() / 2 ** 30
-    progress()
-    for row in rows:
-        speeds = batch * length / np.array(seconds[row['engine']][2:])
-        for key, pick in dict(tok_s=np.median, tok_s_min=np.min, tok_s_max=np.max).items():
-            row[key] = float(pick(speeds))
-        row['seconds'] = batch * length / row['tok_s']
-        row['seconds_over_dense'] = row['seconds'] / rows[0]['seconds']
-    return rows
-
-
-# -----------------------------------------------------------------------------
-# train, by several processes
 
 
 def start_processes(config):
@@ -610,80 +668,102 @@ def compare_with_one(run, tokens, rank, world):
                 cases[case] = [difference(shared, one), difference(otherwise, one)]
                 ours, theirs = ('loss {:.1e}, weights {:.1e}, thresholds {:.1e}'.format(*values)
                                 for values in cases[case])
-                print(f'{case}: {ours}; one process, other micro-batches: {theirs}', flush=True)
+                print(f'{case}: relative differences of {world} processes to one at most {ours}; of one '
+                      f'process with other micro-batches {theirs}', flush=True)
     return cases
 
 
-def measure_processes(config):
+def time_steps(rows, run, tokens, rounds, rank, teacher=None):
     """
-    The rows of train with --processes: a step dense and CWIC that skips two thirds, by all processes and by
-    the first alone, in turns, each process with a batch of its own; what of it is the message; and first,
-    whether all compute what one does.
+    Fills rows, which name an engine and a number of processes, with what a training step of each takes, in
+    turns; tokens (B, T + 1) are this process's share.
     """
-    device, rank, world = join_processes(choose_device(config.device))
-    run = make_run(config)
-    batch, length, name = run.config.batch_size, run.config.block_size, run.device
-    choice = [run.dtype]
-    together(dist.broadcast_object_list, choice)                    # on a CPU, measured by each
-    run.dtype = choice[0]
-    tokens = torch.randint(run.model.config.vocab_size, (max(batch, 4) * world, length + 1)).to(device)
-    set_reduction(run.model, 3.0, tokens[:1, :-1])
-    for x in run.model.state_dict().values():
-        together(dist.broadcast, x, 0)
-    run.model.train()
-    if name == 'cuda':
-        name = f'{world} x {torch.cuda.get_device_name()}'
-    about = dict(device=name, dtype=str(run.dtype).removeprefix('torch.'), batch=batch,
-                 compiled=config.compile, micro_batch=run.config.micro_batch, block_size=length)
-    if rank == 0:
-        print(', '.join(f'{key} {value}' for key, value in about.items()))
-        print(f'largest relative differences of {world} processes to one, on the same {4 * world} sequences:',
-              flush=True)
-    about['differences'] = compare_with_one(run, tokens[:4 * world], rank, world)
-    if config.compile:
-        run.head_loss = torch.compile(train.head_loss)
-        for block in run.model.blocks:
-            block.compile()
-    rows = [dict(about, what='train', engine=engine, processes=processes)
-            for engine in ('dense', 'cwic') for processes in (world, 1)]
     seconds, synchronize = [[] for _ in rows], getattr(torch, run.device).synchronize
-    mine = tokens[rank * batch:(rank + 1) * batch]
-    for done in range(config.rounds + 2):               # the first two compile and take memory
+    for done in range(rounds + 2):                      # the first two compile and take memory
         for row, times in zip(rows, seconds):
-            processes, dense = row['processes'], row['engine'] == 'dense'
+            progress(f'round {done + 1} of {rounds + 2}: {row["engine"]}')
+            processes = row['processes']
             if rank < processes:
-                options = replace(run.config, batch_size=batch * processes)
-                step = replace(run, config=options, active=run.active.clone())
+                options = replace(run.config, batch_size=len(tokens) * processes)
+                step = replace(run, config=options, active=run.active.clone(),
+                               teacher=teacher if 'teacher' in row['engine'] else None)
+                if run.device == 'cuda':
+                    torch.cuda.reset_peak_memory_stats()
                 synchronize()
                 start = time.perf_counter()
                 with nullcontext() if processes > 1 else alone():
-                    _, active, _ = train.train_step(step, mine[:, :-1], mine[:, 1:], 3.0, dense)
+                    active = train.train_step(step, tokens[:, :-1], tokens[:, 1:], 3.0,
+                                              row['engine'] == 'dense')[1]
                 synchronize()
                 times.append(time.perf_counter() - start)
                 row['reduction'] = float(run.model.dense() / active.sum())
+                if run.device == 'cuda':
+                    row['memory_gib'] = torch.cuda.max_memory_allocated() / 2 ** 30
             meet()
-    message, messages = [torch.zeros_like(p) for p in run.model.parameters()], []
-    for _ in range(config.rounds + 2):
-        synchronize()
-        start = time.perf_counter()
-        sum_over_processes(message)
-        synchronize()
-        messages.append(time.perf_counter() - start)
-        meet()
-    if rank == 0:
-        print(f'a message of {sum(p.nbytes for p in message) / 1e6:.0f} MB takes '
-              f'{1e3 * np.median(messages[2:]):.2f} ms', flush=True)
-    dist.destroy_process_group()
-    if rank > 0:
-        sys.exit(0)
+    progress()
     for row, times in zip(rows, seconds):
-        speeds = row['processes'] * batch * length / np.array(times[2:])
-        for key, pick in dict(tok_s=np.median, tok_s_min=np.min, tok_s_max=np.max).items():
-            row[key] = float(pick(speeds))
-        row['seconds'] = row['processes'] * batch * length / row['tok_s']
-    for many, one in zip(rows[::2], rows[1::2]):
-        many['speed_over_one'] = many['tok_s'] / one['tok_s']
-        many['message_share'] = float(np.median(messages[2:])) / many['seconds']
+        if times:
+            speeds = row['processes'] * tokens[:, 1:].numel() / np.array(times[2:])
+            row.update(tok_s=float(np.median(speeds)), tok_s_min=float(speeds.min()),
+                       tok_s_max=float(speeds.max()))
+            row['seconds'] = row['processes'] * tokens[:, 1:].numel() / row['tok_s']
+
+
+def measure_train(config, what):
+    """
+    The rows of train: a step dense, CWIC that skips two thirds, and that with a teacher; on random ids. With
+    --processes: dense and CWIC by all processes and by the first alone, each process with a batch of its own;
+    what of it is the message; and first, whether all compute what one does.
+    """
+    keep_memory()
+    device, rank, world = join_processes(choose_device(config.device))
+    run = make_run(config)
+    batch, length, model, choice = run.config.batch_size, run.config.block_size, run.model, [run.dtype]
+    together(dist.broadcast_object_list, choice)                    # on a CPU, measured by each
+    run.dtype = choice[0]
+    tokens = torch.randint(model.config.vocab_size, (max(batch, 4) * world, length + 1)).to(device)
+    checks, check = {}, world == 1 and run.device != 'cpu'
+    if check:
+        _, checks['all active'] = disagreement(run, tokens)         # there are no statistics yet
+    set_reduction(model, 3.0, tokens[:1, :-1])
+    if check:
+        checks['sparse: thresholds'], checks['sparse: all else'] = disagreement(run, tokens)
+    for x in model.state_dict().values():
+        together(dist.broadcast, x, 0)
+    model.train()
+    name = torch.cuda.get_device_name() if run.device == 'cuda' else f'{torch.get_num_threads()} threads'
+    about = dict(device=f'{run.device} ({name})', dtype=str(run.dtype).removeprefix('torch.'), batch=batch,
+                 compiled=config.compile, micro_batch=run.config.micro_batch, block_size=length)
+    if rank == 0:
+        print(', '.join(f'{key} {value}' for key, value in (about | checks).items()), flush=True)
+    about['differences'] = compare_with_one(run, tokens[:4 * world], rank, world) if world > 1 else checks
+    teacher = train.frozen_teacher(run) if world == 1 else None
+    if config.compile:
+        run.head_loss = torch.compile(train.head_loss)
+        for block in model.blocks:
+            block.compile()
+    rows = [dict(about, engine=engine, processes=processes) for engine in ('dense', 'cwic', 'cwic + teacher')
+            for processes in ((world, 1) if world > 1 else (1,)) if teacher or 'teacher' not in engine]
+    time_steps(rows, run, tokens[rank * batch:(rank + 1) * batch], config.rounds, rank, teacher)
+    if world > 1:
+        message, messages = [torch.zeros_like(p) for p in model.parameters()], []
+        for _ in range(config.rounds + 2):
+            meet()
+            start = time.perf_counter()
+            sum_over_processes(message)
+            getattr(torch, run.device).synchronize()
+            messages.append(time.perf_counter() - start)
+        dist.destroy_process_group()
+        if rank > 0:
+            sys.exit(0)
+        seconds = float(np.median(messages[2:]))
+        print(f'a message of {sum(p.nbytes for p in message) / 1e6:.0f} MB takes {1e3 * seconds:.2f} ms',
+              flush=True)
+        for many, one in zip(rows[::2], rows[1::2]):
+            many.update(speed_over_one=many['tok_s'] / one['tok_s'], message_share=seconds / many['seconds'])
+    for row in rows:
+        dense = next(r for r in rows if r['processes'] == row['processes'])
+        row['seconds_over_dense'] = row['seconds'] / dense['seconds']
     return rows
 
 
@@ -691,50 +771,51 @@ def measure_processes(config):
 # loss
 
 
+def through(decoder):
+    """What computes a model's logits (B, T, vocab) and active (M, B, T) of tokens (B, T) one at a time."""
+    def forward(tokens, dense):
+        logits, active = [], []
+        for sequence in tokens.tolist():
+            decoder.reset()
+            for token in sequence:
+                for values, of_token in zip((logits, active), decoder.step(token)):
+                    values.append(torch.from_numpy(of_token))
+        shape = *tokens.shape, -1
+        return torch.stack(logits).view(shape), torch.stack(active).view(shape).permute(2, 0, 1)
+    return forward
+
+
 def measure_loss(config, what):
     """
     The rows of loss: validation loss (nats per token) and reduction in each format, token by token through
     the kernel; of an adapter also KL(base || model) and how often both find the same token likeliest.
     """
-    threads = max(listed('threads', config.threads, most=1024))
+    threads, rows = max(listed('threads', config.threads, most=1024)), []
     model, saved = weights.load(config.model or 'out/best.pt')
     options = saved.get('options') or {}
     length = min(options.get('block_size', 512), model.config.block_size)
     text, meta = read_dataset(config.data or options.get('data', 'python'), saved, length)
-    windows = validation_windows(text, meta, config.windows, length)                    # (windows, T + 1)
+    windows = evaluate.validation_windows(text, meta, config.windows, length)       # (windows, T + 1)
     base = weights.load(saved['base'])[0] if saved.get('base') else None
-    decoders = {dtype: Decoder(model, dtype, threads) for dtype in config.dtypes.split(',')}
-    sums = {dtype: 0.0 for dtype in decoders}
-    for i, window in enumerate(torch.from_numpy(windows)):
-        inputs, targets = window[:-1], window[1:, None]                                 # (T), (T, 1)
-        with torch.no_grad():
-            expected = None if base is None else base(inputs[None], dense=True)[0][0].log_softmax(-1)
-        for dtype, decoder in decoders.items():
-            progress(f'window {i + 1} of {len(windows)}, {dtype}')
-            decoder.reset()
-            logits, active = zip(*map(decoder.step, inputs))
-            logp = torch.from_numpy(np.stack(logits)).log_softmax(-1)                   # (T, vocab)
-            values = [float(np.sum(active)), -float(logp.gather(1, targets).double().sum())]
-            if base is not None:
-                values += [float((expected.exp() * (expected - logp)).sum(1).double().sum()),
-                           float((expected.argmax(1) == logp.argmax(1)).sum())]
-            sums[dtype] += np.array(values) / (len(windows) * length)
-    progress()
-    rows = []
-    for dtype, (active, *values) in sums.items():
-        values = zip(('loss', 'kl', 'agreement'), map(float, values))
-        rows.append(dict(what=what, engine='cwic', dtype=dtype, threads=decoders[dtype].threads,
-                         reduction=float(model.dense() / active), **dict(values)))
+    for dtype in config.dtypes.split(','):
+        progress(f'{dtype}: {len(windows)} windows of {length} tokens')
+        decoder = Decoder(model, dtype, threads)
+        model.forward = through(decoder)
+        found = evaluate.measure(model, windows, base)
+        rows.append(dict(engine='cwic', dtype=dtype, threads=decoder.threads, loss=found['val_loss'],
+                         **{key: found[key] for key in ('reduction', 'kl', 'agreement') if key in found}))
         rows[-1]['loss_over_first'] = rows[-1]['loss'] - rows[0]['loss']
+    progress()
     return rows
 
 
 # -----------------------------------------------------------------------------
 
 COLUMNS = (             # title, key in a row, width, format: those that rows have are printed
-    ('engine', 'engine', '<14', ''), ('matrix', 'matrix', '<7', ''), ('prompt', 'prompt', '>6', ''),
+    ('engine', 'engine', '<14', ''), ('prompt', 'prompt', '>6', ''), ('stripe', 'stripe', '>6', ''),
     ('dtype', 'dtype', '<12', ''), ('processes', 'processes', '>9', ''),
-    ('threads', 'threads', '>7', ''), ('reduction', 'reduction', '>9', '.2f'),
+    ('threads', 'threads', '>7', ''), ('columns', 'columns', '>7', ''), ('of MB', 'megabytes', '>6', ''),
+    ('reduction', 'reduction', '>9', '.2f'),
     ('loss', 'loss', '>7', '.4f'), ('change', 'loss_over_first', '>7', '+.4f'),
     ('KL to base', 'kl', '>10', '.4f'), ('agreement', 'agreement', '>9', '.3f'),
     ('tok/s', 'tok_s', '>8', '.1f'), ('min', 'tok_s_min', '>8', '.1f'), ('max', 'tok_s_max', '>8', '.1f'),
@@ -743,7 +824,12 @@ COLUMNS = (             # title, key in a row, width, format: those that rows ha
     ('message', 'message_share', '>7', '.1%'),
     ('GiB', 'memory_gib', '>5', '.1f'), ('GB/token', 'gb_per_token', '>8', '.3g'),
     ('thresholds', 'thresholds_gb_per_token', '>10', '.3g'), ('GB/s', 'bandwidth_gb_s', '>5', '.1f'),
-    ('roofline', 'roofline', '>8', '.2f'))
+    ('rows GB/s', 'read_gb_s', '>9', '.1f'), ('roofline', 'roofline', '>8', '.2f'),
+    ('possible', 'possible', '>8', '.2f'), ('us: token', 'token_us', '>9', '.0f'),
+    ('streamed', 'stream_us', '>8', '.0f'), ('rows', 'layers_us', '>5', '.0f'),
+    ('head', 'head_us', '>5', '.0f'),
+    ('thresholds, sums', 'thresholds_us', '>16', '.0f'), ('hand-over', 'hand_over_us', '>9', '.0f'),
+    ('norms, attention', 'between_us', '>16', '.0f'), ('rest', 'rest_us', '>5', '.0f'))
 
 
 def table(rows):
@@ -754,7 +840,7 @@ def table(rows):
         print(' '.join(f'{cell:{width}}' for cell, width in cells))
 
 
-MEASURES = dict(kernel=measure_speed, decode=measure_speed, prefill=measure_speed, train=measure_train,
+MEASURES = dict(decode=measure_speed, probe=measure_probe, prefill=measure_speed, train=measure_train,
                 loss=measure_loss)
 
 
@@ -781,14 +867,14 @@ def main():
         start_processes(config)
     if not set(config.dtypes.split(',')) <= FORMATS.keys():
         fail(f'--dtypes {config.dtypes}: choose from {", ".join(FORMATS)}, separated by commas')
-    picture = os.path.join(config.out, f'bench_{what}.png') if what in ('kernel', 'decode') else ''
+    picture = os.path.join(config.out, f'bench_{what}.png') if what == 'decode' else ''
     for name, path in (('json', config.json), ('out', picture)):
         if path:
             check_file(name, path)
     try:
         if os.environ.get('RANK', '0') == '0':
             print(machine(), flush=True)
-        rows = MEASURES[what](config, what)
+        rows = [dict(row, what=what) for row in MEASURES[what](config, what)]
     except (build_kernel.KernelUnavailable, CheckpointError, weights.WeightsError, ValueError) as error:
         fail(error, 1)
     except torch.OutOfMemoryError:
@@ -798,7 +884,8 @@ def main():
     except KeyboardInterrupt:
         progress()
         sys.exit(130)
-    table(rows)
+    for part in dict.fromkeys(row.get('part') for row in rows):
+        table([row for row in rows if row.get('part') == part])
     if config.json:
         text = json.dumps({'machine': machine(), 'rows': rows}, indent=1)
         cwic.write_atomically(config.json, lambda file: file.write(text.encode()))

@@ -11,31 +11,22 @@ Build it with: python build_kernel.py. decoder.py packs models for it, and check
 In this order: the structs; small maths; rows, where the time goes; a matrix for one token; a matrix for the
 many tokens of a prompt; attention, and the whole step; the team of threads.
 
-Not here: more than one sequence, f16, GPUs, Windows. Threads do not survive fork(): make a new team there.
+Not here: more than one sequence, f16, GPUs, Windows, compilers other than gcc and clang. Threads do not
+survive fork(): make a new team there.
 */
 
 #include <math.h>
-#include <stdint.h>
-#include <stdlib.h>
-#include <string.h>
-
-#if !defined(PLAIN)             // PLAIN: no threads, nothing only for speed: the short way through this file
-#define THREADS
 #include <pthread.h>
 #include <sched.h>
 #include <stdatomic.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
 #if defined(__AVX512F__)
-#define AVX512
 #include <immintrin.h>
 #endif
-#endif
 
-#if defined(__GNUC__)
 #define INLINE static inline __attribute__((always_inline))
-#else
-#define INLINE static inline
-#define __builtin_prefetch(address, write, level) ((void)0)
-#endif
 
 // -----------------------------------------------------------------------------
 // the structs. build_kernel.py takes the declarations up to "end of interface" from here
@@ -113,26 +104,35 @@ int multiply_alone(Team *team, const Matrix *matrix, int dtype, size_t count, fl
 
 enum { COLUMNS = 2 * BLOCK };   // that are computed together for many tokens
 
-typedef struct Threads Threads; // how they share tasks and wait for them: at the end of this file
-
 typedef struct {                // what each thread has for itself
-    Threads *threads;
+    Team *team;
+    pthread_t thread;
     uint32_t *index;            // (longest) rows that are active
     float *value;               // (longest) what they are multiplied with; or attention's scores
     float (*sums)[SPLITS][COLUMNS];     // (BATCH)
     int64_t active[BATCH];      // weights that each token used
 } Worker;
 
+typedef void Task(const void *argument, Worker *me, size_t task);
+
 struct Team {
-    int size, n_workers;        // threads; workers, some without a thread where a system is short of them
-    Worker *workers;            // (n_workers)
-    Threads *threads;
+    int size;                   // threads, the calling one, which is the first, among them
+    Worker *workers;            // (size)
     size_t longest, n_sums;
     float *sums;                // (n_sums) what the tasks of a matrix leave behind: (tiles, splits, tile)
+    Task *function;             // what is being done: these may be read by a thread that has claimed a task
+    const void *argument;
+    size_t tasks;
+    // what all threads write, each on a cache line of its own
+    _Alignas(64) atomic_uint_fast64_t open;     // tasks not yet claimed; above them, 32 bits, the run
+    _Alignas(64) atomic_size_t done;            // tasks done
+    _Alignas(64) atomic_int sleeping;
+    atomic_int stop;
+    pthread_mutex_t mutex;
+    pthread_cond_t wake;
 };
 
 // does tasks 0, 1, ... in any order, each on whichever thread is free; returns when all are done
-typedef void Task(const void *argument, Worker *me, size_t task);
 static void run_tasks(Team *team, size_t tasks, Task *function, const void *argument);
 
 static size_t least(size_t a, size_t b) { return a < b ? a : b; }
@@ -216,7 +216,7 @@ static size_t find_active(const Matrix *m, size_t stripe, const float *restrict 
     const float *restrict mu = m->mu, *restrict t = m->thresholds + stripe * m->n_in;
     const float *restrict scale = m->row_scale ? m->row_scale + stripe * m->n_in : NULL;
     size_t n = 0, i = first;
-#ifdef AVX512
+#ifdef __AVX512F__
     const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
     for (; i + 16 <= last; i += 16) {   // 16 are stored, however few are active: the next overwrite the rest
         __m512 c = _mm512_sub_ps(_mm512_loadu_ps(x + i), _mm512_loadu_ps(mu + i));
@@ -254,6 +254,22 @@ INLINE float weight(const char *row, size_t j, int dtype)
     return bits.f;
 }
 
+// Sixteen numbers: one register, or as many as it takes
+typedef float Floats __attribute__((vector_size(64), aligned(4), may_alias));
+
+// weights j to j + 15 of a row. What gcc makes of the loop costs int8 a third of its speed, so AVX-512 is told
+INLINE void load(Floats *to, const char *row, size_t j, int dtype)
+{
+    if (dtype == F32) { *to = *(const Floats *)(row + 4 * j); return; }
+#ifdef __AVX512F__
+    __m512i whole = dtype == BF16 ? _mm512_cvtepu16_epi32(_mm256_loadu_si256((const void *)(row + 2 * j)))
+                                  : _mm512_cvtepi8_epi32(_mm_loadu_si128((const void *)(row + j)));
+    *to = dtype == BF16 ? (Floats)_mm512_slli_epi32(whole, 16) : (Floats)_mm512_cvtepi32_ps(whole);
+#else
+    for (size_t i = 0; i < 16; i++) (*to)[i] = weight(row, j + i, dtype);
+#endif
+}
+
 // Asks for a cache line of weights: into the first-level cache, past the others, as nobody will need it again
 // soon; or, where eight rows would fill that, into the second
 INLINE void request(const char *address, int dtype)
@@ -272,32 +288,9 @@ typedef struct {                // n rows of weights, and what each is multiplie
     size_t n_soon;
 } Rows;
 
-#ifdef PLAIN
-
-// sums (width) += value[k] * row k, for up to eight rows from the k-th on: this is where a model's time goes
-static void add_eight(float *sums, Rows rows, size_t k, int dtype)
-{
-    for (size_t end = least(k + 8, rows.n); k < end; k++)
-        for (size_t j = 0; j < rows.width; j++)
-            sums[j] += rows.value[k] * weight(rows.weight + rows.index[k] * rows.stride, j, dtype);
-}
-
-// value[k] *= row k . h (width), for up to eight rows from the k-th on
-static void dot_eight(Rows rows, size_t k, const float *h, int dtype)
-{
-    for (size_t end = least(k + 8, rows.n); k < end; k++) {
-        float dot = 0;
-        for (size_t j = 0; j < rows.width; j++)
-            dot += h[j] * weight(rows.weight + rows.index[k] * rows.stride, j, dtype);
-        rows.value[k] *= dot;
-    }
-}
-
-#else
-
-// The same, fast. sums is read and written once for eight weights. And rows are asked for before it is their
-// turn: no prefetcher of the hardware can guess which one comes next, but we know. With every cache line of a
-// row goes a request for the same line of the row eight further on
+// Eight rows, so that sums are read and written once for eight weights. And rows are asked for before it is
+// their turn: no prefetcher of the hardware can guess which one comes next, but we know. With every cache line
+// of a row goes a request for the same line of the row eight further on
 typedef struct {
     const char *row[8], *later[8];
     float value[8];
@@ -314,65 +307,47 @@ INLINE Eight take_eight(Rows rows, size_t k)
     return e;
 }
 
-#ifdef AVX512       // gcc widens bytes by way of 16 bits, which costs a third of int8's speed: so we say how
-INLINE __m512 load16(const char *row, size_t j, int dtype)
-{
-    if (dtype == F32) return _mm512_loadu_ps(row + 4 * j);
-    if (dtype == INT8)
-        return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const void *)(row + j))));
-    __m512i bits = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const void *)(row + 2 * j)));
-    return _mm512_castsi512_ps(_mm512_slli_epi32(bits, 16));
-}
-#endif
-
+// sums (width) += value[k] * row k, for up to eight rows from the k-th on: this is where a model's time goes
 INLINE void add_eight(float *restrict sums, Rows rows, size_t k, int dtype)
 {
     Eight e = take_eight(rows, k);
     for (size_t start = 0, line = 64 / bytes(dtype); start < rows.width; start += line) {
         size_t j = start, end = least(start + line, rows.width);
         for (size_t r = 0; r < 8; r++) request(e.later[r] + start * bytes(dtype), dtype);
-#ifdef AVX512
         for (; j + 16 <= end; j += 16) {
-            __m512 sum = _mm512_loadu_ps(sums + j);
-            for (size_t r = 0; r < 8; r++)
-                sum = _mm512_fmadd_ps(_mm512_set1_ps(e.value[r]), load16(e.row[r], j, dtype), sum);
-            _mm512_storeu_ps(sums + j, sum);
+            Floats sum = *(Floats *)(sums + j), weights;
+            for (size_t r = 0; r < 8; r++) {
+                load(&weights, e.row[r], j, dtype);
+                sum += e.value[r] * weights;
+            }
+            *(Floats *)(sums + j) = sum;
         }
-#endif
         for (; j < end; j++)
             for (size_t r = 0; r < 8; r++) sums[j] += e.value[r] * weight(e.row[r], j, dtype);
     }
 }
 
+// value[k] *= row k . h (width), for up to eight rows from the k-th on
 INLINE void dot_eight(Rows rows, size_t k, const float *restrict h, int dtype)
 {
     Eight e = take_eight(rows, k);
-    size_t line = 64 / bytes(dtype), j = 0;
-    float dot[8];
-#ifdef AVX512
-    __m512 sum[8] = {0};
+    Floats sum[8] = {0}, weights;
+    size_t j = 0, line = 64 / bytes(dtype);
     for (; j + 16 <= rows.width; j += 16) {
         for (size_t r = 0; j % line == 0 && r < 8; r++) request(e.later[r] + j * bytes(dtype), dtype);
-        for (size_t r = 0; r < 8; r++)
-            sum[r] = _mm512_fmadd_ps(load16(e.row[r], j, dtype), _mm512_loadu_ps(h + j), sum[r]);
+        for (size_t r = 0; r < 8; r++) {
+            load(&weights, e.row[r], j, dtype);
+            sum[r] += weights * *(const Floats *)(h + j);
+        }
     }
-    for (size_t r = 0; r < 8; r++) dot[r] = _mm512_reduce_add_ps(sum[r]);
-    for (; j < rows.width; j++)
-        for (size_t r = 0; r < 8; r++) dot[r] += weight(e.row[r], j, dtype) * h[j];
-#else
-    for (size_t r = 0; r < 8; r++) {
-        const char *row = e.row[r];
-        float sum = 0;
-        for (j = 0; j < rows.width; j += line) request(e.later[r] + j * bytes(dtype), dtype);
-        #pragma omp simd reduction(+:sum)
-        for (size_t i = 0; i < rows.width; i++) sum += weight(row, i, dtype) * h[i];
-        dot[r] = sum;
+    for (size_t r = 0; r < 8 && k + r < rows.n; r++) {
+        float dot = 0;
+        #pragma omp simd reduction(+:dot)
+        for (size_t i = 0; i < 16; i++) dot += sum[r][i];
+        for (size_t i = j; i < rows.width; i++) dot += weight(e.row[r], i, dtype) * h[i];
+        rows.value[k + r] *= dot;
     }
-#endif
-    for (size_t r = 0; r < 8 && k + r < rows.n; r++) rows.value[k + r] *= dot[r];
 }
-
-#endif
 
 // sums (width) += value[k] * row k, for all rows. A row of neurons is a column of up and, next to it, a row
 // of down: what the first makes of h multiplies the value before the second is added. With every eight rows a
@@ -494,25 +469,16 @@ INLINE void add_block(float *restrict sums, const char *restrict block, size_t s
                       const uint32_t *restrict index, size_t first, const float *restrict value, size_t n,
                       int dtype)
 {
-#ifdef PLAIN
-    for (size_t k = 0; k < n; k++) {
-        const char *row = block + (index ? index[k] - first : k) * stride * bytes(dtype);
-        for (size_t j = 0; j < BLOCK; j++) sums[j] += value[k] * weight(row, j, dtype);
-    }
-#else               // vectors that any compiler knows, and keeps in registers
-    typedef float Floats __attribute__((vector_size(64), aligned(4), may_alias));
-    typedef uint16_t Halves __attribute__((vector_size(32), aligned(2), may_alias));
-    typedef uint32_t Bits __attribute__((vector_size(64)));
-    Floats sum[BLOCK / 16];
+    Floats sum[BLOCK / 16], weights;
     memcpy(sum, sums, sizeof sum);
     for (size_t k = 0; k < n; k++) {
         const char *row = block + (index ? index[k] - first : k) * stride * bytes(dtype);
-        for (size_t j = 0; j < BLOCK / 16; j++)
-            sum[j] += value[k] * (dtype == F32 ? ((const Floats *)row)[j]
-                                  : (Floats)(__builtin_convertvector(((const Halves *)row)[j], Bits) << 16));
+        for (size_t j = 0; j < BLOCK / 16; j++) {
+            load(&weights, row, 16 * j, dtype);
+            sum[j] += value[k] * weights;
+        }
     }
     memcpy(sums, sum, sizeof sum);
-#endif
 }
 
 // a task is some columns of a tile
@@ -601,7 +567,7 @@ static void multiply(Product p, int64_t *active, size_t step)
     }
     for (size_t token = 0; token < p.count; token++) {
         active[token * step] = 0;
-        for (int i = 0; i < team->n_workers; i++) {
+        for (int i = 0; i < team->size; i++) {
             active[token * step] += team->workers[i].active[token];
             team->workers[i].active[token] = 0;
         }
@@ -779,23 +745,6 @@ int decode(Team *team, const Model *model, const State *state, const uint32_t *t
 // ones, or a core to itself, does more; and one that a neighbour has pushed off its core is waited for only
 // if it holds a task
 
-#ifdef THREADS
-
-struct Threads {
-    Task *function;             // these three may be read by a thread that has claimed a task
-    const void *argument;
-    size_t tasks;
-    // what all threads write, each on a cache line of its own
-    _Alignas(64) atomic_uint_fast64_t open;     // tasks not yet claimed; above them, 32 bits, the run
-    _Alignas(64) atomic_size_t done;            // tasks done
-    _Alignas(64) atomic_int sleeping;
-    atomic_int stop;
-    int started;                // threads besides the calling one
-    pthread_mutex_t mutex;
-    pthread_cond_t wake;
-    pthread_t *thread;          // (started)
-};
-
 static void pause_a_moment(unsigned tries)
 {
     // on a core of one's own the wait is short; if not, whoever we wait for may need this core
@@ -808,8 +757,9 @@ static void pause_a_moment(unsigned tries)
 }
 
 // claims tasks and does them until none are left
-static void work(Threads *t, Worker *me)
+static void work(Worker *me)
 {
+    Team *t = me->team;
     uint_fast64_t open = atomic_load_explicit(&t->open, memory_order_acquire);
     while (open & UINT32_MAX) {
         if (!atomic_compare_exchange_weak(&t->open, &open, open - 1)) continue;     // another was faster
@@ -819,9 +769,8 @@ static void work(Threads *t, Worker *me)
     }
 }
 
-static void run_tasks(Team *team, size_t tasks, Task *function, const void *argument)
+static void run_tasks(Team *t, size_t tasks, Task *function, const void *argument)
 {
-    Threads *t = team->threads;
     uint_fast64_t number = (atomic_load_explicit(&t->open, memory_order_relaxed) >> 32) + 1;
     t->function = function;
     t->argument = argument;
@@ -833,7 +782,7 @@ static void run_tasks(Team *team, size_t tasks, Task *function, const void *argu
         pthread_cond_broadcast(&t->wake);
         pthread_mutex_unlock(&t->mutex);
     }
-    work(t, team->workers);
+    work(t->workers);
     for (unsigned tries = 0; atomic_load_explicit(&t->done, memory_order_acquire) < tasks; tries++)
         pause_a_moment(tries);
 }
@@ -841,10 +790,10 @@ static void run_tasks(Team *team, size_t tasks, Task *function, const void *argu
 static void *thread_main(void *argument)
 {
     Worker *me = argument;
-    Threads *t = me->threads;
+    Team *t = me->team;
     for (unsigned tries = 0; !atomic_load(&t->stop); tries++) {
         if (atomic_load_explicit(&t->open, memory_order_relaxed) & UINT32_MAX) {
-            work(t, me);
+            work(me);
             tries = 0;
         } else if (tries < 6000) {
             pause_a_moment(tries);
@@ -860,57 +809,21 @@ static void *thread_main(void *argument)
     return NULL;
 }
 
-// returns the number of threads there are, the calling one among them: a system short of them gives fewer. 0:
-// no memory
-static int start_threads(Team *team, int size)
-{
-    Threads *t = team->threads = aligned_alloc(64, sizeof *t);
-    if (!t) return 0;
-    memset(t, 0, sizeof *t);
-    pthread_mutex_init(&t->mutex, NULL);
-    pthread_cond_init(&t->wake, NULL);
-    t->thread = calloc((size_t)size, sizeof *t->thread);
-    while (t->thread && t->started + 1 < size) {
-        Worker *worker = &team->workers[t->started + 1];
-        worker->threads = t;
-        if (pthread_create(&t->thread[t->started], NULL, thread_main, worker)) break;
-        t->started++;
-    }
-    return t->started + 1;
-}
-
-static void stop_threads(Threads *t)
-{
-    pthread_mutex_lock(&t->mutex);
-    atomic_store(&t->stop, 1);
-    pthread_cond_broadcast(&t->wake);
-    pthread_mutex_unlock(&t->mutex);
-    for (int i = 0; i < t->started; i++) pthread_join(t->thread[i], NULL);
-    pthread_cond_destroy(&t->wake);
-    pthread_mutex_destroy(&t->mutex);
-    free(t->thread);
-    free(t);
-}
-
-#else
-
-static void run_tasks(Team *team, size_t tasks, Task *function, const void *argument)
-{
-    for (size_t task = 0; task < tasks; task++) function(argument, team->workers, task);
-}
-
-static int start_threads(Team *team, int size) { (void)team; (void)size; return 1; }
-static void stop_threads(Threads *threads) { (void)threads; }
-
-#endif
-
 int team_size(const Team *team) { return team->size; }
 
 void team_free(Team *team)
 {
     if (!team) return;
-    if (team->threads) stop_threads(team->threads);
-    for (int i = 0; i < team->n_workers; i++) free(team->workers[i].sums);
+    pthread_mutex_lock(&team->mutex);
+    atomic_store(&team->stop, 1);
+    pthread_cond_broadcast(&team->wake);
+    pthread_mutex_unlock(&team->mutex);
+    for (int i = 0; i < team->size; i++) {
+        if (i > 0) pthread_join(team->workers[i].thread, NULL);
+        free(team->workers[i].sums);
+    }
+    pthread_cond_destroy(&team->wake);
+    pthread_mutex_destroy(&team->mutex);
     free(team->workers);
     free(team->sums);
     free(team);
@@ -920,20 +833,27 @@ Team *team_new(int threads, size_t longest, size_t sums)
 {
     if (threads < 1 || threads > 1024 || !longest || longest > UINT32_MAX) return NULL;
     if (!sums || sums > UINT32_MAX) return NULL;
-    Team *team = calloc(1, sizeof *team);
+    Team *team = aligned_alloc(64, sizeof *team);
     if (!team) return NULL;
+    memset(team, 0, sizeof *team);
+    pthread_mutex_init(&team->mutex, NULL);
+    pthread_cond_init(&team->wake, NULL);
     team->longest = longest;
     team->n_sums = sums;
     team->sums = malloc(sums * sizeof *team->sums);
     team->workers = calloc((size_t)threads, sizeof *team->workers);
-    for (; team->workers && team->n_workers < threads; team->n_workers++) {
-        Worker *w = &team->workers[team->n_workers];
+    for (; team->sums && team->workers && team->size < threads; team->size++) {
+        Worker *w = &team->workers[team->size];
         w->sums = malloc(BATCH * sizeof *w->sums + longest * (sizeof *w->value + sizeof *w->index));
         if (!w->sums) break;
+        w->team = team;
         w->value = (float *)(w->sums + BATCH);
         w->index = (uint32_t *)(w->value + longest);
+        if (team->size > 0 && pthread_create(&w->thread, NULL, thread_main, w)) {
+            free(w->sums);              // a system short of threads gives fewer
+            break;
+        }
     }
-    if (team->n_workers == threads && team->sums) team->size = start_threads(team, threads);
     if (team->size) return team;
     team_free(team);
     return NULL;

@@ -104,19 +104,58 @@ def test_decode_counts_what_the_model_counts(models, data, tmp_path, arch):
     assert (tmp_path / 'bench_decode.png').stat().st_size > 10000
 
 
+@pytest.mark.parametrize('dtype', BYTES)
+def test_rows_alone_are_counted_as_they_are_read(monkeypatch, dtype):
+    """
+    A third of them, at random; every output is the sum of its stripe's active rows, so they have really been
+    added up; bytes are those of these rows, and of every threshold and scale. A probe that skipped rows it
+    counts, or read others, would tell a speed that no decoder has.
+    """
+    kernel = bench.build_kernel.load()
+    memory = torch.full((2 ** 20,), 0x3c, dtype=torch.uint8)
+    rows = bench.RowsAlone(kernel, memory, dtype, 48, 1 / 3)
+    stripes, inputs = rows.tensors['thresholds'].shape
+    assert inputs == 4096 and stripes == max(2 ** 20 // (4096 * 48 * BYTES[dtype]), 1)
+    used = (rows.tensors['thresholds'] < 1).sum(1)                      # (stripes)
+    assert float(used.sum()) / (stripes * inputs) == pytest.approx(1 / 3, rel=0.1)
+    outputs = []
+    monkeypatch.setattr(bench.torch, 'empty', lambda *shape: outputs.append(torch.zeros(*shape)) or outputs[-1])
+    found = rows(2)
+    weight = {'f32': torch.float32, 'bf16': torch.bfloat16, 'int8': torch.int8}[dtype]
+    value = float(memory[:4].view(weight)[0])
+    assert outputs[0].view(stripes, 48).numpy() == pytest.approx(used[:, None].expand(-1, 48).numpy() * value, rel=1e-3)
+    thresholds = stripes * inputs * (8 if dtype == 'int8' else 4)
+    assert found['thresholds_gb_per_token'] * 1e9 == pytest.approx(thresholds)
+    assert found['gb_per_token'] * 1e9 == pytest.approx(int(used.sum()) * 48 * BYTES[dtype] + thresholds)
+    assert found['reduction'] == pytest.approx(stripes * inputs / int(used.sum()))
+
+
 @BOTH
-def test_kernel_counts_each_kind_of_matrix(models, data, tmp_path, arch):
-    """All matrices of a kind, with the inputs that the last token of the prompt gives them."""
-    written, _ = rows('kernel', models[arch], tmp_path, '--dtypes', 'f32,int8', '--data', data)
-    model, _ = cwic.load_checkpoint(models[arch])
-    _, active = text_and_counts(model, data, 16)
-    kinds = [*model.config.matrices, 'head']
-    assert [row['matrix'] for row in written] == [kind for kind in kinds for _ in range(4)]
-    for kind in kinds:
-        dense = sum(layer.dense for name, layer in model.gated() if name.split('.')[-1] == kind)
-        used = float(sum(count[-1] for name, count in active.items() if name.split('.')[-1] == kind))
-        found = [row['reduction'] for row in written if row['matrix'] == kind]
-        assert found == pytest.approx([1, dense / used] * 2)        # inputs are f32, whatever the weights are
+def test_probe_accounts_for_all_of_a_token(monkeypatch, tmp_path, arch):
+    """
+    Parts and the rest add up to the token, whatever they are: what no part explains must not be lost. Rows are
+    probed of the widths that a model's own matrices have, Llama's neurons with up and down side by side.
+    """
+    monkeypatch.setitem(bench.SHAPES, 'gpt2-shape', small_model(arch, block_size=64).config)
+    monkeypatch.setattr(bench, 'WIDTHS', (80,))
+    written, _ = rows('probe', 'gpt2-shape', tmp_path, '--reductions', '2,4', '--dtypes', 'f32,int8', '--threads', '1,2')
+    parts = {part: [row for row in written if row['part'] == part] for part in ('rows', 'token')}
+    assert sum(map(len, parts.values())) == len(written)
+    config = bench.SHAPES['gpt2-shape']
+    expected = {80, config.n_embd * (2 if arch == 'llama' else 1)}      # of down
+    assert expected < {row['columns'] for row in parts['rows']}
+    # in the memory that the model takes, far less than a megabyte, of which a cache holds what it held while decoding
+    assert {row['columns'] for row in parts['rows'] if row['megabytes'] == 1} == {80}
+    assert [(row['dtype'], row['threads']) for row in parts['token']] == [
+        (dtype, threads) for threads in (2, 1) for dtype in ('f32', 'int8') for _ in range(2)]
+    for row in parts['token']:
+        of_token = sum(row[f'{part}_us'] for part in ('layers', 'head', 'thresholds', 'hand_over', 'between', 'rest'))
+        assert of_token == pytest.approx(row['token_us']) == pytest.approx(1e6 / row['tok_s'])
+        assert row['layers_us'] > 0 and row['head_us'] > 0
+        assert row['stream_us'] == pytest.approx(row['token_us'] * row['roofline'])
+        assert row['possible'] == pytest.approx(row['stream_us'] / (row['token_us'] - row['rest_us']))
+    for row in parts['rows']:
+        assert row['read_gb_s'] > 0 and row['bandwidth_gb_s'] > 0
 
 
 def test_prefill_reads_prompts_as_long_as_asked_for(models, data, tmp_path):
@@ -142,15 +181,21 @@ def test_text_that_the_model_writes_itself(models):
 
 @BOTH
 def test_a_shape_gets_the_reductions_asked_for(monkeypatch, tmp_path, arch):
-    """... nearly, by quantiles; and with 1 it is dense."""
+    """... nearly, by quantiles; with 1 it is dense. Stripes are as wide as asked for, one after the other."""
     monkeypatch.setitem(bench.SHAPES, 'gpt2-shape', small_model(arch, block_size=64).config)
-    written, _ = rows('decode', 'gpt2-shape', tmp_path, '--reductions', '1,2,4', '--dtypes', 'f32', '--stripe', 8)
+    written, _ = rows('decode', 'gpt2-shape', tmp_path, '--reductions', '1,2,4', '--dtypes', 'f32', '--stripe', '8,matrix')
+    assert [row.get('stripe') for row in written] == 3 * [8] + 3 * ['matrix'] + 2 * [None]
+    wide = written[3:6]
+    written = written[:3] + written[6:]
     found = [row['reduction'] for row in written if row['engine'] == 'cwic']
     assert found[0] == 1 and found[1:] == pytest.approx([2, 4], rel=0.15)
     assert [row['speed_over_dense'] > 0 for row in written] == [True] * 5
     counts = [round(row['thresholds_gb_per_token'] * 1e9 / 4) for row in written[:3]]
-    model, _ = bench.choose_model(parse_options(bench.BenchConfig, 'bench.py', argv=['--stripe', '8'])[0])
-    assert counts == 3 * [sum(layer.theta.numel() for _, layer in model.gated())]
+    for count, stripe in ((counts, 8), ([round(row['thresholds_gb_per_token'] * 1e9 / 4) for row in wide], 2 ** 20)):
+        model, _ = bench.choose_model(parse_options(bench.BenchConfig, 'bench.py', argv=[])[0], stripe)
+        assert count == 3 * [sum(layer.theta.numel() for _, layer in model.gated())]
+    assert counts == 3 * [sum(layer.n_in * -(-layer.n_out // 8) if hasattr(layer, 'n_out') else layer.n_in
+                              for _, layer in model.gated())]
 
 
 def test_another_engine_that_crashes_is_left_out(models, tmp_path):
@@ -315,6 +360,8 @@ def test_disagreement_sees_a_gradient_that_is_wrong(monkeypatch):
     (['prefill', '--prompts', ''], 2, '--prompts'),
     (['decode', '--reductions', '0.5'], 2, '--reductions 0.5'),
     (['decode', '--dtypes', 'f32,f64'], 2, 'f32, bf16, int8'),
+    (['decode', '--stripe', '64,wide'], 2, '--stripe 64,wide'),
+    (['probe', '--model', '{model}'], 2, 'gpt2-shape or smollm2-shape'),
     (['decode', '--json', '{tmp}/file/rows.json'], 2, '--json'),
     (['decode', '--json', '{tmp}'], 2, 'not a file'),
     (['decode', '--out', '{tmp}/file'], 2, '--out'),
