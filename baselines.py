@@ -1,12 +1,10 @@
 """
 The other ways to skip: what CWIC builds on and is compared with, on the same models, counted the same way.
-And what gets compute.
 
     python baselines.py compare                     # every method on the small Python model: hours
     python baselines.py compare --quick             # does all of it work? minutes
     python baselines.py compare --methods TEAL,CWIC --targets 2,3 --trained_targets 3
     python baselines.py compare --subject smollm2 --recipe config/smollm2_distill.toml --blimp blimp.jsonl.xz
-    python baselines.py tokens out/best.pt          # which tokens get compute, where, in which matrices
 
 compare starts from a dense model: python train.py --target_reduction 1 --out out/dense
 Processes may share its methods and seeds, each with an --out and --picture of its own; the rows.jsonl of all,
@@ -24,13 +22,13 @@ Nearly every method is the layer of cwic.py with thresholds that come from somew
     Q-Sparse        |x_i|                       0        the K-th largest of the token
     ProSparse       x_i, with its sign          0        0, which is ReLU; then a quantile
     pruning         its mean over all tokens    median   a quantile
+    Deja Vu         a predictor's, of a unit    0        a quantile
     CWIC            |x_i - centre_i|            median   learned, for each stripe and input
 
 so a method is a few lines, and METHODS reads as a survey of them: idea, paper, where it breaks. Thresholds
 are set on training text, results are for validation text, every token of it is sparse, the LM head counts.
 
-Not here: Deja Vu (Liu et al., 2023), whose predictors choose neurons and heads, and ShadowLLM (Akhauri et
-al., 2024), which has one predictor for all: even without one neuron the small model is only 1.8x smaller.
+Not here: kernels. sparse_kernel.c skips inputs; for each method METHODS says what could skip its pattern.
 """
 
 import signal
@@ -39,12 +37,12 @@ if __name__ == '__main__':
     signal.signal(signal.SIGINT, signal.SIG_DFL)    # Ctrl-C while torch is imported, for seconds
 
 import json
-import keyword
 import os
-import re
 import sys
 import time
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -63,6 +61,7 @@ from tokenizer import end_id, load_tokenizer
 
 ONE = 10 ** 9           # columns to a stripe: all that the matrix has
 LEAST = 0.02            # what skips keeps at least this share of its weights
+RANK = 32               # of Deja Vu's predictors
 LOW_RANK = 0.05         # R-Sparse: share of a matrix's weights in the path that takes what is skipped
 NEVER = 1e30            # a threshold that no input exceeds
 EVERY = 10              # optimiser steps between calibrations, where weights are trained
@@ -83,6 +82,15 @@ def uncompiled():
     return torch.compiler.set_stance('force_eager')
 
 
+@contextmanager
+def hooked(functions):
+    """with hooked([(module, function)]): function(module, args) before forward(), perhaps for new args."""
+    hooks = [module.register_forward_pre_hook(function, prepend=True) for module, function in functions]
+    yield
+    for hook in hooks:
+        hook.remove()
+
+
 @torch.no_grad()
 def calibrate(module, inputs, shares, weighed=False, centred=False, static=False):
     """
@@ -91,7 +99,7 @@ def calibrate(module, inputs, shares, weighed=False, centred=False, static=False
     shares: {name: share}, and gates that are not in it skip nothing. weighed, centred: as in the table above;
     static: each input's score is its mean. Returns module(*inputs).
     """
-    def set_thresholds(gate, args, share):
+    def set_thresholds(share, gate, args):
         x, linear = args[-2].float().flatten(0, 1), isinstance(gate, StripedLinear)     # args: x or z, dense
         centre = x.median(0).values if centred and linear else torch.zeros_like(gate.mu)
         score, norms = (x - centre).abs(), torch.ones_like(gate.mu)[None]               # (N, in), (1, in)
@@ -109,14 +117,10 @@ def calibrate(module, inputs, shares, weighed=False, centred=False, static=False
         gate.sigma.fill_(1.0)
         gate.theta.copy_((t / gate.scale).expand_as(gate.theta))
 
-    hooks = [gate.register_forward_pre_hook(
-        lambda gate, args, share=shares.get(name, 1.0): set_thresholds(gate, args, share))
-        for name, gate in gates(module).items()]
-    training = module.training
-    y = module.eval()(*inputs)
+    training, shares = module.training, {gate: shares.get(name, 1.0) for name, gate in gates(module).items()}
+    with hooked([(gate, partial(set_thresholds, share)) for gate, share in shares.items()]):
+        y = module.eval()(*inputs)
     module.train(training)
-    for hook in hooks:
-        hook.remove()
     return y
 
 
@@ -201,6 +205,45 @@ class Unread(Changed):
         return y, active if dense else active * (1 - self.unread / self.n_out)
 
 
+class Chosen(Changed):
+    """Heads or neurons that a Predictor has chosen for a token: columns of qkv or up, rows of out or down."""
+    chosen = None       # (B, T, heads or neurons), 1.0 or 0.0; None: all
+    rows = False        # whether its rows read them
+    more = 0            # weights of the predictor, counted here
+
+    def forward(self, x, dense=False):
+        if dense or self.chosen is None:
+            return super().forward(x, dense=True)
+        if self.rows:
+            x = x * self.chosen.repeat_interleave(self.n_in // self.chosen.shape[2], dim=2).to(x.dtype)
+        y, active = super().forward(x, dense=True)
+        return y, active * self.chosen.mean(2, dtype=active.dtype) + self.more
+
+
+class Predictor(torch.nn.Module):
+    """
+    Scores heads and neurons by the residual stream at an earlier place, through two small matrices. pairs:
+    [(layer whose columns make them, layer whose rows read them, how many)]
+    """
+
+    def __init__(self, n_embd, pairs):
+        super().__init__()
+        self.pairs, self.counts = pairs, [count for *_, count in pairs]     # tuples: layers are the model's
+        self.A = torch.nn.Parameter(torch.randn(n_embd, RANK) / n_embd ** 0.5)              # (d, rank)
+        self.B = torch.nn.Parameter(torch.zeros(RANK, sum(self.counts)))                    # (rank, units)
+        self.least = [-NEVER] * len(pairs)      # scores above are chosen
+
+    def forward(self, x):
+        """x (B, T, d) -> a list of scores (B, T, heads or neurons), one of each pair"""
+        x = torch.nn.functional.layer_norm(x.to(self.A.dtype), x.shape[2:])
+        return ((x @ self.A).relu() @ self.B).split(self.counts, dim=2)
+
+    def choose(self, place, args):
+        """Tells the layers, before this place's forward(args)."""
+        for (columns, rows, _), scores, least in zip(self.pairs, self(args[0]), self.least):
+            columns.chosen = rows.chosen = (scores > least).float()
+
+
 class Uncentred(Changed):
     """Learned thresholds on |x|."""
     centred = False
@@ -245,6 +288,7 @@ class Method:
     stripe: int = ONE           # columns to a stripe; 0: as the recipe has it
     layer: type = StripedLinear     # what layers become
     trained: bool = False       # for the recipe's steps
+    predicts: bool = False      # only what chooses is trained: at the targets of methods without training
     learned: bool = False       # the thresholds too; otherwise limit() sets them
     teacher: bool = True        # the dense model; else the text teaches
     dense: bool = False         # nothing is skipped
@@ -254,11 +298,15 @@ class Method:
     def skips(self, name):
         return not self.kinds or name.split('.')[-1] in self.kinds
 
+    def skipping(self, model):
+        """-> the weights of all that skips; what each token uses besides the model's weights"""
+        skipping = sum(gate.dense for name, gate in gates(model).items() if self.skips(name))
+        return skipping, LOW_RANK * model.dense() if self.layer is LowRankRest else 0
+
     def share(self, model, target):
         """What share of its weights all that skips must use, for 1 / target of the whole. Raises Cannot."""
-        total = model.dense()
-        skipping = sum(gate.dense for name, gate in gates(model).items() if self.skips(name))
-        fixed = total - skipping + (LOW_RANK * total if self.layer is LowRankRest else 0)
+        total, (skipping, more) = model.dense(), self.skipping(model)
+        fixed = total - skipping + more
         if total / target < fixed + LEAST * skipping:
             raise Cannot(f'at most {total / (fixed + LEAST * skipping):.2f}x: every token uses '
                          f'{fixed / total:.0%} of the weights')
@@ -302,11 +350,8 @@ class Greedy(Method):
     @torch.no_grad()
     def limit(self, model, target, tokens):
         share, inputs = self.share(model, target), {}
-        hooks = [block.register_forward_pre_hook(lambda block, args: inputs.update({block: args}))
-                 for block in model.blocks]
-        model(tokens[:8], dense=True)
-        for hook in hooks:
-            hook.remove()
+        with hooked([(block, lambda block, args: inputs.update({block: args})) for block in model.blocks]):
+            model(tokens[:8], dense=True)
         shares = {'head': share}
         for i, block in enumerate(model.blocks):
             y, sizes = block(*inputs[block])[0], {name: gate.dense for name, gate in gates(block).items()}
@@ -366,6 +411,90 @@ class Pruning(Method):
             block.mlp.up.unread = int((block.mlp.down.theta[0] > 0).sum())
 
 
+class DejaVu(Method):
+
+    def places(self, model):
+        """[(module before which a predictor reads, its pairs: see Predictor)]; here, a block early"""
+        heads, neurons = model.config.n_head, model.config.n_hidden
+        return [(model.blocks[max(i - 1, 0)], [(block.attn.qkv, block.attn.out, heads),
+                                               (block.mlp.up, block.mlp.down, neurons)])
+                for i, block in enumerate(model.blocks)]
+
+    def importance(self, inputs, gradients):
+        """Of what each unit says (B, T, units, width), and the loss's gradients for that -> (B, T, units)"""
+        return inputs.norm(dim=3)
+
+    def skipping(self, model):
+        places = self.places(model)
+        pairs = [pair for _, pairs in places for pair in pairs]
+        return (sum(columns.dense + rows.dense for columns, rows, _ in pairs),
+                RANK * (len(places) * model.config.n_embd + sum(count for *_, count in pairs)))
+
+    def change(self, model):
+        super().change(model)
+        model.requires_grad_(False)         # only predictors learn
+        model.predictors = torch.nn.ModuleList()
+        for place, pairs in self.places(model):
+            predictor = Predictor(model.config.n_embd, pairs).to(model.head.weight.device)
+            pairs[0][1].more = predictor.A.numel() + predictor.B.numel()
+            for _, rows, _ in pairs:
+                rows.rows = True
+            place.register_forward_pre_hook(predictor.choose)
+            model.predictors.append(predictor)
+
+    def limit(self, model, target, tokens):
+        share = self.share(model, target)
+
+        def set_least(predictor, _, args):      # before it chooses, and of what earlier choices have left
+            for i, scores in enumerate(predictor(args[0])):
+                chosen = min(round(share * scores.numel()), scores.numel() - 1)
+                predictor.least[i] = float(scores.flatten().topk(chosen + 1).values.min())
+
+        places = zip(self.places(model), model.predictors)
+        with torch.no_grad(), hooked([(place, partial(set_least, p)) for (place, _), p in places]):
+            model(tokens)
+
+    def follow(self, model, target, final, tokens):
+        pass                                # in training nothing is skipped
+
+    def step(self, run, tokens, targets, target):
+        """Predictors learn which units are among the most important of a token, as many as will be used."""
+        model, places, read, probes = run.model, self.places(run.model), {}, {}
+        share = self.share(model, run.config.target_reduction)
+
+        def probe(layer, args):             # a 0 is added to the input, and gets its gradient
+            probes[layer] = args[0], torch.zeros_like(args[0], requires_grad=True)
+            return args[0] + probes[layer][1], *args[1:]
+
+        hooks = [(place, lambda place, args: read.update({place: args[0].detach()})) for place, _ in places]
+        hooks += [(rows, probe) for _, pairs in places for _, rows, _ in pairs]
+        with uncompiled(), run.autocast(), hooked(hooks):
+            logits, _ = model(tokens, dense=True)
+            loss = cwic.next_token_loss(logits.flatten(0, 1), targets.flatten())
+        gradients = torch.autograd.grad(loss, [zeros for _, zeros in probes.values()])
+        gradients, loss = dict(zip(probes, gradients)), 0.0
+        for (place, pairs), predictor in zip(places, model.predictors):
+            for (_, rows, count), scores in zip(pairs, predictor(read[place])):
+                both = probes[rows][0].detach(), gradients[rows]
+                important = self.importance(*(x.float().unflatten(2, (count, -1)) for x in both))
+                most = important.topk(max(round(share * count), 1), dim=2).indices      # of (B, T, count)
+                wanted = torch.zeros_like(important).scatter_(2, most, 1.0)
+                loss = loss + torch.nn.functional.binary_cross_entropy_with_logits(scores, wanted)
+        run.optimizer.zero_grad()
+        loss.backward()
+        run.optimizer.step()
+
+
+class ShadowLLM(DejaVu):
+
+    def places(self, model):
+        pairs = [pair for _, pairs in super().places(model) for pair in pairs]
+        return [(model.blocks[0].ln_2, pairs[1:])]      # after the first attention, which all tokens use
+
+    def importance(self, inputs, gradients):
+        return (inputs * gradients).sum(3).abs()
+
+
 class SmallerDense(Method):
 
     def check(self, model, saved, target):
@@ -400,6 +529,8 @@ class OwnTargets(Method):
 
 TRAINED = {'trained': True}
 LEARNED = {'trained': True, 'learned': True, 'apart': False}
+PREDICTED = {'trained': True, 'predicts': True, 'kinds': ('qkv', 'out', 'up', 'down'), 'layer': Chosen,
+             'gpt2_only': True, 'kernel': 'heads and neurons'}
 METHODS = {
     'dense': Method(dense=True, kernel='any'),
 
@@ -444,6 +575,13 @@ METHODS = {
     # weights, which is why all others look at the token.
     'pruning': Pruning(**TRAINED, weighed=True, centred=True, static=True, layer=Unread, gpt2_only=True,
                        kernel='any'),
+    # Predictors that read the stream one block early choose heads and neurons, those that will say most (Liu
+    # et al., 2023, arXiv 2310.17157; keys and values of a head are made when a token asks for them, for all
+    # tokens before it). Breaks without ReLU, as few neurons say nothing; and the model's head does not skip.
+    'Deja Vu': DejaVu(**PREDICTED),
+    # One predictor for all, after the first attention; what matters is |a * dL/da| (Akhauri et al., 2024,
+    # arXiv 2406.16635). Breaks like Deja Vu, and where only later layers know what a token needs.
+    'ShadowLLM': ShadowLLM(**PREDICTED),
     # Why not a dense model of that size? Breaks where its training cannot be had again.
     'smaller dense': SmallerDense(**TRAINED, dense=True, kernel='any'),
     # Learned thresholds, and one price for the active weights of the whole model. Breaks where steps are few:
@@ -504,9 +642,9 @@ def plan(config, model, saved):
         if name not in METHODS:
             fail(f'--methods {name}: there are {", ".join(METHODS)}')
         method = METHODS[name]
-        asked = targets[method.trained][-1 if ':' in name else 0:]
+        asked = targets[method.trained and not method.predicts][-1 if ':' in name else 0:]
         for target in [1.0] if name == 'dense' else asked:
-            several = method.trained and target == asked[-1]
+            several = method.trained and target == targets[True][-1]
             try:
                 method.check(model, saved, target)
                 jobs += [(name, target, seed) for seed in (seeds if several else seeds[:1])]
@@ -518,11 +656,6 @@ def plan(config, model, saved):
 def distil(run, data, method, calibration, report):
     """Trains run.model, which method.change() has made of a dense model; report(steps done, steps in all)."""
     config, model, (train_data, _, meta) = run.config, run.model, data
-
-    def batch(step):
-        starts = train.step_starts(train_data, meta, config, step)
-        return train.windows(train_data, starts, config.block_size, run.device)
-
     if method.learned:
         with uncompiled():
             train.observe(run, train_data, meta)
@@ -533,7 +666,8 @@ def distil(run, data, method, calibration, report):
                 method.follow(model, target, config.target_reduction, calibration[:8])
         for group, share in zip(run.optimizer.param_groups, (1, 1, config.threshold_lr), strict=True):
             group['lr'] = share * lr
-        method.step(run, *batch(run.step), target)
+        starts = train.step_starts(train_data, meta, config, run.step)
+        method.step(run, *train.windows(train_data, starts, config.block_size, run.device), target)
         report(run.step + 1, config.steps())
 
 
@@ -686,113 +820,12 @@ def compare(config, given):
     print(f'\n{text}\nfiles: {", ".join(files)}')
 
 
-# -----------------------------------------------------------------------------
-# tokens: what gets compute
-
-
-@dataclass
-class TokensConfig:
-    """What gets compute, in a checkpoint's validation text."""
-    data: str = option('', 'folder in data/; without it, the one the checkpoint was trained with')
-    windows: int = option(64, 'windows of text', at_least=1)
-    device: str = option('auto', 'auto, cpu, cuda or mps')
-
-
-PYTHON = re.compile(r"""(?P<comment>\#[^\n]*)
-    |(?P<string>[rbfu]?(\"{3}[\s\S]*?(\"{3}|$)|'{3}[\s\S]*?('{3}|$)|"(\\.|[^"\\\n])*"?|'(\\.|[^'\\\n])*'?))
-    |(?P<indentation>\n[ \t]*)|(?P<number>\d[\w.]*)|(?P<name>\w+)|(?P<space>[ \t]+)|(?P<operator>[\s\S])
-    """, re.X)
-PROSE = re.compile(r"""(?P<template><\|[^|>]*\|>(system|user|assistant)?)|(?P<digits>\d+)|(?P<name>\w+)
-    |(?P<space>\s+)|(?P<punctuation>[\s\S])""", re.X)
-FUNCTION_WORDS = set("""
-    a about all also am an and any are as at be because been but by can could did do does for from had
-    has have he her his how i if in into is it its just like may me more my no not of on one or our out
-    other she should so some such than that the their them then there these they this to up us was we
-    were what when where which who will with would you your""".split())
-
-
-def kinds_of_tokens(pieces, pattern):
-    """
-    pieces: the bytes of each token of a window -> the kind of each: that of its first character but spaces.
-    A window that begins within a string takes what is outside for inside, up to the next one.
-    """
-    kinds, seen = {}, set()         # kinds: of each character, one for each byte
-    for match in pattern.finditer(b''.join(pieces).decode('latin-1')):
-        kind, word = match.lastgroup, match.group()
-        if kind == 'name' and pattern is PYTHON:
-            kind = ('keyword' if keyword.iskeyword(word) else
-                    'name seen before' if word in seen else 'new name')
-        elif kind == 'name':
-            kind = ('function word' if word.lower() in FUNCTION_WORDS else
-                    'capitalised word' if word[0].isupper() else 'content word')
-        seen.add(word)
-        kinds.update(dict.fromkeys(range(*match.span()), kind))
-    ends = np.cumsum([len(piece) for piece in pieces])
-    firsts = [end - max(len(piece.lstrip(b' ')), 1) for end, piece in zip(ends, pieces)]
-    return ['first token', *(kinds.get(first, 'other') for first in firsts[1:])]
-
-
-@torch.no_grad()
-def tokens(config, path):
-    model, saved = weights.load(path)
-    options, model = saved.get('options') or {}, model.to(choose_device(config.device))
-    length = min(options.get('block_size', 512), model.config.block_size)
-    name = config.data or options.get('data', 'python')
-    _, data, meta = common.load_dataset(name, length)
-    if meta['tokenizer'] != saved['tokenizer']:
-        fail(f'{path} was not trained on data/{name}; say on what: --data NAME', 1)
-    windows = validation_windows(data, meta, config.windows, length)
-    bytes_of = load_tokenizer(saved['tokenizer']).decode_single_token_bytes
-    pieces = [[bytes_of(token) for token in window] for window in windows[:, :-1].tolist()]
-    pattern = PROSE if 'template' in saved['tokenizer'] else PYTHON
-    kinds = np.array([kinds_of_tokens(of_window, pattern) for of_window in pieces])         # (windows, T)
-    measured, used = [], 0.0
-    for batch in torch.from_numpy(windows).split(evaluate.rows_at_once(model, length)):
-        batch = batch.to(model.head.weight.device)
-        logits, active = model(batch[:, :-1])
-        logp, dense_logp = logits.log_softmax(-1), model(batch[:, :-1], dense=True)[0].log_softmax(-1)
-        loss, dense_loss = (-x.gather(-1, batch[:, 1:, None])[:, :, 0] for x in (logp, dense_logp))
-        entropy, share = -(logp.exp() * logp).sum(-1), active.sum(0) / model.dense()
-        measured.append(torch.stack([x.cpu().double() for x in (share, loss, entropy, loss - dense_loss)]))
-        used = used + active.sum((1, 2)).cpu()
-    share, loss, entropy, gain = torch.cat(measured, 1).numpy()         # (windows, T) each
-    print(f'{share.size:,} tokens, which use {share.mean():.1%} of the weights\n\ncompute by kind of token')
-    for kind in sorted(set(kinds.flat), key=lambda kind: -share[kinds == kind].mean()):
-        print(f'{kind:30}{share[kinds == kind].mean():8.1%}  of {(kinds == kind).sum():,}')
-    print('\ncompute by position')
-    bounds = [0, *(2 ** i for i in range(20) if 2 ** i < length), length]
-    for low, high in zip(bounds, bounds[1:]):
-        print(f'{low:5} to {high - 1:<21}{share[:, low:high].mean():8.1%}')
-    print('\ncorrelation of compute with')
-    for label, values in (('surprise of the token read', loss[:, :-1]),
-                          ('entropy of the prediction', entropy[:, 1:]),
-                          ('loss of the prediction', loss[:, 1:]),
-                          ('what all weights would gain', gain[:, 1:])):
-        print(f'{label:30}{np.corrcoef(share[:, 1:].flat, values.flat)[0, 1]:+8.2f}')
-    print('\ncompute by layer and matrix\n' + ''.join(f'{matrix:>9}' for matrix in model.config.matrices))
-    used = [f'{float(u) / share.size / layer.dense:9.1%}' for u, (_, layer) in zip(used, model.gated())]
-    print('\n'.join(''.join(used[i:i + 4]) for i in range(0, len(used), 4)) + '  head')
-    order = np.argsort(share[:, 1:], axis=None)
-    for label, places in (('least', order[:12]), ('most', order[:-13:-1])):
-        print(f'\n{label} expensive, in context')
-        for window, t in zip(*np.unravel_index(places, share[:, 1:].shape)):
-            before, token = (repr(b''.join(some).decode('utf-8', 'replace'))[1:-1] for some in
-                             (pieces[window][max(t - 11, 0):t + 1], pieces[window][t + 1:t + 2]))
-            print(f'{share[window, t + 1]:6.1%}  {before[-60:]:>60} [{token}]')
-
-
 def main():
-    argv = sys.argv[1:]
-    what = argv.pop(0) if argv and not argv[0].startswith('-') else ''
-    path = argv.pop(0) if what == 'tokens' and argv and not argv[0].startswith('-') else 'out/best.pt'
+    if sys.argv[1:2] != ['compare']:
+        fail('say what to do: python baselines.py compare; then --help says how')
     try:
-        if what == 'compare':
-            keep_memory()
-            compare(*parse_options(CompareConfig, 'python baselines.py compare', argv=argv))
-        elif what == 'tokens':
-            tokens(parse_options(TokensConfig, 'python baselines.py tokens CHECKPOINT', argv=argv)[0], path)
-        else:
-            fail('say what to do: python baselines.py compare, or tokens CHECKPOINT; then --help says how')
+        keep_memory()
+        compare(*parse_options(CompareConfig, 'python baselines.py compare', argv=sys.argv[2:]))
     except (CheckpointError, weights.WeightsError) as error:
         fail(error, 1)
     except torch.OutOfMemoryError:

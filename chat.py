@@ -251,8 +251,9 @@ class Chat:
         print('\n'.join(render.token_table(self.conversation.turns[-1], self.palette)))
 
     def command_save(self, path):
-        """keep the conversation as a page, /save FILE.html, or as a picture, /save FILE.png"""
-        self.write(path, {'.html': render.save_page, '.png': plots.conversation}, self.conversation.turns)
+        """keep the conversation as a page, /save FILE.html, or as a picture, FILE.png or FILE.svg"""
+        writers = {'.html': render.save_page, '.png': plots.conversation, '.svg': plots.conversation}
+        self.write(path, writers, self.conversation.turns)
 
     def command_plot(self, path):
         """draw the compute of the last reply: /plot FILE.png"""

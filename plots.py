@@ -1,9 +1,13 @@
 """
 Every picture, in one style: as wide as a README, readable in grey. The suffix of the path decides the format.
 
+    python plots.py                     # those in assets/ again, from the figures in assets/ and adapters/
+    python plots.py --run out/log.csv --twin out/dense/log.csv --picture twins.png      # two runs of your own
+
     plots.training(rows, best, matrices, 'out/training.png')        # train.py, at the end of a run
     plots.speed(rows, 'out/bench_decode.png', machine)              # bench.py
     plots.frontier(rows, 'assets/frontier.png', 'kl')               # baselines.py
+    plots.tokens(kinds, positions, surprise, shares, matrices, 'assets/tokens.png')     # compute.py
     plots.conversation(turns, palette, 'talk.png')                  # chat.py, /save; plots.reply is its /plot
 
 matplotlib is imported when a picture is drawn, not before: it takes a while. Errors: OSError, where the path
@@ -12,31 +16,40 @@ cannot be written, and ValueError, where the format is unknown.
 Not here: windows on a screen, anything that moves.
 """
 
+import csv
+import json
 import warnings
 from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
+from options import fail, option, parse_options
 from render import COUNTED, flow, mean_shares, scale_color, summary, text_color, text_width
 
 STYLE = {'font.size': 8, 'axes.titlesize': 9, 'axes.grid': True, 'grid.alpha': 0.3, 'axes.spines.top': False,
          'axes.spines.right': False, 'legend.frameon': False, 'lines.linewidth': 1.3, 'lines.markersize': 4}
 # what tells lines apart: in grey too, by marker and dashes
-COLORS = ('#1f4e9c', '#b8431f', '#2c8c4c', '#7a4fa0', '#a07800', '#555555', '#c0508a', '#2a93a8', '#8a8a8a')
-LINES = [dict(color=COLORS[i % 9], marker='os^Dv<>PX*'[i % 10], linestyle=('-', '--', '-.', ':')[i % 4])
+COLORS = ('#1f4e9c', '#b8431f', '#2c8c4c', '#7a4fa0', '#a07800', '#555555', '#c0508a', '#2a93a8', '#8a8a8a',
+          '#5f7d10', '#d08030', '#203040')
+LINES = [dict(color=COLORS[i % 12], marker='os^Dv<>PX*'[i % 10], linestyle=('-', '--', '-.', ':')[i % 4])
          for i in range(36)]
+QUIET = dict(color='0.6', linewidth=0.8)            # what is there to compare with
 REDUCTION = 'reduction (dense / active weights)'
 VALUES = {'kl': 'KL to the dense model, nats per token', 'val_loss': 'validation loss, nats per token'}
+SUBJECTS = {'out/dense/best.pt': 'Small Python model', 'smollm2': 'SmolLM2-135M-Instruct'}
+HERE = Path(__file__).parent
 
 
 @contextmanager
-def picture(path, width=9.0, height=3.2, columns=1, **more):
-    """A figure and its axes, side by side; saved to path at the end. Sizes in inches, 150 pixels each."""
+def picture(path, width=9.0, height=3.2, columns=1, rows=1, **more):
+    """A figure and its axes, row by row; saved to path at the end. Sizes in inches, 150 pixels each."""
     import matplotlib
     from matplotlib.figure import Figure
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(width, height), layout='constrained')
-        yield figure, figure.subplots(1, columns, **more)
+        yield figure, figure.subplots(rows, columns, **more)
         figure.savefig(path, dpi=150)
 
 
@@ -65,25 +78,65 @@ def heat_map(axes, shares, matrices, highest=1.0):
     axes.figure.colorbar(image, ax=axes, label='% of dense')
 
 
+def draw_loss(axes, rows, name, line):
+    """A run's losses: of training in grey, of validation as a line. rows: those of log.csv, train.COLUMNS."""
+    axes.plot([row[0] for row in rows], [row[2] for row in rows], **QUIET)
+    evaluated = [(row[0], row[3]) for row in rows if row[3] is not None]
+    axes.plot(*zip(*evaluated), label=name, **line)
+    # by the first steps' losses, which are the same in every run, the rest would be flattened
+    axes.set(title='Loss (grey: of training batches)', xlabel='optimiser step', ylabel='nats per token',
+             ylim=(None, 1.1 * max(value for _, value in evaluated)))
+    return evaluated
+
+
+def draw_reduction(axes, rows):
+    step, reduction, target = (np.array([row[i] for row in rows]) for i in (0, 4, 5))
+    axes.plot(step, reduction, color=COLORS[0], label='reduction')
+    axes.plot(step, target, color='0.3', linestyle='--', label='target')
+    axes.set(title='Reduction', xlabel='optimiser step', ylabel='dense / active weights per token')
+    axes.legend()
+
+
 def training(rows, best, matrices, path):
     """
     A run: the loss; the reduction against its target; and the share of each matrix's weights that best.pt
     uses. rows: those of log.csv (train.COLUMNS); best: the dict saved in best.pt; matrices: config.matrices.
     """
-    step, _, loss, val_loss, reduction, target, _ = zip(*rows)
-    evaluated = [(s, value) for s, value in zip(step, val_loss) if value is not None]
     with picture(path, columns=3, width_ratios=(1.1, 1, 1)) as (_, (left, middle, right)):
-        left.plot(step, loss, color='0.75', lw=0.8, label='training')
-        left.plot(*zip(*evaluated), **LINES[0], label='validation')
+        draw_loss(left, rows, 'validation', LINES[0])
         left.plot(best['step'], best['val_loss'], 'o', ms=8, mfc='none', mec='black', label='best.pt')
-        left.set(title='Loss', xlabel='optimiser step', ylabel='nats per token')
-        middle.plot(step, target, '--', color='0.4', label='target')
-        middle.plot(step, reduction, color='#b8431f', label='reduction')
-        middle.set(title='Reduction', xlabel='optimiser step', ylabel='dense / active weights per token')
         left.legend()
-        middle.legend()
+        draw_reduction(middle, rows)
         heat_map(right, best['active_share'], matrices, highest=max(best['active_share']))
         right.set(title='Weights used, % of each matrix')
+
+
+def twins(rows, dense_rows, path):
+    """A run and the same run without sparsity: their losses, and the reduction. rows: those of log.csv."""
+    with picture(path, columns=2, width_ratios=(1.4, 1)) as (_, (left, right)):
+        ends = [draw_loss(left, *run)[-1] for run in ((dense_rows, 'dense, validation', LINES[1]),
+                                                      (rows, 'CWIC, validation', LINES[0]))]
+        for (step, value), place in zip(ends, ('top', 'bottom')):
+            left.annotate(f'{value:.3f}', (step, value), xytext=(6, 0), textcoords='offset points', va=place)
+        left.legend()
+        draw_reduction(right, rows)
+
+
+def layers(shares, matrices, path, title=''):
+    """
+    The share of its weights that each matrix uses, along the layers; the head on its own. shares: a list, in
+    the order of GPT.gated(); matrices: config.matrices.
+    """
+    *blocks, head = 100 * np.array(shares)
+    grid = np.reshape(blocks, (-1, len(matrices)))                              # (layers, matrices), in %
+    with picture(path) as (_, axes):
+        for name, percent, line in zip(matrices, grid.T, LINES):
+            axes.plot(percent, label=name, **line)
+        axes.plot(len(grid) + 0.5, head, '*', color='black', markersize=8, label='LM head', clip_on=False)
+        ticks = range(0, len(grid), 1 if len(grid) <= 12 else 5)
+        axes.set(title=title, xlabel='layer', xticks=[*ticks, len(grid) + 0.5], xticklabels=[*ticks, 'head'],
+                 ylabel='weights used, % of the matrix', ylim=0)
+        axes.figure.legend(loc='outside right upper')
 
 
 def speed(rows, path, machine=''):
@@ -108,13 +161,13 @@ def speed(rows, path, machine=''):
             right.plot(reduction, roofline, **line)
         place, space = -np.inf, 0.045 * max(r['tok_s_max'] for r in rows)
         for r in sorted(others, key=lambda r: r['tok_s']):
-            left.axhline(r['tok_s'], color='0.6', lw=0.8, zorder=0)
+            left.axhline(r['tok_s'], zorder=0, **QUIET)
             place = max(place + space, r['tok_s'])          # names of lines that lie close must not overlap
             left.text(1.01, place, f'{r["engine"]} {r["dtype"]}', fontsize=7, color='0.3', va='center',
                       transform=left.get_yaxis_transform())
         left.set(title=f'{subject}: median and spread', xlabel=REDUCTION, ylabel=f'{unit} per second', ylim=0)
         left.legend()
-        right.axhline(1, color='0.6', lw=0.8, zorder=0)
+        right.axhline(1, zorder=0, **QUIET)
         right.set(title='Share of the memory roofline', xlabel=REDUCTION, ylim=0,
                   ylabel='bytes read x speed / bandwidth')
         figure.supxlabel(machine, fontsize=6, color='0.4')
@@ -124,12 +177,16 @@ def frontier(rows, path, value='kl'):
     """
     What less compute costs, method by method, as the median over seeds and their extremes; a panel for each
     subject. rows: dicts with subject, method, target, reduction and the value to draw, 'kl' or 'val_loss';
-    those that lack one are left out.
+    those that lack one are left out, as are the dense model and ablations ('CWIC: ...').
     """
-    rows = [r for r in rows if r.get('reduction') is not None and r.get(value) is not None]
+    from matplotlib.ticker import LogLocator, NullFormatter
+    rows = [r for r in rows if r.get('reduction') is not None and r.get(value) is not None
+            and r['method'] != 'dense' and ':' not in r['method']]
     subjects = list(dict.fromkeys(r['subject'] for r in rows))
-    lines = dict(zip(dict.fromkeys(r['method'] for r in rows), LINES))
-    with picture(path, height=4.2, columns=len(subjects), squeeze=False) as (figure, (panels,)):
+    methods = sorted(dict.fromkeys(r['method'] for r in rows), key='CWIC'.__ne__)       # CWIC first
+    lines = dict(zip(methods, LINES))
+    with picture(path, height=4.2, columns=len(subjects), squeeze=False, sharex=True) as (figure, (panels,)):
+        named = {}
         for axes, subject in zip(panels, subjects):
             for method, line in lines.items():
                 ours = [r for r in rows if (r['subject'], r['method']) == (subject, method)]
@@ -140,13 +197,46 @@ def frontier(rows, path, value='kl'):
                     points.append((np.mean(reduction), np.median(values), min(values), max(values)))
                 if points:
                     x, y, low, high = map(np.array, zip(*points))
-                    axes.errorbar(x, y, (y - low, high - y), capsize=2, label=method, **line,
-                                  lw=2.5 if method == 'CWIC' else None)
-            axes.set(title=subject, xlabel=REDUCTION, yscale='log' if value == 'kl' else 'linear')
+                    bold = dict(linewidth=2.5, markersize=7, zorder=3) if method == 'CWIC' else {}
+                    drawn = axes.errorbar(x, y, (y - low, high - y), capsize=2, label=method, **line | bold)
+                    named[method] = drawn.lines[0]
+            axes.set(title=SUBJECTS.get(subject, subject), xlabel=REDUCTION)
+            if value == 'kl':
+                axes.set_yscale('log')
+                axes.yaxis.set(major_locator=LogLocator(subs=(1, 2, 5)), major_formatter='{x:g}',
+                               minor_formatter=NullFormatter())
         panels[0].set(ylabel=VALUES[value])
-        handles = [axes.get_legend_handles_labels() for axes in panels]
-        named = {label: handle for pair in handles for handle, label in zip(*pair)}
-        figure.legend(named.values(), named.keys(), loc='outside right upper')
+        figure.legend([named[method] for method in methods], methods, loc='outside right upper')
+
+
+def tokens(kinds, positions, surprise, shares, matrices, path):
+    """
+    What gets compute: by kind of token, by position, by surprise, by layer and matrix. kinds: as
+    compute.by_kind() has them; positions: as by_position(); surprise: as by_value(); shares, matrices: as for
+    heat_map().
+    """
+    label = 'active weights, % of dense'
+    with picture(path, height=6.4, columns=2, rows=2, width_ratios=(1.15, 1)) as (_, axes):
+        (upper_left, upper_right), (lower_left, lower_right) = axes
+        names, counts, means = zip(*[(kind, count, 100 * mean) for kind, count, mean, *_ in reversed(kinds)])
+        upper_left.barh(names, means, color='#7d9ccc', ec='0.3', lw=0.5)
+        for row, (count, mean) in enumerate(zip(counts, means)):
+            upper_left.text(mean, row, f' {mean:.1f}% ({count:,})', va='center', fontsize=7)
+        upper_left.set(title='By kind of token (how many)', xlabel=label, xlim=(0, 1.3 * max(means)))
+        upper_left.grid(axis='y', visible=False)
+        means = [100 * mean for *_, mean in positions]
+        upper_right.plot(range(len(means)), means, **LINES[0])
+        upper_right.set(title='By position in the text', ylabel=label, ylim=0, xticks=range(len(means)))
+        ticks = [str(low) if low == high else f'{low}-{high}' for low, high, _ in positions]
+        upper_right.set_xticklabels(ticks, rotation=45, ha='right')
+        x, mean, low, high = np.array(surprise).T * [[1], [100], [100], [100]]
+        lower_left.fill_between(x, low, high, color='0.88', label='10th to 90th percentile')
+        lower_left.plot(x, mean, **LINES[1], label='mean of a tenth of all tokens')
+        lower_left.set(title='By surprise of the token read', xlabel='-log p of the token, nats',
+                       xscale='log', ylabel=label, ylim=(0, 1.3 * max(high)))
+        lower_left.legend(loc='upper left')
+        heat_map(lower_right, shares, matrices, highest=max(shares))
+        lower_right.set(title='By layer and matrix, % of its weights')
 
 
 # -----------------------------------------------------------------------------
@@ -206,3 +296,61 @@ def conversation(turns, palette, path, columns=80):
             weight = 'bold' if kind == 'prompt' else 'normal'
             axes.text(column, row, text, color=color, family='monospace', weight=weight, size=9.7,
                       va='center_baseline', clip_on=True, parse_math=False)
+
+
+# -----------------------------------------------------------------------------
+# the pictures of README.md
+
+
+@dataclass
+class PlotConfig:
+    """Draws the pictures in assets/ again, or two runs of train.py: one sparse, one dense."""
+    run: str = option('', 'log.csv of a run; without it, all pictures in assets/ are drawn')
+    twin: str = option('', 'log.csv of the same run with --target_reduction 1')
+    picture: str = option('out/twins.png', 'file for those two')
+
+
+def read_log(path):
+    """log.csv -> its rows, numbers or None where nothing stands."""
+    with open(path, newline='', encoding='utf-8') as file:
+        return [[float(text) if text else None for text in row] for row in list(csv.reader(file))[1:]]
+
+
+def draw_assets():
+    """-> the paths of what was drawn"""
+    import torch
+
+    from cwic import CWICConfig
+    assets, pictures = HERE / 'assets', []
+
+    def to(name):
+        pictures.append(str(assets / name))
+        return pictures[-1]
+
+    rows = (assets / 'comparison.jsonl').read_text(encoding='utf-8').splitlines()
+    frontier([json.loads(row) for row in rows], to('frontier.png'))
+    decoding = json.loads((assets / 'decode.json').read_text(encoding='utf-8'))
+    speed(decoding['rows'], to('speed.png'), decoding['machine'])
+    twins(read_log(assets / 'training.csv'), read_log(assets / 'training_dense.csv'), to('training.png'))
+    saved = torch.load(HERE / 'adapters' / 'smollm2.pt', map_location='cpu', weights_only=True)
+    layers(saved['active_share'], CWICConfig(**saved['config']).matrices, to('layers.png'),
+           f'SmolLM2-135M-Instruct with the adapter, {saved["reduction"]:.2f}x: what each matrix uses')
+    return pictures
+
+
+def main():
+    config, _ = parse_options(PlotConfig, 'python plots.py')
+    if bool(config.run) != bool(config.twin):
+        fail('--run and --twin go together: the log.csv of a sparse run and that of a dense one')
+    try:
+        if config.run:
+            twins(read_log(config.run), read_log(config.twin), config.picture)
+        print('files:', ', '.join([config.picture] if config.run else draw_assets()))
+    except OSError as error:
+        fail(f'{error.filename}: {error.strerror}', 1)
+    except (ValueError, IndexError) as error:
+        fail(f'no log.csv of a run, or no format of a picture: {error}', 1)
+
+
+if __name__ == '__main__':
+    main()

@@ -85,9 +85,9 @@ class Palette:
         """A line that says what the colours mean: [(text, share)]."""
         if self.low is None:
             return [('this model is dense: every token uses every weight', None)]
-        steps = [(' ', self.low + (self.high - self.low) * i / 15) for i in range(16)]
-        return [(f'{COUNTED[color_by]} used {100 * self.low:.1f}% ', None), *steps,
-                (f' {100 * self.high:.1f}% of the weights', None)]
+        steps = [(' ', self.low + (self.high - self.low) * i / 8) for i in range(9)]
+        return [(f'% of weights used by {COUNTED[color_by]}: <{100 * self.low:.1f} ', None), *steps,
+                (f' >{100 * self.high:.1f}', None)]
 
 
 # -----------------------------------------------------------------------------

@@ -261,7 +261,7 @@ def halves(x, head_dim):
     return x.unflatten(0, (-1, head_dim // 2, 2)).transpose(1, 2).reshape(x.shape)
 
 
-def find_sources(config, names, tensors):
+def match_names(config, names, tensors):
     """
     -> {our name: [their names]} of a whole model; names: one of the tables above. Raises WeightsError with
     the first of tensors that is missing, or that is too much.
@@ -290,7 +290,7 @@ def fill(config, names, tensors):
     A model in eval mode of tensors with such names. Raises WeightsError with the first that does not fit.
     Room is made only for what has been found in the file.
     """
-    sources = find_sources(config, names, tensors)
+    sources = match_names(config, names, tensors)
     with torch.device('meta'):      # shapes without memory
         model = GPT(config)
     state = model.state_dict()
@@ -410,6 +410,8 @@ def load_folder(folder):
     """config.json, weights and tokenizer -> (model in eval mode, {'tokenizer': spec})"""
     readers = {'model.safetensors': read_safetensors, 'model.safetensors.index.json': read_shards,
                'pytorch_model.bin': read_bin}
+    if not os.path.exists(os.path.join(folder, 'config.json')):
+        raise WeightsError(f'{folder}: no config.json there: name a folder that holds a GPT-2 or Llama model')
     with reading(os.path.join(folder, 'config.json')):
         config, files = read_config(os.path.join(folder, 'config.json')), set(os.listdir(folder))
     with reading(folder):

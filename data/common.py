@@ -1,6 +1,6 @@
 """
-What every data/NAME/prepare.py shares: errors, encoding documents, writing a data set. And load_dataset(),
-with which train.py and bench.py read one.
+What every data/NAME/prepare.py shares: errors, encoding documents, writing a data set, going on where a call
+was stopped. And load_dataset(), with which train.py and bench.py read one.
 
 A data set is a folder with
     train.bin, val.bin    raw token ids, uint16, or uint32 where the vocabulary needs it; the tokenizer's end
@@ -111,6 +111,32 @@ def publish(folder, meta):
     print(f"{meta['source']}: {train / 1e6:,.2f} + {val / 1e6:,.2f} MB (train + val)\n"
           f"{folder}: {meta['train_tokens']:,} + {meta['val_tokens']:,} tokens "
           f"of {meta['vocab_size']:,} kinds, {train / meta['train_tokens']:.2f} bytes per token")
+
+
+def load_progress(folder, fresh):
+    """
+    How far an earlier call came that was stopped: the dict in progress.json, or fresh where there is none.
+    fresh['settings']: what both calls must have in common. Raises DataError, also where all is done already.
+    """
+    path = folder / 'progress.json'
+    if not path.exists():
+        if (folder / 'meta.json').exists():
+            raise DataError(f'{folder} is prepared already: delete its meta.json to make it anew')
+        return fresh
+    try:
+        progress = json.loads(path.read_text(encoding='utf-8'))
+        if progress.keys() != fresh.keys():
+            raise ValueError('other keys')
+    except (ValueError, AttributeError) as e:
+        raise DataError(f'{path} is damaged: delete it to start over') from e
+    if progress['settings'] != fresh['settings']:
+        raise DataError(f'{path} is of a run with {progress["settings"]}: give the same options, '
+                        'or delete it to start over')
+    return progress
+
+
+def save_progress(folder, progress):
+    replace_file(folder / 'progress.json', json.dumps(progress).encode('ascii'))
 
 
 def write_dataset(folder, encoding, spec, train, val, source):

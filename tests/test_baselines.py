@@ -23,7 +23,8 @@ from cwic import StripedLinear
 from data import common
 from test_cwic import BOTH, one_thread, small_model     # noqa: F401  one_thread: a fixture, for all
 
-RULES = [name for name, method in METHODS.items() if not method.learned and not method.dense]
+RULES = [name for name, method in METHODS.items() if not (method.learned or method.dense or method.predicts)]
+PREDICTS = [name for name, method in METHODS.items() if method.predicts]
 SIZES = {'vocab_size': 257, 'block_size': 16, 'n_layer': 2, 'n_head': 2, 'n_embd': 32, 'n_hidden': 64,
          'stripe_qkv': 32, 'stripe_out': 16, 'stripe_up': 24, 'stripe_down': 16, 'stripe_head': 100}
 
@@ -72,12 +73,14 @@ def test_skipping_nothing_is_the_dense_model(name, arch):
         dense, model, tokens = made
         if name == 'R-Sparse':      # to which target 1 leaves less than all, as its low-rank path costs something
             baselines.calibrate(model, (tokens,), {})
+        for predictor in getattr(model, 'predictors', ()):                      # which cost something as well
+            predictor.least = [-baselines.NEVER] * 4
         expected, everything = dense(tokens, dense=True)
         logits, active = model(tokens)
         assert torch.allclose(logits, expected, atol=2e-4)
-        low_rank = sum(gate.A.numel() + gate.B.numel() for gate in baselines.gates(model).values()
-                       if name == 'R-Sparse')
-        more = float(active.sum() - everything.sum()) - low_rank * tokens.numel()
+        besides = sum(part.A.numel() + part.B.numel() for part in model.modules()
+                      if isinstance(part, (baselines.LowRankRest, baselines.Predictor)))
+        more = float(active.sum() - everything.sum()) - besides * tokens.numel()
         # learned thresholds begin at 0, and what is exactly 0, where GELU gives up, is not above it
         assert -1e-3 * float(everything.sum()) < more <= 0 if METHODS[name].learned else more == 0
         dense_logits, dense_active = model(tokens, dense=True)
@@ -258,6 +261,110 @@ def test_own_targets_charge_each_matrix_the_slope_of_its_own_loss(monkeypatch):
         assert torch.allclose(own, push * layer.theta.grad, atol=1e-3)
 
 
+@pytest.mark.parametrize('name', PREDICTS)
+def test_chosen_heads_and_neurons_are_all_that_is_used_and_counted(name, monkeypatch):
+    """
+    Scores again, in numpy, from the stream where each predictor reads; then the dense model with what is not
+    chosen set to 0, and a count of heads and neurons one by one, predictors included.
+    """
+    monkeypatch.setattr(baselines, 'RANK', 4)
+    dense, model, tokens = changed(name, target=1.5)
+    for predictor in model.predictors:      # those that have learned nothing find all alike
+        torch.nn.init.normal_(predictor.B)
+    METHODS[name].limit(model, 1.5, tokens)
+    streams, masks = {}, {}
+    place = model.blocks[0].ln_2 if name == 'ShadowLLM' else model.blocks[0]    # where two blocks are all
+    place.register_forward_pre_hook(lambda _, args: streams.update(x=args[0].detach().double().numpy()))
+    logits, active = model(tokens)
+    x = streams['x']
+    x = (x - x.mean(2, keepdims=True)) / np.sqrt(x.var(2, keepdims=True) + 1e-5)
+    where = [(block, part) for block in range(2) for part in ('heads', 'neurons')]
+    where = where[1:] if name == 'ShadowLLM' else where
+    for predictor in model.predictors:
+        A, B = predictor.A.detach().double().numpy(), predictor.B.detach().double().numpy()
+        scores, column = np.maximum(x @ A, 0) @ B, 0                            # (8, 16, units)
+        for least in predictor.least:
+            block, part = where.pop(0)
+            units = 2 if part == 'heads' else 64
+            masks[block, part] = scores[:, :, column:column + units] > least + 1e-6     # one is least
+            column += units
+        assert column == B.shape[1]
+    assert not where
+    used = sum(predictor.A.numel() + predictor.B.numel() for predictor in model.predictors) * 128
+    used += 128 * 32 * 257
+    for block in range(2):
+        heads = masks.get((block, 'heads'), np.ones((8, 16, 2), bool))
+        used += int(heads.sum()) * 4 * 32 * 16 + int(masks[block, 'neurons'].sum()) * 2 * 32
+        for layer, mask in ((dense.blocks[block].attn.out, heads.repeat(16, axis=2)),
+                            (dense.blocks[block].mlp.down, masks[block, 'neurons'])):
+            layer.register_forward_pre_hook(lambda _, args, mask=mask: (args[0] * torch.from_numpy(mask), args[1]))
+    assert float(active.sum()) == pytest.approx(used, rel=1e-9)
+    assert torch.allclose(logits, dense(tokens, dense=True)[0], atol=2e-4)
+    assert used == pytest.approx(dense.dense() * 128 / 1.5, rel=0.03)
+
+
+def training_run(model, target):
+    config = train.TrainConfig(target_reduction=target)
+    optimizer = torch.optim.AdamW(model.predictors.requires_grad_(True).parameters(), lr=0.01)
+    return train.Run(config, model, {}, optimizer, 'cpu', torch.float32, torch.zeros(9))
+
+
+@pytest.mark.parametrize('name', PREDICTS)
+def test_predictors_learn_what_matters_most(name, monkeypatch):
+    monkeypatch.setattr(baselines, 'RANK', 16)
+    dense, model, tokens = changed(name, target=1.4)
+    weights_before = {name: p.clone() for name, p in model.named_parameters() if 'predictor' not in name}
+    seen, importance = [], type(METHODS[name]).importance
+    monkeypatch.setattr(type(METHODS[name]), 'importance', lambda self, *args: seen.append(importance(self, *args)) or seen[-1])
+    run, share = training_run(model, 1.4), METHODS[name].share(model, 1.4)
+
+    def hits():
+        """Of the neurons that a token needs most in the last MLP, what share is scored highest?"""
+        seen.clear()
+        METHODS[name].step(run, tokens, tokens.roll(-1, 1), 1.4)
+        reads = {}
+        place = METHODS[name].places(model)[-1][0]
+        hook = place.register_forward_pre_hook(lambda _, args: reads.update(x=args[0]))
+        model(tokens, dense=True)
+        hook.remove()
+        scores, count = model.predictors[-1](reads['x'])[-1], round(share * 64)
+        top = [x.topk(count, dim=2).indices.flatten(0, 1).tolist() for x in (scores, seen[-1])]
+        return np.mean([len(set(a) & set(b)) / count for a, b in zip(*top)])
+
+    before = hits()
+    for _ in range(250):
+        METHODS[name].step(run, tokens, tokens.roll(-1, 1), 1.4)
+    assert 1 - hits() < 0.7 * (1 - before) and 1 - hits() < 0.7 * (1 - share)
+    assert all(torch.equal(p, weights_before[key]) for key, p in model.named_parameters() if 'predictor' not in key)
+
+
+def test_shadowllms_importance_is_a_times_its_gradient(monkeypatch):
+    """By finite differences: how the loss changes with how loud a neuron is, at one token."""
+    _, model, tokens = changed('ShadowLLM', target=1.2)
+    seen, targets = [], tokens.roll(-1, 1)
+    importance = baselines.ShadowLLM.importance
+    monkeypatch.setattr(baselines.ShadowLLM, 'importance', lambda self, *args: seen.append(importance(self, *args)) or seen[-1])
+    METHODS['ShadowLLM'].step(training_run(model, 1.2), tokens, targets, 1.2)
+    assert [x.shape for x in seen] == [(8, 16, 64), (8, 16, 2), (8, 16, 64)]
+    model.double()
+
+    def loss(layer, some, factor):
+        def scale(_, args):
+            x = args[0].clone()
+            x[2, 5, some] *= factor
+            return x, args[1]
+        hook = layer.register_forward_pre_hook(scale)
+        value = torch.nn.functional.cross_entropy(model(tokens, dense=True)[0].double().flatten(0, 1), targets.flatten())
+        hook.remove()
+        return float(value)
+
+    for found, layer, some in ((seen[0][2, 5, 9], model.blocks[0].mlp.down, slice(9, 10)),
+                               (seen[1][2, 5, 1], model.blocks[1].attn.out, slice(16, 32)),
+                               (seen[2][2, 5, 30], model.blocks[1].mlp.down, slice(30, 31))):
+        slope = (loss(layer, some, 1.03) - loss(layer, some, 0.97)) / 0.06
+        assert float(found) == pytest.approx(abs(slope), rel=0.02, abs=2e-6)
+
+
 def test_what_cannot_be_reached_says_so():
     dense = small_model(thresholds=0.0, **SIZES)
     never = sum(layer.dense for name, layer in dense.gated() if not name.endswith('down')) / dense.dense()
@@ -312,11 +419,12 @@ def compare(setting, out, *more):
         return [{key: value for key, value in json.loads(line).items() if key != 'seconds'} for line in f]
 
 
-def test_quick_comparison_of_all_methods(setting, tmp_path, capsys):
+def test_quick_comparison_of_all_methods(setting, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(baselines, 'RANK', 2)
     rows = compare(setting, tmp_path / 'out', '--quick')
-    assert [r['method'] for r in rows if 'cannot' in r] == ['CATS']
+    assert [r['method'] for r in rows if 'cannot' in r] == ['CATS', 'ShadowLLM']
     rows = {r['method']: r for r in rows if 'cannot' not in r}
-    assert rows.keys() == METHODS.keys() - {'CATS'}
+    assert rows.keys() == METHODS.keys() - {'CATS', 'ShadowLLM'}
     for name, r in rows.items():
         assert r.keys() >= {'subject', 'method', 'target', 'reduction', 'val_loss', 'kl', 'agreement', 'blimp',
                             'cv', 'seed', 'trained_tokens'}
@@ -327,7 +435,7 @@ def test_quick_comparison_of_all_methods(setting, tmp_path, capsys):
     assert rows['TEAL + distillation']['val_loss'] != rows['TEAL']['val_loss']
     out = capsys.readouterr().out
     table = (tmp_path / 'out' / 'table.md').read_text(encoding='utf-8')
-    assert table in out and '19/19' in out and ' left' in out
+    assert table in out and '20/20' in out and ' left' in out
     assert f'| Q-Sparse | 2x | {rows["Q-Sparse"]["reduction"]:.2f} | {rows["Q-Sparse"]["kl"]:.4f} |' in table
     assert '| CATS | 2x | cannot: at most' in table
     assert (tmp_path / 'out.png').read_bytes().startswith(b'\x89PNG')
@@ -359,7 +467,12 @@ def test_thresholds_are_set_on_other_text_than_results_are_for(setting, tmp_path
         return measure(model, tokens, *more)
     monkeypatch.setattr(baselines, 'calibrate', spied_calibrate)
     monkeypatch.setattr(evaluate, 'measure', spied_measure)
-    compare(setting, tmp_path / 'out', '--quick', '--methods', 'TEAL,SCAP,TEAL + distillation,pruning')
+    monkeypatch.setattr(baselines, 'RANK', 2)
+    for spied in ('limit', 'step'):
+        method = getattr(baselines.DejaVu, spied)
+        monkeypatch.setattr(baselines.DejaVu, spied, lambda self, what, *more, method=method: seen['calibrate'].update(
+            torch.cat([x.flatten() for x in more if isinstance(x, torch.Tensor)]).tolist()) or method(self, what, *more))
+    compare(setting, tmp_path / 'out', '--quick', '--methods', 'TEAL,SCAP,TEAL + distillation,pruning,Deja Vu')
     assert seen['calibrate'] and max(seen['calibrate']) < 128 <= min(seen['measure'])
 
 
@@ -398,6 +511,34 @@ def test_training_moves_weights_and_leaves_thresholds_to_the_method(name, settin
     monkeypatch.setattr(train, 'train_step', spied_step)
     compare(setting, tmp_path / 'out', '--methods', name, '--trained_targets', '2', '--seeds', '1')
     assert len(steps) == 12 and min(steps) > 0 and len(followed) == 2 * 9
+
+
+@pytest.mark.parametrize('name', ['Q-Sparse', 'ProSparse', 'Deja Vu', 'CWIC'])
+def test_nothing_is_compiled_again_in_the_middle_of_training(name, setting, tmp_path, monkeypatch):
+    """
+    A number that changes from step to step, kept as a number in a layer, once had torch compile all blocks at
+    every change, up to its limit, and from there on run them uncompiled: ten times slower than all others.
+    """
+    compiled, before_step, really_compile, step = [], [], torch.compile, type(METHODS[name]).step
+
+    def spied_step(self, *args):
+        before_step.append(len(compiled))
+        step(self, *args)
+    monkeypatch.setattr(torch, 'compile', lambda function, **options: really_compile(
+        function, backend=lambda graph, inputs: compiled.append(graph) or graph.forward))
+    monkeypatch.setattr(train, 'check_compile', lambda device: None)
+    monkeypatch.setattr(type(METHODS[name]), 'step', spied_step)
+    monkeypatch.setattr(baselines, 'RANK', 2)
+    monkeypatch.setattr(baselines, 'EVERY', 2)
+    recipe = (setting / 'recipe.toml').read_text(encoding='utf-8')
+    (tmp_path / 'compile.toml').write_text(recipe + 'compile = true\n', encoding='utf-8')
+    compare(setting, tmp_path / 'out', '--quick', '--methods', name, '--steps', '8',
+            '--recipe', str(tmp_path / 'compile.toml'))
+    torch.compiler.reset()
+    if name == 'Deja Vu':       # it looks into its blocks
+        assert not compiled
+    else:
+        assert len(before_step) == 8 and 0 == before_step[0] < before_step[2] == len(compiled)
 
 
 def test_resuming_changes_nothing(setting, tmp_path, monkeypatch, capsys):
@@ -465,37 +606,3 @@ def test_what_a_user_gets_wrong_is_one_line(setting, tmp_path, capsys):
             compare(setting, tmp_path / out, *more)
         error = capsys.readouterr().err
         assert ended.value.code in (1, 2) and error.count('\n') == 1 and says in error, error
-
-
-# -----------------------------------------------------------------------------
-# what gets compute
-
-
-def test_kinds_of_tokens():
-    code = 'def add(a):\n    # a note\n    x = 10 + a\n    return "in a" + x'
-    expected = ['first token', 'new name', 'operator', 'new name', 'operator', 'operator', 'indentation',
-                'comment', 'comment', 'indentation', 'new name', 'operator', 'number', 'operator',
-                'name seen before', 'indentation', 'keyword', 'string', 'string', 'operator', 'name seen before']
-    pieces = ['def', ' add', '(', 'a', ')', ':', '\n    ', '# a', ' note', '\n    ', 'x', ' =', ' 10', ' +',
-              ' a', '\n    ', 'return', ' "in', ' a"', ' +', ' x']
-    assert ''.join(pieces) == code
-    assert baselines.kinds_of_tokens([p.encode() for p in pieces], baselines.PYTHON) == expected
-    pieces = ['<|im_start|>', 'user', '\n', 'Is', ' Al', 'ma', ' older', ' than', ' 42', '?', '<|im_end|>']
-    expected = ['first token', 'template', 'space', 'function word', 'capitalised word', 'capitalised word',
-                'content word', 'function word', 'digits', 'punctuation', 'template']
-    assert baselines.kinds_of_tokens([p.encode() for p in pieces], baselines.PROSE) == expected
-
-
-def test_tokens_tells_the_compute_that_is_measured(setting, tmp_path, monkeypatch, capsys):
-    model = small_model(thresholds=1.0, **SIZES)
-    path = str(tmp_path / 'sparse.pt')
-    cwic.save_checkpoint(path, model, tokenizer={'kind': 'bytes'}, options={'block_size': 16, 'data': str(setting)})
-    monkeypatch.setattr(sys, 'argv', ['baselines.py', 'tokens', path, '--windows', '4', '--device', 'cpu'])
-    common.run(baselines.main)
-    out = capsys.readouterr().out
-    _, val, meta = common.load_dataset(str(setting), 16)
-    results = evaluate.measure(model, evaluate.validation_windows(val, meta, 4, 16))
-    assert f'64 tokens, which use {1 / results["reduction"]:.1%} of the weights' in out
-    assert all(f'{share:9.1%}' in out for share in results['active_share'])
-    assert f'surprise of the token read{results["surprise_correlation"]:+12.2f}' in out
-    assert f'entropy of the prediction{results["entropy_correlation"]:+13.2f}' in out

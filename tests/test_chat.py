@@ -562,7 +562,7 @@ def test_page_holds_the_decoders_counts(conversation, tmp_path):
     assert [html.unescape(text) for text in spans] == [
         ''.join(c if c in '\n\t' else render.visible(c) for c in text) for text, _ in shown]
     colors = [tuple(map(int, color)) for color in re.findall(r'background:rgb\((\d+), (\d+), (\d+)\)', page)]
-    assert colors[16:] == [palette.rgb(token.share) for _, token in shown]      # after the legend's
+    assert colors[9:] == [palette.rgb(token.share) for _, token in shown]      # after the legend's
     assert 'http' not in page and '<script' not in page and not re.search('[\x1b\u202e]', page)
 
 
@@ -577,8 +577,21 @@ def test_pictures_have_the_colors_of_the_terminal(dialogue, tmp_path):
     shares = [token.share for _, text, token in dialogue.turns[0].shown if token]
     for share in shares + [0.3, 0.7]:
         assert any(max(abs(a - b) for a, b in zip(palette.rgb(share), color)) <= 1 for color in seen)
+    plots.conversation(dialogue.turns, palette, tmp_path / 'talk.svg')
+    drawn = (tmp_path / 'talk.svg').read_text(encoding='utf-8')
+    assert all('#%02x%02x%02x' % palette.rgb(share) in drawn for share in shares)
     plots.reply(dialogue.turns[0], palette, tmp_path / 'reply.png')
     assert imread(tmp_path / 'reply.png').shape[2] == 4
+
+
+@pytest.mark.parametrize('color_by', render.COUNTED)
+def test_the_legend_tells_the_ends_of_the_scale_in_numbers(color_by):
+    """It said 'used 30.0%' and '70.0%', where all beyond is drawn in the same colour; it fits 80 columns."""
+    legend = render.Palette('truecolor', 0.3, 0.7).legend(color_by)
+    text = ''.join(piece for piece, _ in legend)
+    assert '<30.0 ' in text and text.endswith(' >70.0') and render.COUNTED[color_by] in text and len(text) < 80
+    shares = [share for _, share in legend if share is not None]
+    assert np.allclose(shares, np.linspace(0.3, 0.7, len(shares))) and len(shares) > 2
 
 
 def test_json_is_json_and_holds_nothing_that_a_terminal_obeys(conversation, monkeypatch):
@@ -827,7 +840,7 @@ class Session:
 def test_a_session_at_a_terminal(checkpoint, tmp_path):
     """A prompt, commands, Ctrl-C in the middle of a reply, and Ctrl-D, as keys in a pseudo-terminal."""
     session = Session('--ckpt', checkpoint, '--max-tokens', '30', '--threads', '1', COLORTERM='truecolor')
-    session.keys('', 'of the weights\r\n.*> ')
+    session.keys('', r' >\d+\.\d\r\n.*> ')
     summary = r'30 tokens, \d+/s, first \d+ ms; used [\d.]+%, reduction [\d.]+; f32, 1 thread[\s\S]*> '
     shown = session.keys('def f(n):\r', summary)
     assert '\x1b[38;2;' in shown

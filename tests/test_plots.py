@@ -1,10 +1,16 @@
 """plots.py: what stands in the pictures, read back from the figures as they are saved."""
 
+import csv
+import shutil
+import sys
+
 import numpy as np
 import pytest
+import torch
 from matplotlib.figure import Figure
 
 import plots
+import train
 
 
 @pytest.fixture
@@ -38,6 +44,7 @@ def test_training_shows_the_run_and_what_best_uses(layers, drawn, tmp_path):
     left, middle, right = drawn[0].axes[:3]
     assert points(left, 'validation').tolist() == [[100, 4.5], [200, 4.8]]
     assert points(left, 'best.pt').tolist() == [[100, 4.5]]
+    assert left.get_ylim()[1] > 4.8         # a copy's loss rises while it gets sparser: all of it is in sight
     assert np.allclose(points(middle, 'reduction')[:, 1], [row[4] for row in rows])
     grid = right.images[0].get_array()          # (layers + 1, 4), in %
     assert np.allclose(grid.compressed(), 100 * np.array(shares)) and grid.shape == (layers + 1, 4)
@@ -52,6 +59,8 @@ def test_frontier_draws_the_median_and_the_extremes_of_seeds(drawn, tmp_path):
     kl = {2: [0.1, 0.3, 0.15], 3: [0.5]}
     rows = [dict(subject='small', method='CWIC', target=target, reduction=target + 0.1 * seed, kl=value)
             for target, values in kl.items() for seed, value in enumerate(values)]
+    rows += [dict(subject='small', method=method, target=3, reduction=3.0, kl=0.2)      # these are in the table
+             for method in ('dense', 'CWIC: no centre')]
     rows += [dict(subject='chat', method='TEAL', target=2, reduction=2.0, kl=0.7, val_loss=3.0),
              dict(subject='chat', method='CATS', target=3, reduction=None, kl=None)]        # it cannot
     plots.frontier(rows, tmp_path / 'frontier.svg')
@@ -80,3 +89,82 @@ def test_speed_draws_every_case(drawn, tmp_path):
     names = [(text.get_text(), text.get_position()[1]) for text in left.texts]
     assert [name for name, _ in names] == ['llama.cpp f32', 'llama.cpp Q8_0', 'llama.cpp Q4_0']
     assert np.diff([place for _, place in names]).min() > 20          # of 720: they do not overlap
+
+
+def write_log(path, val_losses):
+    """A log.csv as train.py writes it, of 40 steps."""
+    rows = [[step, step / 2, 5 - step / 100, val_losses.get(step, ''), 1 + step / 20, 3.0, 1e-3]
+            for step in range(10, 41, 10)]
+    with open(path, 'w', newline='', encoding='utf-8') as file:
+        csv.writer(file).writerows([train.COLUMNS, *rows])
+    return str(path)
+
+
+def run_program(monkeypatch, *words):
+    monkeypatch.setattr(sys, 'argv', ['plots.py', *words])
+    plots.main()
+
+
+def test_two_runs_from_their_logs(drawn, tmp_path, monkeypatch, capsys):
+    sparse = write_log(tmp_path / 'log.csv', {20: 4.5, 40: 4.3})
+    dense = write_log(tmp_path / 'dense.csv', {20: 4.5, 40: 4.1})
+    run_program(monkeypatch, '--run', sparse, '--twin', dense, '--picture', str(tmp_path / 'twins.svg'))
+    left, right = drawn[0].axes
+    assert points(left, 'CWIC, validation').tolist() == [[20, 4.5], [40, 4.3]]
+    assert points(left, 'dense, validation').tolist() == [[20, 4.5], [40, 4.1]]
+    assert [text.get_text() for text in left.texts] == ['4.100', '4.300']
+    assert points(right, 'reduction').tolist() == [[10, 1.5], [20, 2], [30, 2.5], [40, 3]]
+    assert 'twins.svg' in capsys.readouterr().out and (tmp_path / 'twins.svg').exists()
+
+
+@pytest.mark.parametrize('run, twin, code, word', [
+    ('log.csv', 'nowhere.csv', 1, 'No such file'), ('log.csv', '', 2, 'go together'),
+    ('empty.csv', 'log.csv', 1, 'no log.csv'), ('prose.csv', 'log.csv', 1, 'no log.csv'),
+    ('start.csv', 'log.csv', 1, 'no log.csv')])
+def test_logs_that_cannot_be_drawn_are_one_line(run, twin, code, word, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    write_log('log.csv', {40: 4.1})
+    write_log('start.csv', {})                      # of a run that was stopped before its first evaluation
+    (tmp_path / 'empty.csv').touch()
+    (tmp_path / 'prose.csv').write_text('a, b\nnot, numbers\n', encoding='utf-8')
+    with pytest.raises(SystemExit) as ended:
+        run_program(monkeypatch, '--run', run, '--twin', twin, '--picture', 'twins.png')
+    error = capsys.readouterr().err
+    assert ended.value.code == code and error.count('\n') == 1 and word in error
+
+
+def test_the_pictures_of_the_readme_come_from_what_is_committed(drawn, tmp_path, monkeypatch, capsys):
+    """And the shares of the layers' matrices are those in the adapter."""
+    for folder in ('assets', 'adapters'):
+        shutil.copytree(plots.HERE / folder, tmp_path / folder)
+    pictures = sorted(path.name for path in (tmp_path / 'assets').glob('*.png'))
+    monkeypatch.setattr(plots, 'HERE', tmp_path)
+    run_program(monkeypatch)
+    assert {path.rsplit('/', 1)[1].strip() for path in capsys.readouterr().out.split(',')} < set(pictures)
+    axes, = drawn[-1].axes
+    lines = {line.get_label(): line.get_ydata() for line in axes.lines}
+    saved = torch.load(tmp_path / 'adapters' / 'smollm2.pt', map_location='cpu', weights_only=True)
+    shares = np.array(saved['active_share'])
+    assert np.allclose(lines['qkv'], 100 * shares[0:-1:4]) and np.allclose(lines['LM head'], 100 * shares[-1])
+    assert np.allclose(lines['neurons'], 100 * shares[3::4])
+
+
+def test_tokens_draws_what_it_is_given(drawn, tmp_path):
+    kinds = [('name', 2000, 0.4, 2.0, 0.1), ('digits', 30, 0.25, 1.0, 0.2), ('first token', 4, 0.1, np.nan, 0.3)]
+    positions = [(0, 0, 0.1), (1, 1, 0.2), (2, 3, 0.3), (4, 6, 0.35)]
+    surprise = [(0.01, 0.2, 0.1, 0.3), (0.5, 0.25, 0.2, 0.35), (4.0, 0.3, 0.25, 0.4)]
+    shares = list(np.linspace(0.1, 0.6, 2 * 6 + 1))
+    matrices = ('q', 'k', 'v', 'out', 'gate', 'neurons')
+    plots.tokens(kinds, positions, surprise, shares, matrices, tmp_path / 'tokens.png')
+    by_kind, by_position, by_surprise, by_matrix = drawn[0].axes[:4]
+    bars = {label.get_text(): bar.get_width() for label, bar in zip(by_kind.get_yticklabels(), by_kind.patches)}
+    assert bars == pytest.approx({'first token': 10, 'digits': 25, 'name': 40})
+    assert [text.get_text() for text in by_kind.texts] == [' 10.0% (4)', ' 25.0% (30)', ' 40.0% (2,000)']
+    line, = by_position.lines
+    assert np.allclose(line.get_data(), [range(4), [10, 20, 30, 35]])
+    assert [label.get_text() for label in by_position.get_xticklabels()] == ['0', '1', '2-3', '4-6']
+    assert np.allclose(points(by_surprise, 'mean of a tenth of all tokens'), [[0.01, 20], [0.5, 25], [4, 30]])
+    band = by_surprise.collections[0].get_paths()[0].vertices
+    assert {tuple(point) for point in np.round(band, 6)} == {(0.01, 10), (0.01, 30), (0.5, 20), (0.5, 35), (4, 25), (4, 40)}
+    assert np.allclose(by_matrix.images[0].get_array().compressed(), 100 * np.array(shares))
+    assert [label.get_text() for label in by_matrix.get_xticklabels()] == list(matrices)

@@ -94,15 +94,15 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(written, chat_model, 
     spec.loader.exec_module(script)
     argv = ['prepare.py', '--model', chat_model, '--out', str(tmp_path), *OPTIONS]
     monkeypatch.setattr(sys, 'argv', argv)
-    recorded, killed = script.replace_file, []
+    record, killed = script.save_progress, []
 
-    def replace_file(path, data):
-        if os.path.basename(path) == 'progress.json' and json.loads(data)['batches'] == 2 and not killed:
+    def save_progress(folder, progress):
+        if progress['batches'] == 2 and not killed:
             killed.append(True)
             raise KeyboardInterrupt         # the second batch is written, the record of it is not
-        recorded(path, data)
+        record(folder, progress)
 
-    monkeypatch.setattr(script, 'replace_file', replace_file)
+    monkeypatch.setattr(script, 'save_progress', save_progress)
     with pytest.raises(KeyboardInterrupt):
         script.main()
     assert os.path.getsize(tmp_path / 'train.bin.part') == 2 * 2 * 96 * 2
@@ -121,6 +121,9 @@ def test_what_a_user_gets_wrong_is_one_line(chat_model, written, tmp_path):
     plain = cwic.GPT(cwic.CWICConfig(vocab_size=257, block_size=96, n_layer=1, n_head=1, n_embd=8))
     cwic.save_checkpoint(str(tmp_path / 'plain.pt'), plain, tokenizer={'kind': 'bytes'})
     cases.append((prepare(tmp_path / 'c', str(tmp_path / 'plain.pt')), 'chat template'))
+    (tmp_path / 'd').mkdir()            # this one ended in a traceback
+    (tmp_path / 'd' / 'progress.json').write_text('{"batches"', encoding='utf-8')
+    cases.append((prepare(tmp_path / 'd', chat_model), 'progress.json is damaged'))
     for result, said in cases:
         assert result.returncode and said in result.stderr, result.stderr
         assert len(result.stderr.splitlines()) == 1, result.stderr

@@ -841,7 +841,7 @@ def test_missing_files_are_named(folder, tmp_path):
         (folder / 'config.json').write_text(content, encoding='utf-8', errors='surrogateescape')
         assert 'config.json: ' in refused(folder)
     (folder / 'config.json').unlink()
-    assert 'config.json: cannot be read (No such file or directory)' in refused(folder)
+    assert 'no config.json there: name a folder' in refused(folder)
     assert 'there are smollm2, gpt2, gpt2-medium' in refused('gpt3')
     assert 'cannot be read' in refused(tmp_path / 'nothing.gguf')
 

@@ -15,7 +15,6 @@ data set.
 """
 
 import itertools
-import json
 import os
 import sys
 import time
@@ -24,8 +23,8 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))    # the repository, for the imports below
-from data.common import (DataError, encode_documents, in_val, make_meta, publish, replace_file, run,
-                         token_dtype, utf8_bytes)
+from data.common import (DataError, encode_documents, in_val, load_progress, make_meta, publish, run,
+                         save_progress, token_dtype, utf8_bytes)
 from options import option, parse_options
 from tokenizer import load_tokenizer, tokenizer_spec
 
@@ -72,27 +71,12 @@ def read_batch(rows):
         raise unreadable(e) from e
 
 
-def load_progress(path, settings):
-    """progress.json -> dict, a fresh one where there is none. Raises DataError if of another data set."""
-    if not path.exists():
-        return {'settings': settings, 'documents': 0, 'stream': None, 'complete': False,
-                'tokens': {'train': 0, 'val': 0}, 'bytes': {'train': 0, 'val': 0}}
-    try:
-        progress = json.loads(path.read_text(encoding='utf-8'))
-        old = progress['settings']
-    except (ValueError, KeyError, TypeError) as e:
-        raise DataError(f'{path} is damaged: delete it to start over') from e
-    if old != settings:
-        raise DataError(f'{path} is of a run with {old}: give the same options, or delete it to start over')
-    return progress
-
-
-def encode_stream(encoding, spec, progress, progress_file, parts, config):
+def encode_stream(encoding, spec, progress, folder, parts, config):
     """Appends documents to parts (dict of split to open file) until there are no more, or enough."""
     for split, f in parts.items():
         end = progress['tokens'][split] * token_dtype(encoding.n_vocab)().itemsize
         if f.tell() < end:
-            raise DataError(f'{f.name} is shorter than {progress_file} says: delete the latter to start over')
+            raise DataError(f'{f.name} is shorter than progress.json says: delete that one to start over')
         f.truncate(end)         # what a kill left after the last record
 
     dataset = open_stream(progress['stream'])
@@ -114,7 +98,7 @@ def encode_stream(encoding, spec, progress, progress_file, parts, config):
         for f in parts.values():
             f.flush()
             os.fsync(f.fileno())
-        replace_file(progress_file, json.dumps(progress).encode('ascii'))
+        save_progress(folder, progress)
         if time.time() - printed > 10:
             printed, done = time.time(), progress['tokens']['train']
             print(f"{progress['documents']:,} documents, {done:,} train tokens, "
@@ -124,23 +108,21 @@ def encode_stream(encoding, spec, progress, progress_file, parts, config):
 def main():
     config, _ = parse_options(FinewebConfig, 'python data/fineweb/prepare.py')
     folder = Path(config.out)
-    progress_file = folder / 'progress.json'
-    if (folder / 'meta.json').exists() and not progress_file.exists():
-        raise DataError(f'{folder} is prepared already: delete its meta.json to make it anew')
+    settings = {'tokenizer': config.tokenizer, 'val_fraction': config.val_fraction}
+    fresh = {'settings': settings, 'documents': 0, 'stream': None, 'complete': False,
+             'tokens': {'train': 0, 'val': 0}, 'bytes': {'train': 0, 'val': 0}}
+    progress = load_progress(folder, fresh)
     spec = tokenizer_spec(config.tokenizer)
     encoding = load_tokenizer(spec)
     folder.mkdir(parents=True, exist_ok=True)
-
-    settings = {'tokenizer': config.tokenizer, 'val_fraction': config.val_fraction}
-    progress = load_progress(progress_file, settings)
     if not progress['complete']:
         with open(folder / 'train.bin.part', 'ab') as train, open(folder / 'val.bin.part', 'ab') as val:
-            encode_stream(encoding, spec, progress, progress_file, {'train': train, 'val': val}, config)
+            encode_stream(encoding, spec, progress, folder, {'train': train, 'val': val}, config)
     meta = make_meta(encoding, spec, f'{DATASET} {SAMPLE}', progress['tokens'], progress['bytes'])
     progress['complete'] = True     # from here on a second try only has to rename
-    replace_file(progress_file, json.dumps(progress).encode('ascii'))
+    save_progress(folder, progress)
     publish(folder, meta)
-    progress_file.unlink()
+    (folder / 'progress.json').unlink()
 
 
 if __name__ == '__main__':

@@ -15,7 +15,6 @@ the same command: finished windows wait in train.bin.part and val.bin.part, prog
 Not here: filtering. At these temperatures next to no window comes twice.
 """
 
-import json
 import os
 import sys
 import time
@@ -29,7 +28,7 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))    # the repository, for the imports below
 import weights
 from cwic import CheckpointError, KVCache, sample
-from data.common import DataError, make_meta, publish, replace_file, run, token_dtype
+from data.common import DataError, load_progress, make_meta, publish, run, save_progress, token_dtype
 from device import choose_device
 from options import option, parse_options
 from tokenizer import dialogue_ids, end_id, load_tokenizer, stop_ids
@@ -127,9 +126,9 @@ def main():
     if batch == 1:
         raise DataError('--batch must be at least 2: a dialogue and a document')
     folder = Path(config.out)
-    progress_file = folder / 'progress.json'
-    if (folder / 'meta.json').exists() and not progress_file.exists():
-        raise DataError(f'{folder} is prepared already: delete its meta.json to make it anew')
+    settings = {'model': config.model, 'window': config.window, 'batch': batch, 'seed': config.seed,
+                'temperatures': [config.user_temperature, config.answer_temperature]}
+    progress = load_progress(folder, {'settings': settings, 'batches': 0})
     try:
         model, saved = weights.load(config.model)
     except (CheckpointError, weights.WeightsError) as error:
@@ -140,15 +139,6 @@ def main():
         raise DataError(f'{config.model} has no chat template: it cannot write dialogues')
     model = model.to(device, torch.bfloat16 if device == 'cuda' else torch.float32)
     folder.mkdir(parents=True, exist_ok=True)
-
-    settings = {'model': config.model, 'window': config.window, 'batch': batch, 'seed': config.seed,
-                'temperatures': [config.user_temperature, config.answer_temperature]}
-    progress = {'settings': settings, 'batches': 0}
-    if progress_file.exists():
-        progress = json.loads(progress_file.read_text(encoding='utf-8'))
-        if progress['settings'] != settings:
-            raise DataError(f'{progress_file} is of a run with {progress["settings"]}: give the same '
-                            'options, or delete it to start over')
     batches = -(-config.tokens // (batch * config.window))
     dtype = token_dtype(encoding.n_vocab)
     every = min(VAL_EVERY, batch // 2)      # of the dialogues as of the documents, and at least one of each
@@ -166,7 +156,7 @@ def main():
                 f.flush()
                 os.fsync(f.fileno())
         progress['batches'] = i + 1
-        replace_file(progress_file, json.dumps(progress).encode('ascii'))
+        save_progress(folder, progress)
         speed = batch * config.window / (time.perf_counter() - start)
         print(f'{(i + 1) * batch * config.window:,} tokens written, {speed:,.0f}/s', flush=True)
     tokens = {split: batches * int(rows.sum()) * config.window for split, rows in split_rows.items()}
@@ -174,7 +164,7 @@ def main():
             for split, path in parts.items()}
     meta = {**make_meta(encoding, spec, f'written by {config.model}', tokens, size), 'window': config.window}
     publish(folder, meta)
-    progress_file.unlink()
+    (folder / 'progress.json').unlink()
 
 
 if __name__ == '__main__':

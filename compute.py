@@ -1,0 +1,268 @@
+"""
+What gets compute: which tokens, where in the text, in which matrices, and what it is good for.
+
+    python compute.py out/best.pt
+    python compute.py adapters/smollm2.pt --dialogues --picture assets/tokens.png     # minutes on two cores
+
+Reads validation text and asks of every token what share of the weights the pass over it used, what the model
+knew by then, and how much better the prediction would have been with every weight. Every weight means the
+dense model: of an adapter its base, which it learned from.
+
+A token's kind is found in the text, by a regular expression: rough, but the same for every model. In
+prose a function word is one of a list, and a name is what has a capital within a sentence.
+
+Not here: why. That two things go together does not say that one makes the other.
+"""
+
+import keyword
+import re
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+import plots
+import weights
+from cwic import CheckpointError
+from data.common import load_dataset, run
+from device import choose_device
+from evaluate import rows_at_once, validation_windows
+from options import fail, option, parse_options
+from tokenizer import dialogue_ids, load_tokenizer
+
+
+@dataclass
+class ComputeConfig:
+    """Which tokens of validation text get compute, where, and in which matrices."""
+    checkpoint: tuple = option((), 'a checkpoint or an adapter (out/best.pt)')
+    data: str = option('', 'folder in data/; without it, the one the checkpoint was trained with')
+    dialogues: bool = option(False, "of a chat model's text, only windows that begin with its template")
+    windows: int = option(64, 'windows of text', at_least=1)
+    picture: str = option('', 'file of a picture; without it, none')
+    device: str = option('auto', 'auto, cpu, cuda or mps')
+
+
+# -----------------------------------------------------------------------------
+# kinds of tokens
+
+PYTHON = re.compile(r"""(?P<comment>\#[^\n]*)
+    |(?P<string>[rbfu]?(\"{3}[\s\S]*?(\"{3}|$)|'{3}[\s\S]*?('{3}|$)|"(\\.|[^"\\\n])*"?|'(\\.|[^'\\\n])*'?))
+    |(?P<indentation>\n[ \t]*)|(?P<number>\d[\w.]*)|(?P<name>\w+)|(?P<space>[ \t]+)|(?P<operator>[\s\S])
+    """, re.X)
+# the system's turn is the template's as well: it is the same in every dialogue
+PROSE = re.compile(r"""(?P<template><\|\w+\|>system[\s\S]*?<\|\w+\|>\n?|<\|\w+\|>(user|assistant)?\n?)
+    |(?P<digits>\d+)|(?P<name>[^\W\d]\w*)|(?P<space>\s+)|(?P<punctuation>[\s\S])""", re.X)
+FUNCTION_WORDS = set("""
+    a about all also am an and any are as at be because been but by can could d did do does for from had
+    has have he her his how i if in into is it its just like ll m may me more my no not of on one or our out
+    other re s she should so some such t than that the their them then there these they this to up us ve was
+    we were what when where which who will with would you your""".split())
+
+
+def kinds_of_tokens(pieces, pattern):
+    """
+    pieces: the bytes of each token of a window -> the kind of each: that of its first character but spaces.
+    A window that begins within a string takes what is outside for inside, up to the next one.
+    """
+    text = b''.join(pieces).decode('utf-8', 'surrogateescape')
+    kinds, seen = [], set()             # kinds: of each byte
+    for match in pattern.finditer(text):
+        kind, word = match.lastgroup, match.group()
+        before = text[max(match.start() - 2, 0):match.start()]
+        if kind == 'name' and pattern is PYTHON:
+            kind = ('keyword' if keyword.iskeyword(word) else
+                    'name seen before' if word in seen else 'new name')
+        elif kind == 'name':
+            kind = ('function word' if word.lower() in FUNCTION_WORDS else
+                    'name' if word[0].isupper() and re.fullmatch(r'[\w,;] ', before) else 'content word')
+        seen.add(word)
+        kinds += [kind] * len(word.encode('utf-8', 'surrogateescape'))
+    ends = np.cumsum([len(piece) for piece in pieces])
+    firsts = [end - max(len(piece.lstrip(b' ')), 1) for end, piece in zip(ends, pieces)]
+    return ['first token', *(kinds[first] for first in firsts[1:])]
+
+
+# -----------------------------------------------------------------------------
+# measuring
+
+
+def parts(model):
+    """Names of a layer's matrices; widths of q, k, v where stripes tell these apart, else of qkv."""
+    attn = model.blocks[0].attn
+    apart = len(attn.qkv.theta) > 1
+    names = ('q', 'k', 'v') if apart else ('qkv',)
+    return (*names, *model.config.matrices[1:]), attn.widths if apart else [sum(attn.widths)]
+
+
+def used_inputs(gate, x):
+    """Which inputs each stripe uses, x (B, T, in): bool (n, B, T, in)"""
+    return (x.float() - gate.mu).abs() > gate.thresholds()[:, None, None]
+
+
+@torch.no_grad()
+def measure(model, teacher, windows):
+    """
+    Reads windows of text, np.int64 (windows, T + 1). teacher: the dense model. Returns a dict:
+
+    share (windows, T)      of all weights, used in the pass over a token
+    loss, entropy           of what that pass predicts, in nats; loss[:, :-1]: the surprise of tokens 1 on
+    gain                    loss less the teacher's: what every weight would have gained
+    matrices                [share of each matrix's weights that was used], layer by layer, the head last
+    heads (layers, heads)   how often no part of what an attention head says is used
+    """
+    blocks, widths = model.blocks, parts(model)[1]
+    inputs, unheard = [0] * len(blocks), [0] * len(blocks)
+
+    def count_inputs(i, gate, x):       # of each column of qkv, how many are used
+        used = used_inputs(gate, x).sum((1, 2, 3))                                          # (n,)
+        inputs[i] = inputs[i] + used.repeat_interleave(gate.stripe)[:gate.n_out].double()
+
+    def count_heads(i, gate, x):
+        used = used_inputs(gate, x).any(0).unflatten(-1, (model.config.n_head, -1))
+        unheard[i] = unheard[i] + (~used.any(-1)).sum((0, 1))                               # (heads,)
+
+    hooks = [gate.register_forward_pre_hook(
+        lambda gate, args, i=i, count=count: None if args[1] else count(i, gate, args[0]))
+        for i, block in enumerate(blocks)
+        for gate, count in ((block.attn.qkv, count_inputs), (block.attn.out, count_heads))]
+    tokens, active_sum = [], 0
+    for batch in torch.from_numpy(windows).split(rows_at_once(model, windows.shape[1])):
+        batch = batch.to(model.head.weight.device)
+        logits, active = model(batch[:, :-1])
+        dense_logp, logp = teacher(batch[:, :-1], dense=True)[0].log_softmax(-1), logits.log_softmax(-1)
+        loss, dense_loss = (-x.gather(-1, batch[:, 1:, None])[:, :, 0] for x in (logp, dense_logp))
+        entropy, share = -(logp.exp() * logp).sum(-1), active.sum(0) / model.dense()
+        tokens.append(torch.stack([x.cpu().double() for x in (share, loss, entropy, loss - dense_loss)]))
+        active_sum = active_sum + active.sum((1, 2)).cpu()
+    for hook in hooks:
+        hook.remove()
+    share, loss, entropy, gain = torch.cat(tokens, 1).numpy()
+    used = [float(a) / share.size / layer.dense for a, (_, layer) in zip(active_sum, model.gated())]
+    matrices = []
+    for i, columns in enumerate(inputs):
+        matrices += [float(part.mean()) / share.size / model.config.n_embd for part in columns.split(widths)]
+        matrices += used[4 * i + 1:4 * i + 4]
+    return {'share': share, 'loss': loss, 'entropy': entropy, 'gain': gain, 'matrices': matrices + used[-1:],
+            'heads': torch.stack(unheard).cpu().numpy() / share.size}
+
+
+# -----------------------------------------------------------------------------
+# what is said of it
+
+
+def by_kind(kinds, found):
+    """
+    kinds (windows, T): of each token -> [(kind, tokens, mean compute, mean surprise, mean gain)], the most
+    compute first
+    """
+    surprise = np.full_like(found['loss'], np.nan)          # of the first token there is none
+    surprise[:, 1:] = found['loss'][:, :-1]
+    rows = [(kind, int(which.sum()), *(float(values[which].mean()) for values in
+                                       (found['share'], surprise, found['gain'])))
+            for kind in np.unique(kinds) for which in [kinds == kind]]
+    return sorted(rows, key=lambda row: -row[2])
+
+
+def by_position(share):
+    """[(first position, last, mean compute)], twice as many each time"""
+    length = share.shape[1]
+    bounds = [0, *(2 ** i for i in range(20) if 2 ** i < length), length]
+    return [(low, high - 1, float(share[:, low:high].mean())) for low, high in zip(bounds, bounds[1:])]
+
+
+def by_value(values, share, bins=10):
+    """
+    [(mean value, mean compute, its 10th percentile, its 90th)] of as many tokens each, in the order of values
+    """
+    order = np.argsort(values, axis=None, kind='stable')
+    return [(float(values.flat[some].mean()), float(share.flat[some].mean()),
+             *np.percentile(share.flat[some], (10, 90)).tolist()) for some in np.array_split(order, bins)]
+
+
+def correlations(found, which):
+    """{what: its correlation with compute}, over which tokens, bool (windows, T), the first ones aside"""
+    which = which[:, 1:]
+    share = found['share'][:, 1:][which]
+    values = {'surprise of the token read': found['loss'][:, :-1],
+              'entropy of the prediction': found['entropy'][:, 1:],
+              'loss of the prediction': found['loss'][:, 1:],
+              'what every weight would gain': found['gain'][:, 1:]}
+    return {name: float(np.corrcoef(share, x[which])[0, 1]) if share.std() > 1e-9 else 0.0
+            for name, x in values.items()}
+
+
+def show(found, kinds, pieces, matrices):
+    """Prints all of it. pieces: the bytes of each token, window by window; matrices: their names."""
+    share = found['share']
+    print(f'{share.size:,} tokens, which use {share.mean():.1%} of the weights (standard deviation: '
+          f'{share.std():.1%})\n')
+    print('by kind of token                  tokens  compute   surprise   every weight would gain, nats')
+    for kind, count, compute, surprise, gain in by_kind(kinds, found):
+        print(f'{kind:30}{count:10,}{compute:9.1%}{surprise:11.2f}{gain:11.3f}')
+    print('\nby position')
+    for low, high, mean in by_position(share):
+        print(f'{low:5} to {high:<21}{mean:19.1%}')
+    print('\ncorrelation of compute with                        but for template')
+    without = correlations(found, kinds != 'template')
+    for name, value in correlations(found, kinds != '').items():
+        print(f'{name:30}{value:+19.2f}{without[name]:+11.2f}')
+    print('\nby layer and matrix: share of its weights\n' + ''.join(f'{name:>9}' for name in matrices))
+    rows = [found['matrices'][i:i + len(matrices)] for i in range(0, len(found['matrices']), len(matrices))]
+    print('\n'.join(''.join(f'{used:9.1%}' for used in row) for row in rows) + '  head')
+    heads = found['heads']
+    print(f'\nattention heads that are not heard at all: {heads.mean():.1%} of the time; most often')
+    for place in np.argsort(-heads, axis=None, kind='stable')[:5]:
+        layer, head = np.unravel_index(place, heads.shape)
+        print(f'layer {layer:2}, head {head:2}{heads[layer, head]:33.1%}')
+    order = np.argsort(share[:, 1:], axis=None, kind='stable')
+    for label, places in (('least', order[:12]), ('most', order[:-13:-1])):
+        print(f'\n{label} expensive, in context')
+        for window, t in zip(*np.unravel_index(places, share[:, 1:].shape)):
+            before, token = (repr(b''.join(some).decode('utf-8', 'replace'))[1:-1] for some in
+                             (pieces[window][max(t - 11, 0):t + 1], pieces[window][t + 1:t + 2]))
+            print(f'{share[window, t + 1]:6.1%}  {before[-60:]:>60} [{token}]')
+
+
+def main():
+    config, _ = parse_options(ComputeConfig, 'python compute.py')
+    path = config.checkpoint[0] if config.checkpoint else 'out/best.pt'
+    if len(config.checkpoint) > 1:
+        fail('give one checkpoint')
+    try:
+        model, saved = weights.load(path)
+        teacher = weights.load(saved['base'])[0] if saved.get('base') else model
+    except (CheckpointError, weights.WeightsError) as error:
+        fail(error, 1)
+    options, spec = saved.get('options') or {}, saved['tokenizer']
+    length = min(options.get('block_size', 512), model.config.block_size)
+    name = config.data or options.get('data', 'python')
+    _, data, meta = load_dataset(name, length)
+    if meta['tokenizer'] != spec:
+        fail(f'{path} was not trained on data/{name}; say on what: --data NAME', 1)
+    # the token after an independent window is another text's
+    length = min(length, meta.get('window', length + 1) - 1)
+    every = max((len(data) - 1) // meta.get('window', length), 1)
+    windows = validation_windows(data, meta, every if config.dialogues else config.windows, length)
+    encoding = load_tokenizer(spec)
+    bytes_of = encoding.decode_single_token_bytes
+    if config.dialogues:
+        begin = dialogue_ids(spec, encoding, [('user', '')])[0] if spec.get('template') else -1
+        windows = windows[windows[:, 0] == begin]
+        if not len(windows):
+            fail(f'no window of data/{name} begins with a chat template; leave --dialogues out', 1)
+        windows = windows[np.linspace(0, len(windows) - 1, min(config.windows, len(windows))).astype(int)]
+    pieces = [[bytes_of(token) for token in window] for window in windows[:, :-1].tolist()]
+    pattern = PROSE if 'template' in spec else PYTHON
+    kinds = np.array([kinds_of_tokens(of_window, pattern) for of_window in pieces])         # (windows, T)
+    device = choose_device(config.device)
+    found, matrices = measure(model.to(device), teacher.to(device), windows), parts(model)[0]
+    show(found, kinds, pieces, matrices)
+    if config.picture:
+        by_surprise = by_value(found['loss'][:, :-1], found['share'][:, 1:])
+        plots.tokens(by_kind(kinds, found), by_position(found['share']), by_surprise, found['matrices'],
+                     matrices, config.picture)
+        print(f'\npicture: {config.picture}')
+
+
+if __name__ == '__main__':
+    run(main)
