@@ -445,7 +445,7 @@ def measure_speed(config, what):
 # probe
 
 
-ROWS = 1024         # to a stripe: few, for threads to share evenly; many, for where one begins to count little
+ROWS = 1024         # to a stripe: few, to be shared evenly; many, for where a stripe begins to count little
 
 
 class RowsAlone:
