@@ -7,8 +7,8 @@ How fast the kernel is, against the memory it reads from and against others.
     python bench.py decode --stripe 64,320,matrix   # what wider stripes gain; the last: one to a matrix
     python bench.py probe                           # what bounds decoding: rows alone, and a token's time
     python bench.py prefill                         # prompts of several lengths: time to the first token
-    python bench.py train --model gpt2-shape --compile      # a CWIC training step against the same step dense
-    python bench.py train --processes 2             # two GPUs against one: do they compute the same, how fast
+    python bench.py train                           # a CWIC training step against the same step dense: see
+                                                    # bench_train.py, also for several GPUs
     python bench.py loss --model out/best.pt        # what narrower weights cost in validation loss
 
 Decoding waits for weights, and memory's speed swings as neighbours come and go. So all cases take turns in
@@ -39,31 +39,27 @@ import json
 import platform
 import re
 import shutil
-import socket
 import subprocess
 import tempfile
 import time
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 
 import build_kernel
 import cwic
 import evaluate
 import plots
-import train
 import weights
 from baselines import calibrate, gates
+from bench_train import measure_train, progress, start_processes
 from cwic import GPT, CheckpointError, CWICConfig, KVCache
 from data import common
 from decoder import FORMATS, Decoder, PackedMatrix, pointer
-from device import (ProcessGone, check_compile, choose_device, choose_dtype, join_processes, keep_memory,
-                    meet, sum_over_processes, together)
+from device import ProcessGone
 from options import fail, option, parse_options, printable
 from tokenizer import end_id, load_tokenizer
 
@@ -78,7 +74,6 @@ SHAPES = {                      # in stripes as weights.py cuts the released mod
                              stripe_head=2048),
     'smollm2-shape': weights.llama_config(vocab_size=49152, context=2048, n_layer=30, n_head=9, n_kv_head=3,
                                           head_dim=64, n_embd=576, n_hidden=1536)}
-PRESETS = {'gpt2-shape': 'gpt2_124m_scratch.toml', 'smollm2-shape': 'smollm2_distill.toml'}     # of train.py
 
 
 @dataclass
@@ -121,12 +116,6 @@ def machine():
     return printable(f'{name[1] if name else platform.machine()}, {os.cpu_count()} cores; '
                      f'Python {platform.python_version()}, torch {torch.__version__}, {compiler}; '
                      f'{time.strftime("%d %B %Y")}')
-
-
-def progress(text=''):
-    """On a terminal, a line that the next one takes the place of."""
-    if sys.stderr.isatty():
-        print(f'\r\033[K{text}', end='', file=sys.stderr, flush=True)
 
 
 # -----------------------------------------------------------------------------
@@ -194,11 +183,6 @@ class Setting:
                 decoder.packed[name].tensors[key].copy_(values)
 
 
-def set_reduction(model, reduction, tokens):
-    """Gives a model thresholds that leave 1 / reduction of each matrix active for tokens (B, T)."""
-    calibrate(model, (tokens,), dict.fromkeys(gates(model), 1 / reduction), centred=True)
-
-
 def make_settings(model, saved, reductions, prompt):
     """A shape at each of the reductions; another model dense, and as it is."""
     if saved:
@@ -206,7 +190,7 @@ def make_settings(model, saved, reductions, prompt):
         return [Setting(model, dense, prompt) for dense in (True, False) if dense or sparse]
     settings, tokens = [], torch.randint(model.config.vocab_size, (24, PROMPT + 32))
     for reduction in reductions:
-        set_reduction(model, reduction, tokens)
+        calibrate(model, (tokens,), dict.fromkeys(gates(model), 1 / reduction), centred=True)
         settings.append(Setting(model, reduction == 1, prompt))
     return settings
 
@@ -401,7 +385,7 @@ def other_engines(config):
     return [(dict(engine=engine, model=model), run) for engine, model, run in runs]
 
 
-def measure_speed(config, what):
+def measure_speed(config):
     """The rows of decode or prefill."""
     threads, prompts = listed('threads', config.threads, most=1024), listed('prompts', config.prompts)
     reductions, others = listed('reductions', config.reductions, float), other_engines(config)
@@ -425,7 +409,7 @@ def measure_speed(config, what):
     engines += [({'engine': 'torch', 'dtype': dtype}, partial(run_torch, dense))
                 for dtype, dense in (('f32', model), ('bf16', narrow))] + others
     work = [({}, text[:PROMPT], text[PROMPT:end])]
-    if what == 'prefill':
+    if config.what[0] == 'prefill':
         work = [({'prompt': length}, text[:length], []) for length in prompts]
     cases = [(dict(labels, **engine, threads=t), partial(run, t, *arguments))
              for labels, *arguments in work for engine, run in engines for t in threads]
@@ -433,7 +417,7 @@ def measure_speed(config, what):
     key = lambda r: [r.get(name) for name in ('prompt', 'engine', 'stripe', 'dtype', 'threads')]
     dense = {str(key(r)): r['tok_s'] for r in rows if r['reduction'] < 1.01}
     for r in rows:
-        if what == 'prefill':           # tokens share what is read
+        if config.what[0] == 'prefill':           # tokens share what is read
             del r['gb_per_token'], r['thresholds_gb_per_token'], r['roofline']
             r['seconds'] = r['prompt'] / r['tok_s']
         if str(key(r)) in dense:
@@ -508,7 +492,7 @@ def where_time_goes(measured, model, columns):
     return sorted(rows, key=lambda row: (row['part'], -row['threads']))
 
 
-def measure_probe(config, what):
+def measure_probe(config):
     """
     The rows of probe, in two parts. 'rows': how fast rows arrive that are skipped at random, beside memory
     that is read from end to end. 'token': where the time of a token goes, found by taking away. A decoder in
@@ -560,217 +544,6 @@ def measure_probe(config, what):
 
 
 # -----------------------------------------------------------------------------
-# train
-
-
-def disagreement(run, tokens):
-    """
-    ||gradients here - gradients on the CPU|| / ||gradients on the CPU|| of a CWIC step in f32: of thresholds,
-    and of all else. In a sparse model it is more than rounding: one of its millions of comparisons turns out
-    the other way, and changes what follows. Weights moved by 3e-7 of themselves, on one CPU, do as much.
-    """
-    gradients = []
-    for device in (run.device, 'cpu'):
-        model = copy.deepcopy(run.model).to(device).train()
-        inputs, targets = tokens[:1, :64].to(device), tokens[:1, 1:65].to(device)
-        train.backward(replace(run, model=model), inputs, targets, dense=False, price=1e-9)
-        parts = [[], []]
-        for name, p in model.named_parameters():
-            if p.grad is not None:
-                parts[not name.endswith('theta')].append(p.grad.cpu().flatten())
-        gradients.append([torch.cat(part) for part in parts])
-    return [float((here - on_cpu).norm() / on_cpu.norm()) for here, on_cpu in zip(*gradients)]
-
-
-def make_run(config):
-    """A train.Run in which nothing moves, as its learning rates are 0; of train.py's defaults or a preset."""
-    if config.model not in ('', *PRESETS):
-        fail(f'--model {config.model}: training is measured of {", ".join(PRESETS)}, or the default')
-    preset = [str(Path(__file__).parent / 'config' / PRESETS[config.model])] if config.model else []
-    options, _ = parse_options(train.TrainConfig, 'python train.py', presets=True, argv=preset)
-    batch = config.batch or min(options.batch_size, 4 * options.micro_batch)
-    options = replace(options, batch_size=batch, teacher=1.0, compile=config.compile)
-    device = choose_device(config.device)
-    if config.compile:
-        check_compile(device)
-    torch.manual_seed(0)
-    sizes = {f.name: getattr(options, f.name) for f in fields(CWICConfig) if hasattr(options, f.name)}
-    model = choose_model(config)[0] if config.model else GPT(CWICConfig(**sizes)).eval()
-    if options.rank:
-        cwic.add_adapters(model, options.rank)
-    model.to(device)
-    optimizer = torch.optim.AdamW(model.parameter_groups(0.0, 0.0, 0.0), fused=device != 'mps')
-    active = torch.tensor([float(layer.dense) for _, layer in model.gated()], device=device)
-    return train.Run(options, model, {}, optimizer, device, choose_dtype('auto', device)[0], active,
-                     head_loss=train.head_loss)
-
-
-def start_processes(config):
-    """Becomes torchrun, which runs this same command line in every process."""
-    with socket.socket() as s:
-        s.bind(('localhost', 0))
-        port = s.getsockname()[1]
-    os.environ.setdefault('OMP_NUM_THREADS', str(max(os.cpu_count() // config.processes, 1)))
-    os.execv(sys.executable, [sys.executable, '-m', 'torch.distributed.run', '--nproc_per_node',
-                              str(config.processes), '--master_port', str(port), *sys.argv])
-
-
-@contextmanager
-def alone():
-    """Inside, this process trains as if there were no other."""
-    summed, train.sum_over_processes = train.sum_over_processes, lambda tensors: None
-    yield
-    train.sum_over_processes = summed
-
-
-def gradients(run, tokens, micro_batch):
-    """
-    (loss, {name: gradient}) of one CWIC step on this process's share of the batch, tokens (B, T + 1). The
-    target is 1, at which compute costs nothing: its price would drown all else in a threshold's gradient.
-    """
-    options = replace(run.config, micro_batch=micro_batch, clip=0.0)
-    run = replace(run, config=options, active=run.active.clone())
-    loss = train.train_step(run, tokens[:, :-1], tokens[:, 1:], target=1.0)[0]
-    return loss, {name: p.grad.clone() for name, p in run.model.named_parameters() if p.grad is not None}
-
-
-def difference(a, b):
-    """
-    Of two results of gradients(): |difference of the losses| / loss, and ||difference|| / ||gradient|| of the
-    tensor in which that is largest, of weights and of thresholds.
-    """
-    worst = [abs(a[0] - b[0]) / b[0], 0.0, 0.0]
-    for name, gradient in b[1].items():
-        kind = 2 if name.endswith('theta') else 1
-        share = (a[1][name] - gradient).norm() / gradient.norm().clamp_min(1e-30)
-        worst[kind] = max(worst[kind], float(share))
-    return worst
-
-
-def compare_with_one(run, tokens, rank, world):
-    """
-    {case: two differences} of a step on tokens (4 * world, T + 1): all processes, each with its share,
-    against the first alone; and, to compare with, that one against itself with another micro-batch. In f32
-    and in bf16; with thresholds at their floor, where all but the tiniest inputs are used, and as they are,
-    where what is rounded otherwise may use other inputs. Only the first process has a result.
-    """
-    run = replace(run, config=replace(run.config, batch_size=len(tokens)))
-    as_they_are = [layer.theta.detach().clone() for _, layer in run.model.gated()]
-    cases = {}
-    for inputs in ('all inputs', 'a third'):
-        for (_, layer), theta in zip(run.model.gated(), as_they_are):
-            floor = torch.full_like(theta, cwic.FLOOR / layer.scale)
-            layer.theta.data.copy_(floor if inputs == 'all inputs' else theta)
-        for dtype in (torch.float32, torch.bfloat16):
-            run = replace(run, dtype=dtype)
-            shared = gradients(run, tokens.chunk(world)[rank], 2)
-            if rank == 0:
-                with alone():
-                    one, otherwise = gradients(run, tokens, 2), gradients(run, tokens, 4)
-                case = f'{str(dtype).removeprefix("torch.")}, {inputs}'
-                cases[case] = [difference(shared, one), difference(otherwise, one)]
-                ours, theirs = ('loss {:.1e}, weights {:.1e}, thresholds {:.1e}'.format(*values)
-                                for values in cases[case])
-                print(f'{case}: relative differences of {world} processes to one at most {ours}; of one '
-                      f'process with other micro-batches {theirs}', flush=True)
-    return cases
-
-
-def time_steps(rows, run, tokens, rounds, rank, teacher=None):
-    """
-    Fills rows, which name an engine and a number of processes, with what a training step of each takes, in
-    turns; tokens (B, T + 1) are this process's share.
-    """
-    seconds, synchronize = [[] for _ in rows], getattr(torch, run.device).synchronize
-    for done in range(rounds + 2):                      # the first two compile and take memory
-        for row, times in zip(rows, seconds):
-            progress(f'round {done + 1} of {rounds + 2}: {row["engine"]}')
-            processes = row['processes']
-            if rank < processes:
-                options = replace(run.config, batch_size=len(tokens) * processes)
-                step = replace(run, config=options, active=run.active.clone(),
-                               teacher=teacher if 'teacher' in row['engine'] else None)
-                if run.device == 'cuda':
-                    torch.cuda.reset_peak_memory_stats()
-                synchronize()
-                start = time.perf_counter()
-                with nullcontext() if processes > 1 else alone():
-                    active = train.train_step(step, tokens[:, :-1], tokens[:, 1:], 3.0,
-                                              row['engine'] == 'dense')[1]
-                synchronize()
-                times.append(time.perf_counter() - start)
-                row['reduction'] = float(run.model.dense() / active.sum())
-                if run.device == 'cuda':
-                    row['memory_gib'] = torch.cuda.max_memory_allocated() / 2 ** 30
-            meet()
-    progress()
-    for row, times in zip(rows, seconds):
-        if times:
-            speeds = row['processes'] * tokens[:, 1:].numel() / np.array(times[2:])
-            row.update(tok_s=float(np.median(speeds)), tok_s_min=float(speeds.min()),
-                       tok_s_max=float(speeds.max()))
-            row['seconds'] = row['processes'] * tokens[:, 1:].numel() / row['tok_s']
-
-
-def measure_train(config, what):
-    """
-    The rows of train: a step dense, CWIC that skips two thirds, and that with a teacher; on random ids. With
-    --processes: dense and CWIC by all processes and by the first alone, each process with a batch of its own;
-    what of it is the message; and first, whether all compute what one does.
-    """
-    keep_memory()
-    device, rank, world = join_processes(choose_device(config.device))
-    run = make_run(config)
-    batch, length, model, choice = run.config.batch_size, run.config.block_size, run.model, [run.dtype]
-    together(dist.broadcast_object_list, choice)                    # on a CPU, measured by each
-    run.dtype = choice[0]
-    tokens = torch.randint(model.config.vocab_size, (max(batch, 4) * world, length + 1)).to(device)
-    checks, check = {}, world == 1 and run.device != 'cpu'
-    if check:
-        _, checks['all active'] = disagreement(run, tokens)         # there are no statistics yet
-    set_reduction(model, 3.0, tokens[:1, :-1])
-    if check:
-        checks['sparse: thresholds'], checks['sparse: all else'] = disagreement(run, tokens)
-    for x in model.state_dict().values():
-        together(dist.broadcast, x, 0)
-    model.train()
-    name = torch.cuda.get_device_name() if run.device == 'cuda' else f'{torch.get_num_threads()} threads'
-    about = dict(device=f'{run.device} ({name})', dtype=str(run.dtype).removeprefix('torch.'), batch=batch,
-                 compiled=config.compile, micro_batch=run.config.micro_batch, block_size=length)
-    if rank == 0:
-        print(', '.join(f'{key} {value}' for key, value in (about | checks).items()), flush=True)
-    about['differences'] = compare_with_one(run, tokens[:4 * world], rank, world) if world > 1 else checks
-    teacher = train.frozen_teacher(run) if world == 1 else None
-    if config.compile:
-        run.head_loss = torch.compile(train.head_loss)
-        for block in model.blocks:
-            block.compile()
-    rows = [dict(about, engine=engine, processes=processes) for engine in ('dense', 'cwic', 'cwic + teacher')
-            for processes in ((world, 1) if world > 1 else (1,)) if teacher or 'teacher' not in engine]
-    time_steps(rows, run, tokens[rank * batch:(rank + 1) * batch], config.rounds, rank, teacher)
-    if world > 1:
-        message, messages = [torch.zeros_like(p) for p in model.parameters()], []
-        for _ in range(config.rounds + 2):
-            meet()
-            start = time.perf_counter()
-            sum_over_processes(message)
-            getattr(torch, run.device).synchronize()
-            messages.append(time.perf_counter() - start)
-        dist.destroy_process_group()
-        if rank > 0:
-            sys.exit(0)
-        seconds = float(np.median(messages[2:]))
-        print(f'a message of {sum(p.nbytes for p in message) / 1e6:.0f} MB takes {1e3 * seconds:.2f} ms',
-              flush=True)
-        for many, one in zip(rows[::2], rows[1::2]):
-            many.update(speed_over_one=many['tok_s'] / one['tok_s'], message_share=seconds / many['seconds'])
-    for row in rows:
-        dense = next(r for r in rows if r['processes'] == row['processes'])
-        row['seconds_over_dense'] = row['seconds'] / dense['seconds']
-    return rows
-
-
-# -----------------------------------------------------------------------------
 # loss
 
 
@@ -788,7 +561,7 @@ def through(decoder):
     return forward
 
 
-def measure_loss(config, what):
+def measure_loss(config):
     """
     The rows of loss: validation loss (nats per token) and reduction in each format, token by token through
     the kernel; of an adapter also KL(base || model) and how often both find the same token likeliest.
@@ -843,8 +616,8 @@ def table(rows):
         print(' '.join(f'{cell:{width}}' for cell, width in cells))
 
 
-MEASURES = dict(decode=measure_speed, probe=measure_probe, prefill=measure_speed, train=measure_train,
-                loss=measure_loss)
+MEASURES = dict(decode=measure_speed, probe=measure_probe, prefill=measure_speed, loss=measure_loss,
+                train=lambda config: measure_train(config, SHAPES.get(config.model)))
 
 
 def check_file(name, path):
@@ -877,7 +650,7 @@ def main():
     try:
         if os.environ.get('RANK', '0') == '0':
             print(machine(), flush=True)
-        rows = [dict(row, what=what) for row in MEASURES[what](config, what)]
+        rows = [dict(row, what=what) for row in MEASURES[what](config)]
     except (build_kernel.KernelUnavailable, CheckpointError, weights.WeightsError, ValueError) as error:
         fail(error, 1)
     except torch.OutOfMemoryError:

@@ -141,16 +141,14 @@ def layers(shares, matrices, path, title=''):
 
 def speed(rows, path, machine=''):
     """
-    bench.py's decode or kernel: speed against reduction, and what share of the memory's speed that is. A line
-    for each dtype and number of threads, other engines as level lines. rows: dicts as in bench.py's JSON;
-    machine: a caption.
+    bench.py's decode: speed against reduction, and what share of the memory's speed that is. A line for each
+    dtype and number of threads, other engines as level lines. rows: dicts as in bench.py's JSON; machine: a
+    caption.
     """
-    ours = [r for r in rows if r['engine'] == 'cwic' and r.get('matrix', 'up') in ('up', 'gate')]
+    ours = [r for r in rows if r['engine'] == 'cwic']
     dtypes, most = list(dict.fromkeys(r['dtype'] for r in ours)), max(r['threads'] for r in rows)
     keys = ('reduction', 'tok_s', 'tok_s_min', 'tok_s_max', 'roofline')
     others = [r for r in rows if r['engine'] != 'cwic' and r['threads'] == most]
-    whole = rows[0]['what'] == 'decode'
-    subject, unit = ('Decoding', 'tokens') if whole else ('First MLP matrices, alone', 'passes')
     with picture(path, height=3.6, columns=2) as (figure, (left, right)):
         for dtype, threads in dict.fromkeys((r['dtype'], r['threads']) for r in ours):
             line = dict(LINES[dtypes.index(dtype)], linestyle='-' if threads == most else ':',
@@ -165,7 +163,7 @@ def speed(rows, path, machine=''):
             place = max(place + space, r['tok_s'])          # names of lines that lie close must not overlap
             left.text(1.01, place, f'{r["engine"]} {r["dtype"]}', fontsize=7, color='0.3', va='center',
                       transform=left.get_yaxis_transform())
-        left.set(title=f'{subject}: median and spread', xlabel=REDUCTION, ylabel=f'{unit} per second', ylim=0)
+        left.set(title='Decoding: median and spread', xlabel=REDUCTION, ylabel='tokens per second', ylim=0)
         left.legend()
         right.axhline(1, zorder=0, **QUIET)
         right.set(title='Share of the memory roofline', xlabel=REDUCTION, ylim=0,

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 
-import bench
+import bench_train
 import device
 import test_bench
 import train
@@ -231,15 +231,15 @@ def is_second(folder, parent):
 @pytest.mark.parametrize('lost', [False, True])
 def test_bench_compares_two_processes_with_one(tmp_path, monkeypatch, lost):
     """All figures are there, and one process computes what two do; not so where no message is sent."""
-    make_run = bench.make_run
+    make_run = bench_train.make_run
 
-    def small_run(config):
-        run, model = make_run(config), small_model(block_size=16)
+    def small_run(*args):
+        run, model = make_run(*args), small_model(block_size=16)
         return replace(run, config=replace(run.config, block_size=16), model=model,
                        optimizer=torch.optim.AdamW(model.parameter_groups(0.0, 0.0, 0.0)),
                        active=torch.tensor([float(layer.dense) for _, layer in model.gated()]))
 
-    monkeypatch.setattr(bench, 'make_run', small_run)
+    monkeypatch.setattr(bench_train, 'make_run', small_run)
     if lost:
         monkeypatch.setattr(train, 'sum_over_processes', lambda tensors: None)
     file = tmp_path / 'rows.json'
