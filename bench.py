@@ -7,8 +7,7 @@ How fast the kernel is, against the memory it reads from and against others.
     python bench.py decode --stripe 64,320,matrix   # what wider stripes gain; the last: one to a matrix
     python bench.py probe                           # what bounds decoding: rows alone, and a token's time
     python bench.py prefill                         # prompts of several lengths: time to the first token
-    python bench.py train                           # a CWIC training step against the same step dense: see
-                                                    # bench_train.py, also for several GPUs
+    python bench.py train                           # training steps, on one GPU or several: bench_train.py
     python bench.py loss --model out/best.pt        # what narrower weights cost in validation loss
 
 Decoding waits for weights, and memory's speed swings as neighbours come and go. So all cases take turns in

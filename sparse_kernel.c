@@ -692,13 +692,11 @@ static void attend_task(const void *argument, Worker *me, size_t task)
     }
 }
 
-int decode(Team *team, const Model *model, const State *state, const uint32_t *tokens, size_t count,
-           size_t position, float *logits, int64_t *active)
+int decode(Team *team, const Model *m, const State *s, const uint32_t *tokens, size_t count, size_t position,
+           float *logits, int64_t *active)
 {
-    const Model *m = model;
-    const State *s = state;
     size_t d = m->n_embd, qkv = m->n_head && m->n_kv_head ? d + 2 * m->n_kv_head * (d / m->n_head) : 0;
-    size_t matrices = 4 * m->n_layer + 1;
+    size_t row = 4 * m->n_layer + 1;        // numbers of active that each token has
     int gpt2 = m->arch == GPT2, dtype = m->dtype;
     if (!count || count > BATCH || position + count > m->block_size) return -1;
     if (m->block_size > team->longest) return -1;
@@ -716,21 +714,19 @@ int decode(Team *team, const Model *model, const State *state, const uint32_t *t
         const Layer *l = &m->layers[now.layer];
         int64_t *used = active + 4 * now.layer;
         for (size_t i = 0; i < count; i++) normalise(s->h + i * d, s->x + i * d, l->ln_1, m);
-        multiply((Product){team, &l->qkv, dtype, STORE, count, s->h, NULL, s->qkv, &l->out}, used, matrices);
+        multiply((Product){team, &l->qkv, dtype, STORE, count, s->h, NULL, s->qkv, &l->out}, used, row);
         for (size_t i = 0; i < count; i++) remember(&now, s->qkv + i * qkv, position + i);
         run_tasks(team, m->n_head * count, attend_task, &now);
-        multiply((Product){team, &l->out, dtype, ADD, count, s->mixed, NULL, s->x, &l->up}, used + 1,
-                 matrices);
+        multiply((Product){team, &l->out, dtype, ADD, count, s->mixed, NULL, s->x, &l->up}, used + 1, row);
         for (size_t i = 0; i < count; i++) normalise(s->h + i * d, s->x + i * d, l->ln_2, m);
         int then = gpt2 ? GELU : SILU;
-        multiply((Product){team, &l->up, dtype, then, count, s->h, NULL, s->hidden, &l->down}, used + 2,
-                 matrices);
+        multiply((Product){team, &l->up, dtype, then, count, s->h, NULL, s->hidden, &l->down}, used + 2, row);
         const float *h = gpt2 ? NULL : s->h;
         const Matrix *next = now.layer + 1 < m->n_layer ? &l[1].qkv : &m->head;
-        multiply((Product){team, &l->down, dtype, ADD, count, s->hidden, h, s->x, next}, used + 3, matrices);
+        multiply((Product){team, &l->down, dtype, ADD, count, s->hidden, h, s->x, next}, used + 3, row);
     }
     for (size_t i = 0; i < count; i++) {
-        int64_t *used = active + (i + 1) * matrices - 1;
+        int64_t *used = active + (i + 1) * row - 1;
         normalise(s->h, s->x + i * d, m->ln_f, m);
         if (i + 1 < count) *used = count_active(&m->head, s->h, team->workers);     // no logits are asked for
         else multiply((Product){team, &m->head, dtype, STORE, 1, s->h, NULL, logits, &m->layers->qkv}, used,
