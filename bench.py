@@ -53,7 +53,7 @@ import cwic
 import evaluate
 import plots
 import weights
-from baselines import calibrate, gates
+from baselines import calibrate, gates, hooked
 from bench_train import measure_train, progress, start_processes
 from cwic import GPT, CheckpointError, CWICConfig, KVCache
 from data import common
@@ -161,18 +161,16 @@ class Setting:
 
     @torch.no_grad()
     def __init__(self, model, dense, prompt):
-        self.tensors, self.inputs, hooks = {}, {}, []
+        self.tensors, self.inputs = {}, {}
 
-        def remember(layer, args, name):        # x, dense; of neurons x, z, dense: z comes first
+        def remember(name, layer, args):        # x, dense; of neurons x, z, dense: z comes first
             self.inputs[name] = [x[0, -1].clone() for x in args[-2::-1]]
 
         for name, layer in model.gated():
             tensors = PackedMatrix(layer, dense=dense).tensors
             self.tensors[name] = {key: tensors[key] for key in ('thresholds', 'mu', 'base')}
-            hooks.append(layer.register_forward_pre_hook(partial(remember, name=name)))
-        model(torch.tensor([prompt]), dense=dense)
-        for hook in hooks:
-            hook.remove()
+        with hooked([(layer, partial(remember, name)) for name, layer in model.gated()]):
+            model(torch.tensor([prompt]), dense=dense)
 
     def prepare(self, decoder, threads):
         if decoder.threads != threads:
