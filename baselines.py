@@ -812,10 +812,7 @@ def compare(config, given):
     text = table(rows)
     cwic.write_atomically(os.path.join(config.out, 'table.md'), lambda file: file.write(text.encode()))
     files = [path, os.path.join(config.out, 'table.md')]
-    # ablations are in the table
-    drawn = [r for r in rows if 'reduction' in r and r['method'] != 'dense' and ':' not in r['method']]
-    if drawn:
-        plots.frontier(drawn, config.picture)
+    if plots.frontier(rows, config.picture):        # ablations are in the table only
         files.append(config.picture)
     print(f'\n{text}\nfiles: {", ".join(files)}')
 
