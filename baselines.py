@@ -206,18 +206,14 @@ class Unread(Changed):
 
 
 class Chosen(Changed):
-    """Heads or neurons that a Predictor has chosen for a token: columns of qkv or up, rows of out or down."""
-    chosen = None       # (B, T, heads or neurons), 1.0 or 0.0; None: all
-    rows = False        # whether its rows read them
+    """Columns of qkv or up, or rows of out or down, for the heads or neurons that a Predictor has chosen."""
+    mask = 1.0          # of rows: (B, T, in), 1.0 or 0.0; what columns make and no row reads need not be made
+    share = 1.0         # (B, T), of the heads or neurons
     more = 0            # weights of the predictor, counted here
 
     def forward(self, x, dense=False):
-        if dense or self.chosen is None:
-            return super().forward(x, dense=True)
-        if self.rows:
-            x = x * self.chosen.repeat_interleave(self.n_in // self.chosen.shape[2], dim=2).to(x.dtype)
-        y, active = super().forward(x, dense=True)
-        return y, active * self.chosen.mean(2, dtype=active.dtype) + self.more
+        y, active = super().forward(x if dense else x * self.mask, dense=True)
+        return y, active if dense else active * self.share + self.more
 
 
 class Predictor(torch.nn.Module):
@@ -232,6 +228,7 @@ class Predictor(torch.nn.Module):
         self.A = torch.nn.Parameter(torch.randn(n_embd, RANK) / n_embd ** 0.5)              # (d, rank)
         self.B = torch.nn.Parameter(torch.zeros(RANK, sum(self.counts)))                    # (rank, units)
         self.least = [-NEVER] * len(pairs)      # scores above are chosen
+        pairs[0][1].more = self.A.numel() + self.B.numel()
 
     def forward(self, x):
         """x (B, T, d) -> a list of scores (B, T, heads or neurons), one of each pair"""
@@ -240,8 +237,10 @@ class Predictor(torch.nn.Module):
 
     def choose(self, place, args):
         """Tells the layers, before this place's forward(args)."""
-        for (columns, rows, _), scores, least in zip(self.pairs, self(args[0]), self.least):
-            columns.chosen = rows.chosen = (scores > least).float()
+        for (columns, rows, count), scores, least in zip(self.pairs, self(args[0]), self.least):
+            chosen = (scores > least).float()
+            rows.mask = chosen.repeat_interleave(rows.n_in // count, dim=2)
+            rows.share = columns.share = chosen.mean(2)
 
 
 class Uncentred(Changed):
@@ -420,9 +419,9 @@ class DejaVu(Method):
                                                (block.mlp.up, block.mlp.down, neurons)])
                 for i, block in enumerate(model.blocks)]
 
-    def importance(self, inputs, gradients):
-        """Of what each unit says (B, T, units, width), and the loss's gradients for that -> (B, T, units)"""
-        return inputs.norm(dim=3)
+    def importance(self, said, slopes):
+        """What each unit says (B, T, units, width), and the loss's gradient for that -> (B, T, units)"""
+        return said.norm(dim=3)
 
     def skipping(self, model):
         places = self.places(model)
@@ -435,20 +434,16 @@ class DejaVu(Method):
         model.requires_grad_(False)         # only predictors learn
         model.predictors = torch.nn.ModuleList()
         for place, pairs in self.places(model):
-            predictor = Predictor(model.config.n_embd, pairs).to(model.head.weight.device)
-            pairs[0][1].more = predictor.A.numel() + predictor.B.numel()
-            for _, rows, _ in pairs:
-                rows.rows = True
-            place.register_forward_pre_hook(predictor.choose)
-            model.predictors.append(predictor)
+            model.predictors.append(Predictor(model.config.n_embd, pairs).to(model.head.weight.device))
+            place.register_forward_pre_hook(model.predictors[-1].choose)
 
     def limit(self, model, target, tokens):
         share = self.share(model, target)
 
         def set_least(predictor, _, args):      # before it chooses, and of what earlier choices have left
             for i, scores in enumerate(predictor(args[0])):
-                chosen = min(round(share * scores.numel()), scores.numel() - 1)
-                predictor.least[i] = float(scores.flatten().topk(chosen + 1).values.min())
+                skipped = max(round((1 - share) * scores.numel()), 1)
+                predictor.least[i] = float(scores.flatten().kthvalue(skipped).values)
 
         places = zip(self.places(model), model.predictors)
         with torch.no_grad(), hooked([(place, partial(set_least, p)) for (place, _), p in places]):
@@ -459,29 +454,23 @@ class DejaVu(Method):
 
     def step(self, run, tokens, targets, target):
         """Predictors learn which units are among the most important of a token, as many as will be used."""
-        model, places, read, probes = run.model, self.places(run.model), {}, {}
-        share = self.share(model, run.config.target_reduction)
-
-        def probe(layer, args):             # a 0 is added to the input, and gets its gradient
-            probes[layer] = args[0], torch.zeros_like(args[0], requires_grad=True)
-            return args[0] + probes[layer][1], *args[1:]
-
+        model, places, read, said = run.model, self.places(run.model), {}, {}
+        share, losses = self.share(model, run.config.target_reduction), []
         hooks = [(place, lambda place, args: read.update({place: args[0].detach()})) for place, _ in places]
-        hooks += [(rows, probe) for _, pairs in places for _, rows, _ in pairs]
+        hooks += [(rows, lambda rows, args: said.update({rows: args[0].requires_grad_()}))
+                  for _, pairs in places for _, rows, _ in pairs]
         with uncompiled(), run.autocast(), hooked(hooks):
             logits, _ = model(tokens, dense=True)
             loss = cwic.next_token_loss(logits.flatten(0, 1), targets.flatten())
-        gradients = torch.autograd.grad(loss, [zeros for _, zeros in probes.values()])
-        gradients, loss = dict(zip(probes, gradients)), 0.0
+        slopes = dict(zip(said, torch.autograd.grad(loss, list(said.values()))))
         for (place, pairs), predictor in zip(places, model.predictors):
             for (_, rows, count), scores in zip(pairs, predictor(read[place])):
-                both = probes[rows][0].detach(), gradients[rows]
-                important = self.importance(*(x.float().unflatten(2, (count, -1)) for x in both))
-                most = important.topk(max(round(share * count), 1), dim=2).indices      # of (B, T, count)
-                wanted = torch.zeros_like(important).scatter_(2, most, 1.0)
-                loss = loss + torch.nn.functional.binary_cross_entropy_with_logits(scores, wanted)
+                both = (x.detach().float().unflatten(2, (count, -1)) for x in (said[rows], slopes[rows]))
+                most = self.importance(*both).topk(max(round(share * count), 1), dim=2).indices
+                wanted = torch.zeros_like(scores).scatter_(2, most, 1.0)            # (B, T, count)
+                losses.append(torch.nn.functional.binary_cross_entropy_with_logits(scores, wanted))
         run.optimizer.zero_grad()
-        loss.backward()
+        sum(losses).backward()
         run.optimizer.step()
 
 
@@ -491,8 +480,8 @@ class ShadowLLM(DejaVu):
         pairs = [pair for _, pairs in super().places(model) for pair in pairs]
         return [(model.blocks[0].ln_2, pairs[1:])]      # after the first attention, which all tokens use
 
-    def importance(self, inputs, gradients):
-        return (inputs * gradients).sum(3).abs()
+    def importance(self, said, slopes):
+        return (said * slopes).sum(3).abs()
 
 
 class SmallerDense(Method):
