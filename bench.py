@@ -58,12 +58,12 @@ import evaluate
 import plots
 import train
 import weights
-from baselines import calibrate, gates
 from cwic import GPT, CheckpointError, CWICConfig, KVCache
 from data import common
 from decoder import FORMATS, Decoder, PackedMatrix, pointer
 from device import (ProcessGone, check_compile, choose_device, choose_dtype, join_processes, keep_memory,
                     meet, sum_over_processes, together)
+from methods import calibrate, gates
 from options import fail, option, parse_options, printable
 from tokenizer import end_id, load_tokenizer
 
