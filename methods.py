@@ -59,7 +59,7 @@ def uncompiled():
 
 @contextmanager
 def hooked(functions):
-    """with hooked([(module, function)]): function(module, args) before forward(), perhaps for new args."""
+    """with hooked([(module, function)]): function(module, args) before each forward()."""
     hooks = [module.register_forward_pre_hook(function, prepend=True) for module, function in functions]
     yield
     for hook in hooks:
