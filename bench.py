@@ -445,25 +445,28 @@ def measure_speed(config, what):
 # probe
 
 
+ROWS = 1024         # to a stripe: few, to be shared evenly; many, for where a stripe begins to count little
+
+
 class RowsAlone:
     """
     Rows of so many columns, packed like those of a matrix and added up by the same loop, of which a share is
-    active at random: as many as memory holds, 4,096 to a stripe, and nothing else to do.
+    active at random: as many as memory holds, and nothing else to do.
     """
 
     def __init__(self, kernel, memory, dtype, columns, share):
-        stripes = len(memory) // (4096 * columns * FORMATS[dtype].itemsize) or 1
+        stripes = len(memory) // (ROWS * columns * FORMATS[dtype].itemsize) or 1
         self.kernel, self.dtype, n_out = kernel, dtype, stripes * columns
-        self.sizes = dict(n_in=4096, n_out=n_out, stripe=columns, tile=columns, splits=1)
-        thresholds = torch.where(torch.rand(stripes, 4096) < share, -1.0, torch.inf)
+        self.sizes = dict(n_in=ROWS, n_out=n_out, stripe=columns, tile=columns, splits=1)
+        thresholds = torch.where(torch.rand(stripes, ROWS) < share, -1.0, torch.inf)
         self.tensors = dict(weight=memory, thresholds=thresholds, row_scale=torch.ones_like(thresholds),
-                            mu=torch.zeros(4096), column_scale=torch.ones(n_out), base=torch.zeros(n_out))
+                            mu=torch.zeros(ROWS), column_scale=torch.ones(n_out), base=torch.zeros(n_out))
 
     def __call__(self, threads):
         lib, ffi = self.kernel.lib, self.kernel.ffi
-        team = ffi.gc(lib.team_new(threads, 4096, self.sizes['n_out']), lib.team_free)
+        team = ffi.gc(lib.team_new(threads, ROWS, self.sizes['n_out']), lib.team_free)
         matrix = dict(self.sizes, **{name: pointer(ffi, tensor) for name, tensor in self.tensors.items()})
-        x, y, active = torch.ones(4096), torch.empty(self.sizes['n_out']), torch.zeros(1, dtype=torch.int64)
+        x, y, active = torch.ones(ROWS), torch.empty(self.sizes['n_out']), torch.zeros(1, dtype=torch.int64)
         call = (team, ffi.new('Matrix *', matrix), list(FORMATS).index(self.dtype), 1, pointer(ffi, x),
                 ffi.NULL, pointer(ffi, y), pointer(ffi, active))
         for _ in range(2):              # the first time wakes the threads
@@ -472,7 +475,7 @@ class RowsAlone:
             seconds = time.perf_counter() - start
         thresholds = self.tensors['thresholds'].nbytes * (2 if self.dtype == 'int8' else 1)
         return reading(1 / seconds, int(active) * FORMATS[self.dtype].itemsize, thresholds,
-                       4096 * self.sizes['n_out'] / int(active))
+                       ROWS * self.sizes['n_out'] / int(active))
 
 
 def where_time_goes(measured, model, columns):

@@ -1,7 +1,7 @@
 """
 Every picture, in one style: as wide as a README, readable in grey. The suffix of the path decides the format.
 
-    python plots.py                     # those in assets/ again, from the figures in assets/ and adapters/
+    python plots.py                     # those in assets/ again, from the figures beside them
     python plots.py --run out/log.csv --twin out/dense/log.csv --picture twins.png      # two runs of your own
 
     plots.training(rows, best, matrices, 'out/training.png')        # train.py, at the end of a run
@@ -119,23 +119,6 @@ def twins(rows, dense_rows, path):
             left.annotate(f'{value:.3f}', (step, value), xytext=(6, 0), textcoords='offset points', va=place)
         left.legend()
         draw_reduction(right, rows)
-
-
-def layers(shares, matrices, path, title=''):
-    """
-    The share of its weights that each matrix uses, along the layers; the head on its own. shares: a list, in
-    the order of GPT.gated(); matrices: config.matrices.
-    """
-    *blocks, head = 100 * np.array(shares)
-    grid = np.reshape(blocks, (-1, len(matrices)))                              # (layers, matrices), in %
-    with picture(path) as (_, axes):
-        for name, percent, line in zip(matrices, grid.T, LINES):
-            axes.plot(percent, label=name, **line)
-        axes.plot(len(grid) + 0.5, head, '*', color='black', markersize=8, label='LM head', clip_on=False)
-        ticks = range(0, len(grid), 1 if len(grid) <= 12 else 5)
-        axes.set(title=title, xlabel='layer', xticks=[*ticks, len(grid) + 0.5], xticklabels=[*ticks, 'head'],
-                 ylabel='weights used, % of the matrix', ylim=0)
-        axes.figure.legend(loc='outside right upper')
 
 
 def speed(rows, path, machine=''):
@@ -317,9 +300,6 @@ def read_log(path):
 
 def draw_assets():
     """-> the paths of what was drawn"""
-    import torch
-
-    from cwic import CWICConfig
     assets, pictures = HERE / 'assets', []
 
     def to(name):
@@ -331,9 +311,6 @@ def draw_assets():
     decoding = json.loads((assets / 'decode.json').read_text(encoding='utf-8'))
     speed(decoding['rows'], to('speed.png'), decoding['machine'])
     twins(read_log(assets / 'training.csv'), read_log(assets / 'training_dense.csv'), to('training.png'))
-    saved = torch.load(HERE / 'adapters' / 'smollm2.pt', map_location='cpu', weights_only=True)
-    layers(saved['active_share'], CWICConfig(**saved['config']).matrices, to('layers.png'),
-           f'SmolLM2-135M-Instruct with the adapter, {saved["reduction"]:.2f}x: what each matrix uses')
     return pictures
 
 

@@ -115,7 +115,7 @@ def test_rows_alone_are_counted_as_they_are_read(monkeypatch, dtype):
     memory = torch.full((2 ** 20,), 0x3c, dtype=torch.uint8)
     rows = bench.RowsAlone(kernel, memory, dtype, 48, 1 / 3)
     stripes, inputs = rows.tensors['thresholds'].shape
-    assert inputs == 4096 and stripes == max(2 ** 20 // (4096 * 48 * BYTES[dtype]), 1)
+    assert inputs == 1024 and stripes == 2 ** 20 // (1024 * 48 * BYTES[dtype])
     used = (rows.tensors['thresholds'] < 1).sum(1)                      # (stripes)
     assert float(used.sum()) / (stripes * inputs) == pytest.approx(1 / 3, rel=0.1)
     outputs = []

@@ -1,12 +1,12 @@
 """plots.py: what stands in the pictures, read back from the figures as they are saved."""
 
 import csv
+import json
 import shutil
 import sys
 
 import numpy as np
 import pytest
-import torch
 from matplotlib.figure import Figure
 
 import plots
@@ -133,19 +133,17 @@ def test_logs_that_cannot_be_drawn_are_one_line(run, twin, code, word, tmp_path,
 
 
 def test_the_pictures_of_the_readme_come_from_what_is_committed(drawn, tmp_path, monkeypatch, capsys):
-    """And the shares of the layers' matrices are those in the adapter."""
-    for folder in ('assets', 'adapters'):
-        shutil.copytree(plots.HERE / folder, tmp_path / folder)
+    """And a point of the comparison is where its row says."""
+    shutil.copytree(plots.HERE / 'assets', tmp_path / 'assets')
     pictures = sorted(path.name for path in (tmp_path / 'assets').glob('*.png'))
     monkeypatch.setattr(plots, 'HERE', tmp_path)
     run_program(monkeypatch)
     assert {path.rsplit('/', 1)[1].strip() for path in capsys.readouterr().out.split(',')} < set(pictures)
-    axes, = drawn[-1].axes
-    lines = {line.get_label(): line.get_ydata() for line in axes.lines}
-    saved = torch.load(tmp_path / 'adapters' / 'smollm2.pt', map_location='cpu', weights_only=True)
-    shares = np.array(saved['active_share'])
-    assert np.allclose(lines['qkv'], 100 * shares[0:-1:4]) and np.allclose(lines['LM head'], 100 * shares[-1])
-    assert np.allclose(lines['neurons'], 100 * shares[3::4])
+    with open(tmp_path / 'assets' / 'comparison.jsonl', encoding='utf-8') as f:
+        row, = (row for row in map(json.loads, f) if (row['subject'], row['method'], row['target'])
+                == ('smollm2', 'CWIC', 6))
+    small, chat = drawn[0].axes
+    assert np.allclose(points(chat, 'CWIC')[-1], (row['reduction'], row['kl']))
 
 
 def test_tokens_draws_what_it_is_given(drawn, tmp_path):
