@@ -1,34 +1,20 @@
 """
-The other ways to skip: what CWIC builds on and is compared with, on the same models, counted the same way.
+The other ways to skip compared, on the same models, with the same training, counted the same way.
 
     python baselines.py compare                     # every method on the small Python model: hours
     python baselines.py compare --quick             # does all of it work? minutes
     python baselines.py compare --methods TEAL,CWIC --targets 2,3 --trained_targets 3
     python baselines.py compare --subject smollm2 --recipe config/smollm2_distill.toml --blimp blimp.jsonl.xz
 
-compare starts from a dense model: python train.py --target_reduction 1 --out out/dense
+It starts from a dense model: python train.py --target_reduction 1 --out out/dense
 Processes may share its methods and seeds, each with an --out and --picture of its own; the rows.jsonl of all,
 written one after the other into a new --out, are the whole, and the command for the whole draws it.
 
-Nearly every method is the layer of cwic.py with thresholds that come from somewhere else:
+Thresholds are set on training text, results are for validation text, every token of it is sparse, the LM head
+counts.
 
-    y = (centre + m * (x - centre)) @ W + b,    m = score > threshold
-
-                    score of input i            centre   threshold
-    TEAL, CATS      |x_i|                       0        a quantile; for CATS in the MLP only
-    WINA            |x_i| * |W_i|               0        a quantile
-    SCAP            |x_i - centre_i|            median   a quantile
-    CWIC's form     |x_i - centre_i| * |W_i|    median   a quantile; |W_i| within each stripe of columns
-    Q-Sparse        |x_i|                       0        the K-th largest of the token
-    ProSparse       x_i, with its sign          0        0, which is ReLU; then a quantile
-    pruning         its mean over all tokens    median   a quantile
-    Deja Vu         a predictor's, of a unit    0        a quantile
-    CWIC            |x_i - centre_i|            median   learned, for each stripe and input
-
-so a method is a few lines, and METHODS reads as a survey of them: idea, paper, where it breaks. Thresholds
-are set on training text, results are for validation text, every token of it is sparse, the LM head counts.
-
-Not here: kernels. sparse_kernel.c skips inputs; for each method METHODS says what could skip its pattern.
+Not here: the methods, which are surveyed in methods.py, but for CWIC less one thing at a time; and speed, as
+few of their patterns have a kernel.
 """
 
 import signal
@@ -40,9 +26,7 @@ import json
 import os
 import sys
 import time
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
-from functools import partial
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -52,196 +36,19 @@ import evaluate
 import plots
 import train
 import weights
-from cwic import CheckpointError, CWICConfig, Neurons, StripedLinear, Thresholds
+from cwic import CheckpointError, Thresholds
 from data import common
 from device import choose_device, choose_dtype, keep_memory
 from evaluate import validation_windows
+from methods import LEARNED, METHODS, Cannot, Changed, Method, uncompiled
 from options import fail, option, parse_options
 from tokenizer import end_id, load_tokenizer
 
-ONE = 10 ** 9           # columns to a stripe: all that the matrix has
-LEAST = 0.02            # what skips keeps at least this share of its weights
-RANK = 32               # of Deja Vu's predictors
-LOW_RANK = 0.05         # R-Sparse: share of a matrix's weights in the path that takes what is skipped
-NEVER = 1e30            # a threshold that no input exceeds
 EVERY = 10              # optimiser steps between calibrations, where weights are trained
 CALIBRATION = 32        # windows of training text that thresholds are set on; while weights are trained, 8
-STRIPES = ('stripe_qkv', 'stripe_out', 'stripe_up', 'stripe_down', 'stripe_head')
 
 # -----------------------------------------------------------------------------
-# thresholds that are not learned
-
-
-def gates(module):
-    """{name: layer} of all that decides what to skip, in the order in which a token meets them."""
-    return {name: gate for name, gate in module.named_modules() if isinstance(gate, (StripedLinear, Neurons))}
-
-
-def uncompiled():
-    """with uncompiled(): for what runs too rarely, or through hooks, for which all is compiled anew."""
-    return torch.compiler.set_stance('force_eager')
-
-
-@contextmanager
-def hooked(functions):
-    """with hooked([(module, function)]): function(module, args) before forward(), perhaps for new args."""
-    hooks = [module.register_forward_pre_hook(function, prepend=True) for module, function in functions]
-    yield
-    for hook in hooks:
-        hook.remove()
-
-
-@torch.no_grad()
-def calibrate(module, inputs, shares, weighed=False, centred=False, static=False):
-    """
-    Sets the thresholds of a model or a block so that each gate uses a share of its weights for these inputs.
-    One pass does: a gate is set when its input arrives, which those before it have thinned out already.
-    shares: {name: share}, and gates that are not in it skip nothing. weighed, centred: as in the table above;
-    static: each input's score is its mean. Returns module(*inputs).
-    """
-    def set_thresholds(share, gate, args):
-        x, linear = args[-2].float().flatten(0, 1), isinstance(gate, StripedLinear)     # args: x or z, dense
-        centre = x.median(0).values if centred and linear else torch.zeros_like(gate.mu)
-        score, norms = (x - centre).abs(), torch.ones_like(gate.mu)[None]               # (N, in), (1, in)
-        if static:
-            score = score.mean(0, keepdim=True)
-        if weighed and linear:
-            W = cwic.by_stripe(gate.adapter(gate.weight), gate.stripe)                  # (n, in, stripe)
-            norms = W.norm(dim=2).clamp_min(1e-12)
-        scores = score * norms[:, None]                                                 # (n, N, in)
-        skipped, quantile = round((1 - share) * scores.numel()), -1.0
-        if skipped:     # the largest score of these; kthvalue() would find it, but is slow on a GPU
-            quantile = scores.flatten().topk(scores.numel() - skipped + 1, sorted=False).values.min()
-        t = torch.where(scores[:, 0] > quantile, -1.0, NEVER) if static else quantile / norms
-        gate.mu.copy_(centre)
-        gate.sigma.fill_(1.0)
-        gate.theta.copy_((t / gate.scale).expand_as(gate.theta))
-
-    training, shares = module.training, {gate: shares.get(name, 1.0) for name, gate in gates(module).items()}
-    with hooked([(gate, partial(set_thresholds, share)) for gate, share in shares.items()]):
-        y = module.eval()(*inputs)
-    module.train(training)
-    return y
-
-
-# -----------------------------------------------------------------------------
-# layers that are more than thresholds
-
-
-class Changed(StripedLinear):
-    """A layer of a model, with its weights, that is to have another forward()."""
-
-    def __init__(self, layer):
-        super().__init__(layer.n_in, layer.n_out, layer.stripe, bias=False)
-        self.weight, self.bias, self.adapter = layer.weight, layer.bias, layer.adapter
-        self.to(layer.weight.device)
-
-
-class Apart(Thresholds):
-    """Llama's up and down as two layers that skip inputs. (CWIC and CATS skip neurons: one mask for both.)"""
-
-    def __init__(self, neurons):
-        n_embd, n_hidden = neurons.up.shape
-        super().__init__(n_hidden, 1)
-        self.dense = neurons.dense
-        self.up = StripedLinear(n_embd, n_hidden, ONE, bias=False)
-        self.down = StripedLinear(n_hidden, n_embd, ONE, bias=False)
-        self.up.weight, self.up.adapter = neurons.up, neurons.adapter_up
-        self.down.weight, self.down.adapter = neurons.down, neurons.adapter_down
-        self.to(neurons.up.device)
-
-    def forward(self, x, z, dense=False):
-        h, active_up = self.up(x, dense)
-        y, active_down = self.down(h * z, dense)
-        return y, active_up + active_down
-
-
-class LowRankRest(Changed):
-    """What is skipped goes through the matrix's largest singular values: the same weights for every token."""
-
-    def __init__(self, layer):
-        super().__init__(layer)
-        rank = int(LOW_RANK * layer.dense / (layer.n_in + layer.n_out))
-        U, S, V = torch.svd_lowrank(layer.weight.detach(), rank, niter=8)
-        self.register_buffer('A', U * S)                            # (in, rank)
-        self.register_buffer('B', V.t().contiguous())               # (rank, out)
-
-    def forward(self, x, dense=False):
-        y, active = super().forward(x, dense)
-        rest = 0 * x if dense else torch.where(x.abs() > self.thresholds()[0], 0.0, x)
-        return y + rest @ self.A @ self.B, active + (not dense) * (self.A.numel() + self.B.numel())
-
-
-class TopK(Changed):
-    """The largest inputs of each token, exactly so many, and gradients straight through."""
-    share = 1.0
-
-    def forward(self, x, dense=False):
-        count = self.n_in if dense else max(round(self.share * self.n_in), 1)
-        largest = torch.zeros_like(x).scatter_(-1, x.abs().topk(count, dim=-1, sorted=False).indices, 1.0)
-        y, active = super().forward(x + (x * largest - x).detach(), dense=True)
-        # train.py asks for the gradient of every count: here it is 0
-        return y, torch.full_like(active, count * self.n_out) + 0 * x.sum(-1)
-
-
-class Rectified(Changed):
-    """ReLU on the way in, or as much of one as `amount` says."""
-    amount = torch.tensor(0.0)      # for each number, torch would compile anew
-
-    def forward(self, x, dense=False):
-        x = x if dense else torch.where(x > 0, x, (1 - self.amount) * x)
-        y, active = super().forward(x, dense)
-        # where the count's own gradient sees what is next to a threshold, L1, in units of the mean, sees all
-        l1 = self.n_out * (x.abs() / x.detach().abs().mean().clamp_min(1e-12)).sum(-1)
-        return y, active.detach() + l1 - l1.detach()
-
-
-class Unread(Changed):
-    """Some columns are not computed: nothing reads them."""
-    unread = 0
-
-    def forward(self, x, dense=False):
-        y, active = super().forward(x, dense)
-        return y, active if dense else active * (1 - self.unread / self.n_out)
-
-
-class Chosen(Changed):
-    """Heads or neurons that a Predictor has chosen for a token: columns of qkv or up, rows of out or down."""
-    chosen = None       # (B, T, heads or neurons), 1.0 or 0.0; None: all
-    rows = False        # whether its rows read them
-    more = 0            # weights of the predictor, counted here
-
-    def forward(self, x, dense=False):
-        if dense or self.chosen is None:
-            return super().forward(x, dense=True)
-        if self.rows:
-            x = x * self.chosen.repeat_interleave(self.n_in // self.chosen.shape[2], dim=2).to(x.dtype)
-        y, active = super().forward(x, dense=True)
-        return y, active * self.chosen.mean(2, dtype=active.dtype) + self.more
-
-
-class Predictor(torch.nn.Module):
-    """
-    Scores heads and neurons by the residual stream at an earlier place, through two small matrices. pairs:
-    [(layer whose columns make them, layer whose rows read them, how many)]
-    """
-
-    def __init__(self, n_embd, pairs):
-        super().__init__()
-        self.pairs, self.counts = pairs, [count for *_, count in pairs]     # tuples: layers are the model's
-        self.A = torch.nn.Parameter(torch.randn(n_embd, RANK) / n_embd ** 0.5)              # (d, rank)
-        self.B = torch.nn.Parameter(torch.zeros(RANK, sum(self.counts)))                    # (rank, units)
-        self.least = [-NEVER] * len(pairs)      # scores above are chosen
-
-    def forward(self, x):
-        """x (B, T, d) -> a list of scores (B, T, heads or neurons), one of each pair"""
-        x = torch.nn.functional.layer_norm(x.to(self.A.dtype), x.shape[2:])
-        return ((x @ self.A).relu() @ self.B).split(self.counts, dim=2)
-
-    def choose(self, place, args):
-        """Tells the layers, before this place's forward(args)."""
-        for (columns, rows, _), scores, least in zip(self.pairs, self(args[0]), self.least):
-            columns.chosen = rows.chosen = (scores > least).float()
+# CWIC less one thing
 
 
 class Uncentred(Changed):
@@ -265,257 +72,6 @@ class OwnPrice(Changed):
         return y, active.detach() + self.push * (active - active.detach())
 
 
-# -----------------------------------------------------------------------------
-# methods: a dense model in, a model that skips out
-
-
-class Cannot(Exception):
-    """Why a method cannot be had at a target, or for a model."""
-
-
-@dataclass
-class Method:
-    """
-    start() makes a copy of the dense model, change() gives it other layers where the method has some, limit()
-    sets what is skipped. In training, follow() has that keep up with the weights, and with the target, which
-    rises from 1 to its final value; step() is one optimiser step.
-    """
-    weighed: bool = False       # these three: see calibrate()
-    centred: bool = False
-    static: bool = False
-    kinds: tuple = ()           # of gates that skip; (): all
-    apart: bool = True          # Llama's up and down skip inputs; else neurons
-    stripe: int = ONE           # columns to a stripe; 0: as the recipe has it
-    layer: type = StripedLinear     # what layers become
-    trained: bool = False       # for the recipe's steps
-    predicts: bool = False      # only what chooses is trained: at the targets of methods without training
-    learned: bool = False       # the thresholds too; otherwise limit() sets them
-    teacher: bool = True        # the dense model; else the text teaches
-    dense: bool = False         # nothing is skipped
-    gpt2_only: bool = False     # not written for Llama's blocks
-    kernel: str = 'ours'        # what can skip this pattern in fact
-
-    def skips(self, name):
-        return not self.kinds or name.split('.')[-1] in self.kinds
-
-    def skipping(self, model):
-        """-> the weights of all that skips; what each token uses besides the model's weights"""
-        skipping = sum(gate.dense for name, gate in gates(model).items() if self.skips(name))
-        return skipping, LOW_RANK * model.dense() if self.layer is LowRankRest else 0
-
-    def share(self, model, target):
-        """What share of its weights all that skips must use, for 1 / target of the whole. Raises Cannot."""
-        total, (skipping, more) = model.dense(), self.skipping(model)
-        fixed = total - skipping + more
-        if total / target < fixed + LEAST * skipping:
-            raise Cannot(f'at most {total / (fixed + LEAST * skipping):.2f}x: every token uses '
-                         f'{fixed / total:.0%} of the weights')
-        return min((total / target - fixed) / skipping, 1.0)
-
-    def check(self, model, saved, target):
-        """Raises Cannot where this dense model cannot be brought to the target. saved: what its file says."""
-        if self.gpt2_only and model.config.arch != 'gpt2':
-            raise Cannot("written for GPT-2's blocks only")
-        self.share(model, target)
-
-    def start(self, model, saved, recipe, given):
-        """-> train.Run of a copy of the dense model, and the recipe's data"""
-        stripes = dict.fromkeys(STRIPES, self.stripe) if self.stripe else {}
-        recipe = recipe if self.teacher else replace(recipe, teacher=0.0)
-        return train.begin(replace(recipe, **stripes), given | stripes.keys(), recipe.device)
-
-    def change(self, model):
-        for block in model.blocks if self.apart and model.config.arch == 'llama' else ():
-            block.mlp.neurons = Apart(block.mlp.neurons)
-        for module in list(model.modules()) if self.layer is not StripedLinear else ():
-            for name, layer in list(module.named_children()):
-                if isinstance(layer, StripedLinear) and self.skips(name):
-                    setattr(module, name, self.layer(layer))
-
-    def limit(self, model, target, tokens):
-        """From now on the model uses 1 / target of its weights for tokens (B, T) of training text."""
-        shares = dict.fromkeys(filter(self.skips, gates(model)), self.share(model, target))
-        calibrate(model, (tokens,), shares, self.weighed, self.centred, self.static)
-
-    def follow(self, model, target, final, tokens):
-        self.limit(model, target, tokens)
-
-    def step(self, run, tokens, targets, target):
-        """tokens, targets (B, T): the batch."""
-        train.train_step(run, tokens, targets, target if self.learned else 1.0, dense=self.dense)
-
-
-class Greedy(Method):
-
-    @torch.no_grad()
-    def limit(self, model, target, tokens):
-        share, inputs = self.share(model, target), {}
-        with hooked([(block, lambda block, args: inputs.update({block: args})) for block in model.blocks]):
-            model(tokens[:8], dense=True)
-        shares = {'head': share}
-        for i, block in enumerate(model.blocks):
-            y, sizes = block(*inputs[block])[0], {name: gate.dense for name, gate in gates(block).items()}
-            sparse, best = (*inputs[block][:-1], False), dict.fromkeys(sizes, 1.0)
-            while (excess := sum(sizes[name] * (best[name] - share) for name in sizes)) >= 1:
-                cut = min(0.05 * sum(sizes.values()), excess)
-                trials = [{**best, name: max(best[name] - cut / sizes[name], LEAST)}
-                          for name in sizes if best[name] > LEAST]
-                best = min(trials, key=lambda trial: float((calibrate(block, sparse, trial)[0] - y).norm()))
-            shares.update({f'blocks.{i}.{name}': best[name] for name in sizes})
-        calibrate(model, (tokens,), shares)
-
-
-class QSparse(Method):
-
-    def limit(self, model, target, tokens):
-        share = self.share(model, target)
-        for layer in gates(model).values():
-            layer.share = share
-
-    def follow(self, model, target, final, tokens):
-        self.limit(model, final, tokens)        # as in the paper; for each K, torch would compile anew
-
-
-class ProSparse(Method):
-
-    def follow(self, model, target, final, tokens):
-        for layer in gates(model).values():
-            layer.amount = torch.tensor((target - 1) / (final - 1) if final > 1 else 0.0)
-
-    def limit(self, model, target, tokens):
-        self.follow(model, target, target, tokens)
-        super().limit(model, target, tokens)
-
-    def step(self, run, tokens, targets, target):
-        train.train_step(run, tokens, targets, target)      # L1's weight is the price of CWIC
-
-
-class Pruning(Method):
-
-    def share(self, model, target):
-        unread = {'qkv': 1 / 3, 'up': 1.0}      # of the columns, where nothing is read
-        low, high = LEAST, 1.0
-        for _ in range(50):
-            share = (low + high) / 2
-            used = sum(gate.dense * share * (1 - (1 - share) * unread.get(name.split('.')[-1], 0))
-                       for name, gate in gates(model).items())
-            low, high = (low, share) if used > model.dense() / target else (share, high)
-        return high
-
-    def limit(self, model, target, tokens):
-        pruned = float((model.head.theta > 0).float().mean())
-        if not pruned or pruned < 1 - self.share(model, target) - 1 / model.head.n_in:      # else it stays
-            super().limit(model, target, tokens)
-        for block in model.blocks:
-            block.attn.qkv.unread = int((block.attn.out.theta[0] > 0).sum())
-            block.mlp.up.unread = int((block.mlp.down.theta[0] > 0).sum())
-
-
-class DejaVu(Method):
-
-    def places(self, model):
-        """[(module before which a predictor reads, its pairs: see Predictor)]; here, a block early"""
-        heads, neurons = model.config.n_head, model.config.n_hidden
-        return [(model.blocks[max(i - 1, 0)], [(block.attn.qkv, block.attn.out, heads),
-                                               (block.mlp.up, block.mlp.down, neurons)])
-                for i, block in enumerate(model.blocks)]
-
-    def importance(self, inputs, gradients):
-        """Of what each unit says (B, T, units, width), and the loss's gradients for that -> (B, T, units)"""
-        return inputs.norm(dim=3)
-
-    def skipping(self, model):
-        places = self.places(model)
-        pairs = [pair for _, pairs in places for pair in pairs]
-        return (sum(columns.dense + rows.dense for columns, rows, _ in pairs),
-                RANK * (len(places) * model.config.n_embd + sum(count for *_, count in pairs)))
-
-    def change(self, model):
-        super().change(model)
-        model.requires_grad_(False)         # only predictors learn
-        model.predictors = torch.nn.ModuleList()
-        for place, pairs in self.places(model):
-            predictor = Predictor(model.config.n_embd, pairs).to(model.head.weight.device)
-            pairs[0][1].more = predictor.A.numel() + predictor.B.numel()
-            for _, rows, _ in pairs:
-                rows.rows = True
-            place.register_forward_pre_hook(predictor.choose)
-            model.predictors.append(predictor)
-
-    def limit(self, model, target, tokens):
-        share = self.share(model, target)
-
-        def set_least(predictor, _, args):      # before it chooses, and of what earlier choices have left
-            for i, scores in enumerate(predictor(args[0])):
-                chosen = min(round(share * scores.numel()), scores.numel() - 1)
-                predictor.least[i] = float(scores.flatten().topk(chosen + 1).values.min())
-
-        places = zip(self.places(model), model.predictors)
-        with torch.no_grad(), hooked([(place, partial(set_least, p)) for (place, _), p in places]):
-            model(tokens)
-
-    def follow(self, model, target, final, tokens):
-        pass                                # in training nothing is skipped
-
-    def step(self, run, tokens, targets, target):
-        """Predictors learn which units are among the most important of a token, as many as will be used."""
-        model, places, read, probes = run.model, self.places(run.model), {}, {}
-        share = self.share(model, run.config.target_reduction)
-
-        def probe(layer, args):             # a 0 is added to the input, and gets its gradient
-            probes[layer] = args[0], torch.zeros_like(args[0], requires_grad=True)
-            return args[0] + probes[layer][1], *args[1:]
-
-        hooks = [(place, lambda place, args: read.update({place: args[0].detach()})) for place, _ in places]
-        hooks += [(rows, probe) for _, pairs in places for _, rows, _ in pairs]
-        with uncompiled(), run.autocast(), hooked(hooks):
-            logits, _ = model(tokens, dense=True)
-            loss = cwic.next_token_loss(logits.flatten(0, 1), targets.flatten())
-        gradients = torch.autograd.grad(loss, [zeros for _, zeros in probes.values()])
-        gradients, loss = dict(zip(probes, gradients)), 0.0
-        for (place, pairs), predictor in zip(places, model.predictors):
-            for (_, rows, count), scores in zip(pairs, predictor(read[place])):
-                both = probes[rows][0].detach(), gradients[rows]
-                important = self.importance(*(x.float().unflatten(2, (count, -1)) for x in both))
-                most = important.topk(max(round(share * count), 1), dim=2).indices      # of (B, T, count)
-                wanted = torch.zeros_like(important).scatter_(2, most, 1.0)
-                loss = loss + torch.nn.functional.binary_cross_entropy_with_logits(scores, wanted)
-        run.optimizer.zero_grad()
-        loss.backward()
-        run.optimizer.step()
-
-
-class ShadowLLM(DejaVu):
-
-    def places(self, model):
-        pairs = [pair for _, pairs in super().places(model) for pair in pairs]
-        return [(model.blocks[0].ln_2, pairs[1:])]      # after the first attention, which all tokens use
-
-    def importance(self, inputs, gradients):
-        return (inputs * gradients).sum(3).abs()
-
-
-class SmallerDense(Method):
-
-    def check(self, model, saved, target):
-        if 'options' not in saved:
-            raise Cannot('the text that this model was trained on is not at hand')
-
-    def start(self, model, saved, recipe, given):
-        """It sees all tokens that the others' weights have seen, the dense model's training included."""
-        old, config = train.TrainConfig(**saved['options']), asdict(model.config)
-        for n_embd in range(model.config.n_embd, 0, -2 * model.config.n_head):
-            config.update(n_embd=n_embd, n_hidden=model.config.n_hidden * n_embd // model.config.n_embd)
-            with torch.device('meta'):
-                if cwic.GPT(CWICConfig(**config)).dense() <= model.dense() / recipe.target_reduction:
-                    break
-        sizes = {name: config[name] for name in config.keys() & asdict(old).keys()}
-        steps = old.dense_steps + recipe.ramp_steps + recipe.hold_steps
-        config = replace(old, **sizes, init_from='', data=recipe.data, out=recipe.out, seed=recipe.seed,
-                         resume=False, target_reduction=1.0, dense_steps=steps)
-        return train.begin(config, set(), recipe.device)
-
-
 class OwnTargets(Method):
 
     def step(self, run, tokens, targets, target):
@@ -527,75 +83,14 @@ class OwnTargets(Method):
         train.train_step(run, tokens, targets, target + 1)
 
 
-TRAINED = {'trained': True}
-LEARNED = {'trained': True, 'learned': True, 'apart': False}
-PREDICTED = {'trained': True, 'predicts': True, 'kinds': ('qkv', 'out', 'up', 'down'), 'layer': Chosen,
-             'gpt2_only': True, 'kernel': 'heads and neurons'}
-METHODS = {
-    'dense': Method(dense=True, kernel='any'),
-
-    # without training
-
-    # Small inputs add little: each matrix skips those below a quantile (Liu et al., 2024, arXiv 2408.14690).
-    # Breaks from 2x on, as errors add up from layer to layer; and where inputs do not centre on 0.
-    'TEAL': Method(),
-    # TEAL's own allocation: in each block, cut 5% of it from the matrix where the block's output suffers
-    # least, again and again. Breaks like TEAL: all blocks are given the same, and each looks at itself alone.
-    'TEAL greedy': Greedy(),
-    # Only neurons skip, by their activation (Lee et al., 2024, arXiv 2404.08763): a column of up and a row of
-    # down, or without a gate only the row. Breaks where more than that is to be skipped.
-    'CATS': Method(kinds=('neurons', 'down'), apart=False),
-    # An input matters as much as the row of W that it meets (Chen et al., 2025, arXiv 2505.19427; thresholds
-    # here, the K largest there, where W is made orthogonal too). Breaks where rows are alike: it is TEAL.
-    'WINA': Method(weighed=True),
-    # What counts is the distance from the usual value, whose product goes into the bias (Chua et al., 2024,
-    # arXiv 2412.07174; the mode there, the median here). Breaks where the usual values are 0: it is TEAL.
-    'SCAP': Method(centred=True),
-    # TEAL, and a low-rank path for what it skips (Zhang et al., 2025, arXiv 2504.19449; a search divides the
-    # compute there, the path has 5% here). Breaks where singular values fall slowly, as in small models.
-    'R-Sparse': Method(layer=LowRankRest, kernel='ours, and two small products'),
-    # All that CWIC has but learning. What CWIC gains over it, learning gains. Breaks as all of these do:
-    # nobody asks what the loss needs.
-    'CWIC form': Method(weighed=True, centred=True, stripe=0, apart=False),
-
-    # trained as CWIC is: the same tokens, steps, teacher and learning rates
-
-    # TEAL whose weights learn to live with it: thresholds follow, the quantile of what they see. No paper's,
-    # but the fair rival. Breaks where matrices or tokens differ in what they need: they get the same share.
-    'TEAL + distillation': Method(**TRAINED),
-    # The K largest inputs of each token (Wang et al., 2024, arXiv 2407.10969, there also from scratch, with
-    # ReLU^2). Breaks where tokens differ: an easy one costs as much as a hard one.
-    'Q-Sparse': QSparse(**TRAINED, layer=TopK, kernel='ours, after a sort'),
-    # ReLU after the norms and in the MLP (Mirzadeh et al., 2023, arXiv 2310.04564), L1 that rises, and in the
-    # end higher thresholds (Song et al., 2024, arXiv 2402.13516); ReLU comes by degrees here. Breaks where
-    # head and attention's output are large: they do not skip.
-    'ProSparse': ProSparse(**TRAINED, kinds=('qkv', 'up', 'down'), layer=Rectified, gpt2_only=True),
-    # Inputs that deviate least, times |W|, become a bias, for every token the same ones; what only they read
-    # goes too (FLAP, An et al., 2023, arXiv 2312.11983; then distilled). Breaks where tokens need different
-    # weights, which is why all others look at the token.
-    'pruning': Pruning(**TRAINED, weighed=True, centred=True, static=True, layer=Unread, gpt2_only=True,
-                       kernel='any'),
-    # Predictors that read the stream one block early choose heads and neurons, those that will say most (Liu
-    # et al., 2023, arXiv 2310.17157; keys and values of a head are made when a token asks for them, for all
-    # tokens before it). Breaks without ReLU, as few neurons say nothing; and the model's head does not skip.
-    'Deja Vu': DejaVu(**PREDICTED),
-    # One predictor for all, after the first attention; what matters is |a * dL/da| (Akhauri et al., 2024,
-    # arXiv 2406.16635). Breaks like Deja Vu, and where only later layers know what a token needs.
-    'ShadowLLM': ShadowLLM(**PREDICTED),
-    # Why not a dense model of that size? Breaks where its training cannot be had again.
-    'smaller dense': SmallerDense(**TRAINED, dense=True, kernel='any'),
-    # Learned thresholds, and one price for the active weights of the whole model. Breaks where steps are few:
-    # a threshold moves by a twentieth of a sigma in each, at most.
-    'CWIC': Method(**LEARNED, stripe=0),
-
-    # CWIC less one thing
-
+ABLATIONS = {
     'CWIC: one stripe': Method(**LEARNED),
     'CWIC: stripes of 64': Method(**LEARNED, stripe=64),
     'CWIC: no centre': Method(**LEARNED, stripe=0, layer=Uncentred),
     'CWIC: one threshold': Method(**LEARNED, stripe=0, layer=OneThreshold, gpt2_only=True),
     'CWIC: own targets': OwnTargets(**LEARNED, stripe=0, layer=OwnPrice, gpt2_only=True),
     'CWIC: next token': Method(**LEARNED, stripe=0, teacher=False)}
+ALL_METHODS = METHODS | ABLATIONS
 
 # -----------------------------------------------------------------------------
 # compare
@@ -609,7 +104,7 @@ class CompareConfig:
     """
     subject: str = option('out/dense/best.pt', 'dense model to make sparse: a .pt, smollm2, gpt2, ...')
     recipe: str = option('config/distill_small.toml', 'preset of train.py that all training follows')
-    methods: str = option('', f'some of: {", ".join(METHODS)}; without it, all')
+    methods: str = option('', f'some of: {", ".join(ALL_METHODS)}; without it, all')
     targets: str = option('1.25,1.5,2,3,4', 'reductions, for methods without training')
     trained_targets: str = option('2,3', 'reductions, for methods with training; ablations have the highest')
     seeds: str = option('1,2,3', 'of each trained method at its highest target; at others the first of them')
@@ -638,11 +133,11 @@ def plan(config, model, saved):
     except ValueError:
         fail(f'--targets {config.targets} --trained_targets {config.trained_targets} --seeds {config.seeds}: '
              'must be such as 2,3')
-    for name in config.methods.split(',') if config.methods else METHODS:
-        if name not in METHODS:
-            fail(f'--methods {name}: there are {", ".join(METHODS)}')
-        method = METHODS[name]
-        asked = targets[method.trained and not method.predicts][-1 if ':' in name else 0:]
+    for name in config.methods.split(',') if config.methods else ALL_METHODS:
+        if name not in ALL_METHODS:
+            fail(f'--methods {name}: there are {", ".join(ALL_METHODS)}')
+        method = ALL_METHODS[name]
+        asked = targets[method.trained and not method.predicts][-1 if name in ABLATIONS else 0:]
         for target in [1.0] if name == 'dense' else asked:
             several = method.trained and target == targets[True][-1]
             try:
@@ -650,7 +145,7 @@ def plan(config, model, saved):
                 jobs += [(name, target, seed) for seed in (seeds if several else seeds[:1])]
             except Cannot as error:
                 cannot += [{'method': name, 'target': target, 'cannot': str(error)}]
-    return sorted(jobs, key=lambda job: METHODS[job[0]].trained), cannot
+    return sorted(jobs, key=lambda job: ALL_METHODS[job[0]].trained), cannot
 
 
 def distil(run, data, method, calibration, report):
@@ -674,7 +169,7 @@ def distil(run, data, method, calibration, report):
 def run_method(job, config, recipe, given, teacher, saved, report):
     """-> the row of one (method, target, seed)"""
     name, target, seed = job
-    started, method, device = time.perf_counter(), METHODS[name], recipe.device
+    started, method, device = time.perf_counter(), ALL_METHODS[name], recipe.device
     torch.compiler.reset()      # it compiles a block only so many times, and the last method had other layers
     run, data = method.start(teacher, saved, replace(recipe, target_reduction=target, seed=seed), given)
     run.teacher, run.dtype = teacher, getattr(torch, recipe.dtype)
@@ -725,12 +220,12 @@ def table(rows):
 
     groups, lines = {}, []      # groups: {(subject, number of the method, target): rows}
     for r in rows:
-        groups.setdefault((r['subject'], list(METHODS).index(r['method']), r['target']), []).append(r)
+        groups.setdefault((r['subject'], list(ALL_METHODS).index(r['method']), r['target']), []).append(r)
     for (subject, number, target), same in sorted(groups.items()):
         if f'{subject}:' not in lines:
             titles = ['method', 'target', *(title for title, _ in COLUMNS.values()), 'kernel']
             lines += ['', f'{subject}:', '', f'| {" | ".join(titles)} |', '|---' * len(titles) + '|']
-        cells = [cell(same, key) for key in COLUMNS] + [METHODS[same[0]['method']].kernel]
+        cells = [cell(same, key) for key in COLUMNS] + [ALL_METHODS[same[0]['method']].kernel]
         if 'cannot' in same[0]:
             cells = [f'cannot: {same[0]["cannot"]}', *[''] * len(COLUMNS)]
         lines += [f'| {same[0]["method"]} | {target:g}x | {" | ".join(cells)} |']
@@ -791,7 +286,7 @@ def compare(config, given):
 
     for i, job in enumerate(jobs):
         label = '{:3}/{}  {:19} {:4g}x'.format(i + 1, len(jobs), *job)
-        began, later = time.perf_counter(), sum(METHODS[name].trained for name, _, _ in jobs[i + 1:])
+        began, later = time.perf_counter(), sum(ALL_METHODS[name].trained for name, _, _ in jobs[i + 1:])
 
         def report(step, of):
             nonlocal left
@@ -812,10 +307,7 @@ def compare(config, given):
     text = table(rows)
     cwic.write_atomically(os.path.join(config.out, 'table.md'), lambda file: file.write(text.encode()))
     files = [path, os.path.join(config.out, 'table.md')]
-    # ablations are in the table
-    drawn = [r for r in rows if 'reduction' in r and r['method'] != 'dense' and ':' not in r['method']]
-    if drawn:
-        plots.frontier(drawn, config.picture)
+    if plots.frontier(rows, config.picture):        # ablations are in the table only
         files.append(config.picture)
     print(f'\n{text}\nfiles: {", ".join(files)}')
 

@@ -53,12 +53,12 @@ import cwic
 import evaluate
 import plots
 import weights
-from baselines import calibrate, gates, hooked
 from bench_train import measure_train, progress, start_processes
 from cwic import GPT, CheckpointError, CWICConfig, KVCache
 from data import common
 from decoder import FORMATS, Decoder, PackedMatrix, pointer
 from device import ProcessGone
+from methods import calibrate, gates, hooked
 from options import fail, option, parse_options, printable
 from tokenizer import end_id, load_tokenizer
 

@@ -239,9 +239,7 @@ def main():
     _, data, meta = load_dataset(name, length)
     if meta['tokenizer'] != spec:
         fail(f'{path} was not trained on data/{name}; say on what: --data NAME', 1)
-    # the token after an independent window is another text's
-    length = min(length, meta.get('window', length + 1) - 1)
-    every = max((len(data) - 1) // meta.get('window', length), 1)
+    every = len(data) // meta.get('window', length)
     windows = validation_windows(data, meta, every if config.dialogues else config.windows, length)
     encoding = load_tokenizer(spec)
     bytes_of = encoding.decode_single_token_bytes

@@ -47,8 +47,8 @@ class EvaluateConfig:
     data: str = option('', 'folder in data/ whose validation split is read; else the one it was trained with')
     text: str = option('', 'a UTF-8 text file to read instead')
     blimp: str = option('', 'BLiMP as JSON lines, packed with xz or not')
-    blimp_pairs: int = option(1000, 'of each paradigm, the first so many')
-    windows: int = option(64, 'windows of text, each as long as the training windows were')
+    blimp_pairs: int = option(1000, 'of each paradigm, the first so many', at_least=1)
+    windows: int = option(64, 'windows of text, each as long as the training windows were', at_least=1)
     device: str = option('auto', 'auto, cpu, cuda or mps')
 
 
@@ -172,8 +172,12 @@ def text_windows(path, encoding, count, length):
 
 
 def validation_windows(data, meta, count, length):
-    """The same of a data set's validation split: always the same windows."""
+    """
+    The same of a data set's validation split: always the same windows. In data that is made of independent
+    windows no token follows the last one of a window, so where length is all of it, T is one less.
+    """
     stride = meta.get('window', 1)
+    length = min(length, meta.get('window', length + 1) - 1)
     starts = stride * np.linspace(0, (len(data) - length - 1) // stride, count).astype(np.int64)
     return np.stack([data[start:start + length + 1] for start in starts]).astype(np.int64)
 
@@ -204,7 +208,8 @@ def main():
             else:
                 _, data, meta = load_dataset(config.data or options.get('data', 'python'), length)
                 tokens = validation_windows(data, meta, config.windows, length)
-            results = dict(measure(model, tokens, teacher, config.dense), windows=len(tokens), length=length)
+            results = dict(measure(model, tokens, teacher, config.dense),
+                           windows=len(tokens), length=tokens.shape[1] - 1)
     except (CheckpointError, weights.WeightsError, TokenizerError) as error:
         fail(error, 1)
     if config.json:

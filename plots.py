@@ -6,7 +6,7 @@ Every picture, in one style: as wide as a README, readable in grey. The suffix o
 
     plots.training(rows, best, matrices, 'out/training.png')        # train.py, at the end of a run
     plots.speed(rows, 'out/bench_decode.png', machine)              # bench.py
-    plots.frontier(rows, 'assets/frontier.png', 'kl')               # baselines.py
+    plots.frontier(rows, 'assets/frontier.png')                     # baselines.py
     plots.tokens(kinds, positions, surprise, shares, matrices, 'assets/tokens.png')     # compute.py
     plots.conversation(turns, palette, 'talk.png')                  # chat.py, /save; plots.reply is its /plot
 
@@ -37,7 +37,6 @@ LINES = [dict(color=COLORS[i % 12], marker='os^Dv<>PX*'[i % 10], linestyle=('-',
          for i in range(36)]
 QUIET = dict(color='0.6', linewidth=0.8)            # what is there to compare with
 REDUCTION = 'reduction (dense / active weights)'
-VALUES = {'kl': 'KL to the dense model, nats per token', 'val_loss': 'validation loss, nats per token'}
 SUBJECTS = {'out/dense/best.pt': 'Small Python model', 'smollm2': 'SmolLM2-135M-Instruct'}
 HERE = Path(__file__).parent
 
@@ -154,15 +153,16 @@ def speed(rows, path, machine=''):
         figure.supxlabel(machine, fontsize=6, color='0.4')
 
 
-def frontier(rows, path, value='kl'):
+def frontier(rows, path):
     """
     What less compute costs, method by method, as the median over seeds and their extremes; a panel for each
-    subject. rows: dicts with subject, method, target, reduction and the value to draw, 'kl' or 'val_loss';
-    those that lack one are left out, as are the dense model and ablations ('CWIC: ...').
+    subject. rows: dicts with subject, method, target, reduction and kl; those that lack the last two are left
+    out, as are the dense model and ablations ('CWIC: ...'). Returns whether there was anything to draw.
     """
     from matplotlib.ticker import LogLocator, NullFormatter
-    rows = [r for r in rows if r.get('reduction') is not None and r.get(value) is not None
-            and r['method'] != 'dense' and ':' not in r['method']]
+    rows = [r for r in rows if r.get('kl') is not None and r['method'] != 'dense' and ':' not in r['method']]
+    if not rows:
+        return False
     subjects = list(dict.fromkeys(r['subject'] for r in rows))
     methods = sorted(dict.fromkeys(r['method'] for r in rows), key='CWIC'.__ne__)       # CWIC first
     lines = dict(zip(methods, LINES))
@@ -173,7 +173,7 @@ def frontier(rows, path, value='kl'):
                 ours = [r for r in rows if (r['subject'], r['method']) == (subject, method)]
                 points = []
                 for target in sorted({r['target'] for r in ours}):
-                    seeds = [(r['reduction'], r[value]) for r in ours if r['target'] == target]
+                    seeds = [(r['reduction'], r['kl']) for r in ours if r['target'] == target]
                     reduction, values = zip(*seeds)
                     points.append((np.mean(reduction), np.median(values), min(values), max(values)))
                 if points:
@@ -181,13 +181,12 @@ def frontier(rows, path, value='kl'):
                     bold = dict(linewidth=2.5, markersize=7, zorder=3) if method == 'CWIC' else {}
                     drawn = axes.errorbar(x, y, (y - low, high - y), capsize=2, label=method, **line | bold)
                     named[method] = drawn.lines[0]
-            axes.set(title=SUBJECTS.get(subject, subject), xlabel=REDUCTION)
-            if value == 'kl':
-                axes.set_yscale('log')
-                axes.yaxis.set(major_locator=LogLocator(subs=(1, 2, 5)), major_formatter='{x:g}',
-                               minor_formatter=NullFormatter())
-        panels[0].set(ylabel=VALUES[value])
+            axes.set(title=SUBJECTS.get(subject, subject), xlabel=REDUCTION, yscale='log')
+            axes.yaxis.set(major_locator=LogLocator(subs=(1, 2, 5)), major_formatter='{x:g}',
+                           minor_formatter=NullFormatter())
+        panels[0].set(ylabel='KL to the dense model, nats per token')
         figure.legend([named[method] for method in methods], methods, loc='outside right upper')
+    return True
 
 
 def tokens(kinds, positions, surprise, shares, matrices, path):

@@ -2,6 +2,7 @@
 
 import json
 import lzma
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -119,8 +120,28 @@ def test_text_becomes_windows_in_order_and_too_little_of_it_is_said(tmp_path):
 
 def test_validation_windows_of_a_data_set_made_of_windows_begin_where_these_do():
     data = np.arange(60, dtype=np.uint16)
-    assert evaluate.validation_windows(data, {'window': 10}, 3, 10)[:, 0].tolist() == [0, 20, 40]
+    assert evaluate.validation_windows(data, {'window': 10}, 3, 6).tolist() == [
+        list(range(start, start + 7)) for start in (0, 20, 50)]
     assert evaluate.validation_windows(data, {}, 2, 10)[:, 0].tolist() == [0, 49]
+
+
+def test_no_target_is_another_windows_token():
+    """
+    Where windows are independent, the first token of the next one was scored as if it followed the last of
+    this one, and the last window, which no token follows, was never read.
+    """
+    data = np.arange(60, dtype=np.uint16)
+    windows = evaluate.validation_windows(data, {'window': 10}, 6, 10)
+    assert windows.tolist() == data.reshape(6, 10).tolist()
+
+
+@pytest.mark.parametrize('name', ['windows', 'blimp_pairs'])
+def test_none_at_all_is_refused(name, monkeypatch, capsys):
+    """--windows 0 ended in a traceback of numpy's, after the model was loaded; --blimp_pairs 0 blamed the file."""
+    monkeypatch.setattr(sys, 'argv', ['evaluate.py', f'--{name}', '0'])
+    with pytest.raises(SystemExit) as ended:
+        evaluate.main()
+    assert ended.value.code == 2 and f'--{name} must be at least 1' in capsys.readouterr().err
 
 
 def test_the_shipped_adapter_is_as_good_as_adapters_readme_says():
