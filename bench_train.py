@@ -27,10 +27,10 @@ import torch.distributed as dist
 
 import cwic
 import train
-from baselines import calibrate, gates
 from cwic import GPT, CWICConfig
 from device import (check_compile, choose_device, choose_dtype, join_processes, keep_memory, meet,
                     sum_over_processes, together)
+from methods import calibrate, gates
 from options import fail, parse_options
 
 PRESETS = {'gpt2-shape': 'gpt2_124m_scratch.toml', 'smollm2-shape': 'smollm2_distill.toml'}     # of train.py
