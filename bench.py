@@ -278,7 +278,7 @@ def run_llama(program, file, threads, prompt, tokens):
     """The same in llama.cpp. Raises Failed."""
     lengths = ['-p', 0, '-n', len(tokens), '-d', len(prompt)] if tokens else ['-p', len(prompt), '-n', 0]
     command = [*map(str, [program, '-m', file, *lengths, '-t', threads]), '-r', '1', '-o', 'json']
-    # its threads wait for each other spinning; told otherwise, as torch is in some shells, it is 3 times slower
+    # its threads wait for each other spinning; told otherwise, as torch is in some shells, they are slow
     spinning = {name: value for name, value in os.environ.items() if name != 'OMP_WAIT_POLICY'}
     try:
         done = subprocess.run(command, capture_output=True, encoding='utf-8', errors='replace', env=spinning)
