@@ -154,6 +154,7 @@ def distil(run, data, method, calibration, report):
     if method.learned:
         with uncompiled():
             train.observe(run, train_data, meta)
+        train.fuse_gates(run)
     for run.step in range(config.steps()):
         target, lr = train.target_at(run.step, config), train.lr_at(run.step, config)
         if not (method.learned or method.dense) and run.step % EVERY == 0:

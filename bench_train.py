@@ -245,6 +245,7 @@ def measure_train(config, shape):
         print(', '.join(f'{key} {value}' for key, value in (about | checks).items()), flush=True)
     about['differences'] = compare_with_one(run, tokens[:4 * world], rank, world) if world > 1 else checks
     teacher = train.frozen_teacher(run) if world == 1 else None
+    train.fuse_gates(run)               # as a run does: on a CPU
     if config.compile:
         run.head_loss = torch.compile(train.head_loss)
         for block in model.blocks:

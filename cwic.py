@@ -26,6 +26,7 @@ github.com/crystal-ai-org/cwic). The blocks are GPT-2's (Radford et al., 2019) a
 """
 
 import copy
+import functools
 import math
 import os
 import zipfile
@@ -53,6 +54,7 @@ class Thresholds(nn.Module):
     sigma that grew with it would keep it below its threshold for ever.
     """
     centred = True      # or mu stays 0
+    fuse = False        # compile the gate: see GPT.fuse_gates()
 
     def __init__(self, n_in, stripes):
         super().__init__()
@@ -130,6 +132,15 @@ def as_count(active):
     return active.to(torch.float32 if active.device.type == 'mps' else torch.float64)
 
 
+def gate(c, mu, t, dtype):
+    """
+    What meets the weights, and how many inputs are used. c = x - mu (N, in), mu (in), t (n, in) ->
+    mu + m * c (n, N, in) in dtype, sum of m (n, N)
+    """
+    mask = above(c.abs(), t[:, None])                                               # (n, N, in)
+    return torch.addcmul(mu, mask, c).to(dtype), mask.sum(2)
+
+
 def through_the_step(c, t, bw, d, price):
     """
     The derivative of what is gated. The step m = |c| > t has none that is of use, so one is defined, with a
@@ -147,6 +158,12 @@ def through_the_step(c, t, bw, d, price):
     return d.sum(0, dtype=c.dtype) + (price * window).sum(0) * torch.sign(c) * per_bw, dt
 
 
+@functools.cache
+def fused(function):
+    """One of these two functions in one pass over memory, not a dozen: compiled when it is first called."""
+    return torch.compile(function, dynamic=True)
+
+
 class GatedProduct(torch.autograd.Function):
     """
     y[:, stripe] = (mu + m * c) @ W[:, stripe],  c = x - mu,  with the mask m = |c| > t[stripe]; and the
@@ -154,32 +171,31 @@ class GatedProduct(torch.autograd.Function):
     to store.
 
     x (N, in) f32, mu (in), t (n, in), bw (in), W (in, out); stripe: columns in each stripe but perhaps the
-    last. Returns y (N, out) in the dtype of matrix products, active (N,) f64.
+    last; fuse: see fused(). Returns y (N, out) in the dtype of matrix products, active (N,) f64.
     """
 
     @staticmethod
-    def forward(ctx, x, mu, t, bw, W, stripe):
+    def forward(ctx, x, mu, t, bw, W, stripe, fuse):
         ctx.save_for_backward(x, mu, t, bw, W)
         ctx.stripe, ctx.dtype = stripe, product_dtype(W)
+        ctx.gate, ctx.through = (fused(gate), fused(through_the_step)) if fuse else (gate, through_the_step)
         with torch.autocast(x.device.type, enabled=False):
-            c = x - mu                                                              # (N, in)
-            mask = above(c.abs(), t[:, None])                                       # (n, N, in)
-            inputs = torch.addcmul(mu, mask, c).to(ctx.dtype)                       # (n, N, in)
+            inputs, count = ctx.gate(x - mu, mu, t, ctx.dtype)                      # (n, N, in), (n, N)
             y = torch.bmm(inputs, by_stripe(W.to(ctx.dtype), stripe))               # (n, N, stripe)
             widths = stripe_widths(W.shape[1], stripe, x.device)                    # (n,)
-            return side_by_side(y, W.shape[1]), (widths[:, None] * as_count(mask.sum(2))).sum(0)
+            return side_by_side(y, W.shape[1]), (widths[:, None] * as_count(count)).sum(0)
 
     @staticmethod
     def backward(ctx, g, g_active):
         x, mu, t, bw, W = ctx.saved_tensors
         with torch.autocast(x.device.type, enabled=False):
             c, g = x - mu, by_stripe(g, ctx.stripe)                                 # (N, in), (n, N, stripe)
-            inputs = torch.addcmul(mu, above(c.abs(), t[:, None]), c).to(ctx.dtype)             # (n, N, in)
+            inputs, _ = ctx.gate(c, mu, t, ctx.dtype)                               # (n, N, in)
             dW = side_by_side(torch.bmm(inputs.transpose(1, 2), g), W.shape[1]).to(W.dtype)     # (in, out)
             d = torch.bmm(g, by_stripe(W.to(ctx.dtype), ctx.stripe).transpose(1, 2))            # (n, N, in)
             widths = stripe_widths(W.shape[1], ctx.stripe, x.device)                # (n,)
-            dx, dt = through_the_step(c, t, bw, d, widths[:, None, None] * g_active.to(x.dtype)[:, None])
-            return dx, None, dt, None, dW, None
+            dx, dt = ctx.through(c, t, bw, d, widths[:, None, None] * g_active.to(x.dtype)[:, None])
+            return dx, None, dt, None, dW, None, None
 
 
 def random_weights(*shape):
@@ -214,7 +230,7 @@ class StripedLinear(Thresholds):
             y, active = x @ weight, as_count(torch.full((B, T), self.dense, device=x.device))
         else:
             y, active = GatedProduct.apply(x.float().view(B * T, -1), self.mu, self.thresholds(),
-                                           BANDWIDTH * self.sigma, weight, self.stripe)
+                                           BANDWIDTH * self.sigma, weight, self.stripe, self.fuse)
             y, active = y.view(B, T, -1), active.view(B, T)
         return (y if self.bias is None else y + self.bias.to(y.dtype)), active
 
@@ -376,14 +392,14 @@ def rotate(heads, cos, sin):
 class GatedNeurons(torch.autograd.Function):
     """
     a = h * z where |z| > t, else 0: what neurons hand on, and how many weights each token used of them,
-    `width` for each active neuron. What is gated is z.  z, h (N, neurons), t, bw (neurons) -> a as h, active
-    (N,) f64.
+    `width` for each active neuron. What is gated is z.  z, h (N, neurons), t, bw (neurons); fuse: see fused()
+    -> a as h, active (N,) f64.
     """
 
     @staticmethod
-    def forward(ctx, z, h, t, bw, width):
+    def forward(ctx, z, h, t, bw, width, fuse):
         ctx.save_for_backward(z, h, t, bw)
-        ctx.width = width
+        ctx.width, ctx.through = width, fused(through_the_step) if fuse else through_the_step
         mask = above(z.abs(), t)                                                # (N, neurons)
         return (mask * z * h).to(h.dtype), as_count(mask.sum(1)) * width
 
@@ -392,8 +408,8 @@ class GatedNeurons(torch.autograd.Function):
         z, h, t, bw = ctx.saved_tensors
         dh = above(z.abs(), t) * z * g
         price = ctx.width * g_active.to(z.dtype)
-        dz, dt = through_the_step(z, t[None], bw, (g * h)[None], price[None, :, None])
-        return dz, dh.to(h.dtype), dt[0], None, None
+        dz, dt = ctx.through(z, t[None], bw, (g * h)[None], price[None, :, None])
+        return dz, dh.to(h.dtype), dt[0], None, None, None
 
 
 class Neurons(Thresholds):
@@ -416,7 +432,7 @@ class Neurons(Thresholds):
         if dense:
             return (h * z) @ down, as_count(torch.full(x.shape[:2], self.dense, device=x.device))
         a, active = GatedNeurons.apply(z.float().flatten(0, 1), h.flatten(0, 1), self.thresholds()[0],
-                                       BANDWIDTH * self.sigma, 2 * x.shape[2])
+                                       BANDWIDTH * self.sigma, 2 * x.shape[2], self.fuse)
         return a.view_as(h) @ down, active.view(x.shape[:2])
 
 
@@ -495,6 +511,11 @@ class GPT(nn.Module):
         hidden, active = self.trunk(tokens, cache, dense)
         logits, active_head = self.head(hidden, dense)
         return logits.float(), torch.cat([active, active_head[None]])
+
+    def fuse_gates(self):
+        """From now on all gates are compiled: on a CPU, half the time they take, after some seconds."""
+        for _, layer in self.gated():
+            layer.fuse = True
 
     @torch.no_grad()
     def observe(self, tokens):

@@ -76,14 +76,22 @@ def choose_dtype(name, device):
     return dtype, f'measured: a product in bfloat16 is {ratio:.1f}x as fast here'
 
 
-def check_compile(device):
-    """Ends the program where torch.compile cannot work, before anything is trained."""
+def why_no_compile(device):
+    """Why torch.compile cannot work here, in a line; '' where it can."""
     try:
         torch.compile(lambda x: x.sin() + 1)(torch.ones(8, device=device))
     except Exception as error:      # a missing compiler, Triton or header shows in many ways
         line = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        fail(f'--compile: does not work here ({line.strip()[:200]}); it needs a C++ compiler, or on a GPU '
-             'Triton; leave it out, or turn it off: --compile no', 1)
+        return line.strip()[:200]
+    return ''
+
+
+def check_compile(device):
+    """Ends the program where torch.compile cannot work, before anything is trained."""
+    why = why_no_compile(device)
+    if why:
+        fail(f'--compile: does not work here ({why}); it needs a C++ compiler, or on a GPU Triton; leave it '
+             'out, or turn it off: --compile no', 1)
 
 
 # -----------------------------------------------------------------------------

@@ -51,7 +51,7 @@ import weights
 from cwic import GPT, CheckpointError, CWICConfig
 from data import common
 from device import (ProcessGone, check_compile, choose_device, choose_dtype, first_on_its_host_first,
-                    join_processes, keep_memory, leave, sum_over_processes, together)
+                    join_processes, keep_memory, leave, sum_over_processes, together, why_no_compile)
 from evaluate import measure, rows_at_once, validation_windows
 from options import fail, option, parse_options
 
@@ -59,6 +59,7 @@ COLUMNS = ['step', 'seconds', 'loss', 'val_loss', 'reduction', 'target', 'lr']  
 FILES = ('best.pt', 'last.pt', 'log.csv', 'training.png')                           # of a run
 MET = 0.97                  # an evaluation has met the target from this share of it on
 OBSERVED = 64               # windows on which the statistics rest, all of them dense
+FUSE_FROM = 2 ** 18         # tokens of sparse training that pay for compiling the gate, on a CPU
 
 
 @dataclass
@@ -293,6 +294,14 @@ def observe(run, train_data, meta):
         fail('the inputs of a layer never change, so its thresholds could not learn: is a layer all 0?', 1)
 
 
+def fuse_gates(run):
+    """Compiles the model's gates, and nothing else, where that works and there is enough to train."""
+    config = run.config
+    tokens = (config.steps() - config.dense_steps) * config.batch_size * config.block_size
+    if run.device == 'cpu' and not config.compile and tokens >= FUSE_FROM and not why_no_compile('cpu'):
+        run.model.fuse_gates()
+
+
 def frozen_teacher(run):
     """The dense model that the student starts from: a copy, less the student's adapters."""
     teacher = cwic.dense_copy(run.model)
@@ -373,9 +382,10 @@ def restore(run, saved):
                 raise TypeError(name)
             setattr(run, name, saved[name])
         run.active = run.active.to(run.device)
-        if config.teacher and run.step > config.dense_steps and not config.is_dense(run.step):
-            run.teacher = frozen_teacher(run)
-            if not config.rank:         # the teacher of an adapter is its base, which is at hand
+        if run.step > config.dense_steps and not config.is_dense(run.step):
+            fuse_gates(run)
+            run.teacher = frozen_teacher(run) if config.teacher else None
+            if config.teacher and not config.rank:      # an adapter's teacher is its base, which is at hand
                 run.teacher.load_state_dict(saved['teacher'])
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         fail(f'cannot resume: last.pt does not hold a run ({error}); is it a best.pt?', 1)
@@ -605,6 +615,7 @@ def train(run, data, rank, world):
             group['lr'] = share * lr
         try:
             if run.step == config.dense_steps and not dense:
+                fuse_gates(run)         # ten seconds the first time, one or two after that
                 run.teacher = frozen_teacher(run) if config.teacher else None
                 if not any(float(layer.sigma.max()) for _, layer in model.gated()):     # unlike an adapter's
                     with uncompiled():

@@ -189,6 +189,25 @@ def test_thresholds_below_every_input_are_the_dense_model(arch):
 
 
 @BOTH
+def test_compiled_gates_compute_the_same(arch):
+    """On a CPU a run compiles its gates: the same masks, outputs and counts to the last bit, and the same gradients."""
+    results = []
+    for fuse in (False, True):
+        model = small_model(arch, stripe_qkv=10).train()
+        if fuse:
+            model.fuse_gates()
+        with torch.autocast('cpu', dtype=torch.bfloat16):
+            logits, active = model(random_tokens(2, 16))
+            (logits.square().mean() + 1e-4 * active.sum(0).mean()).backward()
+        results.append((logits, active, [p.grad for p in model.parameters()]))
+    (logits, active, gradients), (fused_logits, fused_active, fused_gradients) = results
+    assert 0 < float(active.sum(0).mean()) < 0.9 * model.dense()
+    assert torch.equal(logits, fused_logits) and torch.equal(active, fused_active)
+    for a, b in zip(gradients, fused_gradients, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6 * float(a.abs().max()))
+
+
+@BOTH
 def test_autocast_products_in_bf16_with_masks_in_f32(arch):
     """
     Under autocast masks still come from f32 values, so counts of a layer are exactly those without it. Dense

@@ -287,6 +287,19 @@ def test_evaluation_leaves_the_model_as_it_was(dense):
     assert abs(measured['reduction'] - model.dense() / float(active.sum(0).mean())) < 1e-9
 
 
+def test_gates_are_compiled_where_that_pays_and_works(monkeypatch):
+    """Not in a run of a minute, not beside --compile, and not without a compiler: then it is only slower."""
+    def fuses(why='', **options):
+        run = new_run(small_model(), dense_steps=100, ramp_steps=100, hold_steps=100, **options)
+        monkeypatch.setattr(train, 'why_no_compile', lambda device: why)
+        train.fuse_gates(run)
+        return run.model.head.fuse
+
+    assert fuses(batch_size=8, block_size=256) and not fuses(batch_size=8, block_size=16)
+    assert not fuses(batch_size=8, block_size=256, compile=True)
+    assert not fuses(batch_size=8, block_size=256, why='no C++ compiler')
+
+
 # -----------------------------------------------------------------------------
 # whole runs
 
