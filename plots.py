@@ -153,6 +153,33 @@ def speed(rows, path, machine=''):
         figure.supxlabel(machine, fontsize=6, color='0.4')
 
 
+def stripes(measured, path):
+    """
+    What the width of stripes does: tokens per second for each shape and dtype, and the small model's loss and
+    KL. measured: {'machine', 'speed': {shape: rows of bench.py's decode --stripe}, 'quality': [{'stripe',
+    'what', 'value'}]}.
+    """
+    speed, quality = measured['speed'], measured['quality']
+    widths = [r['stripe'] for r in next(iter(speed.values())) if r['dtype'] == 'int8']
+    with picture(path, height=3.0, columns=len(speed) + 1) as (figure, (*left, right)):
+        for axes, (shape, rows) in zip(left, speed.items()):
+            for dtype, line in zip(dict.fromkeys(r['dtype'] for r in rows), LINES):
+                axes.plot([r['tok_s'] for r in rows if r['dtype'] == dtype], label=dtype, **line)
+            axes.set(title=f'{shape}, {rows[0]["reduction"]:.1f}x', ylabel='tokens per second', ylim=0)
+            axes.legend()
+        for what, line in zip(dict.fromkeys(r['what'] for r in quality), LINES[3:]):
+            same = [r for r in quality if r['what'] == what]
+            best = min(r['value'] for r in same)
+            right.plot([widths.index(r['stripe']) for r in same], [r['value'] - best for r in same],
+                       label=f'{what} above {best:.3f}', **line)
+        right.set(title='Small model at 3x', ylabel='nats more', ylim=0)
+        right.legend()
+        for axes in (*left, right):
+            axes.set(xlabel='columns in a stripe', xticks=range(len(widths)),
+                     xticklabels=['one' if width == 'matrix' else width for width in widths])
+        figure.supxlabel(measured['machine'], fontsize=6, color='0.4')
+
+
 def frontier(rows, path):
     """
     What less compute costs, method by method, as the median over seeds and their extremes; a panel for each
@@ -308,6 +335,7 @@ def draw_assets():
     frontier([json.loads(row) for row in rows], to('frontier.png'))
     decoding = json.loads((assets / 'decode.json').read_text(encoding='utf-8'))
     speed(decoding['rows'], to('speed.png'), decoding['machine'])
+    stripes(json.loads((assets / 'stripes.json').read_text(encoding='utf-8')), to('stripes.png'))
     twins(read_log(assets / 'training.csv'), read_log(assets / 'training_dense.csv'), to('training.png'))
     return pictures
 
