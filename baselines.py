@@ -167,8 +167,8 @@ def distil(run, data, method, calibration, report):
         report(run.step + 1, config.steps())
 
 
-def run_method(job, config, recipe, given, teacher, saved, report):
-    """-> the row of one (method, target, seed)"""
+def run_method(job, config, recipe, given, teacher, saved, pairs, report):
+    """-> the row of one (method, target, seed); pairs: of BLiMP, or none"""
     name, target, seed = job
     started, method, device = time.perf_counter(), ALL_METHODS[name], recipe.device
     torch.compiler.reset()      # it compiles a block only so many times, and the last method had other layers
@@ -192,9 +192,8 @@ def run_method(job, config, recipe, given, teacher, saved, report):
         if not (method.learned or method.dense):
             method.limit(model, target, calibration)
         results = evaluate.measure(model, validation, teacher, method.dense)
-        if config.blimp:
+        if pairs:
             encoding = load_tokenizer(saved['tokenizer'])
-            pairs = evaluate.read_blimp(config.blimp, config.blimp_pairs)
             start = end_id(saved['tokenizer'], encoding)
             right, _ = evaluate.blimp(model, encoding, start, pairs, method.dense)
             results['blimp'] = float(np.mean(list(right.values())))
@@ -259,6 +258,9 @@ def compare(config, given):
     ramp = round(steps * recipe.ramp_steps / (recipe.ramp_steps + recipe.hold_steps))
     recipe = replace(recipe, ramp_steps=ramp, hold_steps=steps - ramp,
                      warmup_steps=min(recipe.warmup_steps, steps))
+    if config.subject == CompareConfig.subject and not os.path.exists(config.subject):
+        fail(f'{config.subject} is not there: python train.py --target_reduction 1 --out out/dense', 1)
+    pairs = evaluate.read_blimp(config.blimp, config.blimp_pairs) if config.blimp else []
     model, saved = weights.load(config.subject)
     if any(float(layer.theta.detach().max()) > 0 for _, layer in model.gated()):
         fail(f'--subject {config.subject} is sparse already; for a dense model: '
@@ -297,7 +299,7 @@ def compare(config, given):
                 print(f'\r{label}  step {step} of {of}{left}\033[K', end='', flush=True)
 
         try:
-            row = run_method(job, config, recipe, of_recipe, model, saved, report)
+            row = run_method(job, config, recipe, of_recipe, model, saved, pairs, report)
         finally:
             print('\r\033[K' * on_terminal, end='', flush=True)
         rows.append({**common_to_all, **row})

@@ -27,6 +27,7 @@ github.com/crystal-ai-org/cwic). The blocks are GPT-2's (Radford et al., 2019) a
 
 import copy
 import functools
+import itertools
 import math
 import os
 import zipfile
@@ -39,7 +40,7 @@ from torch.utils.checkpoint import checkpoint
 
 BANDWIDTH = 0.1         # width of the window in which a threshold feels its inputs, in sigmas
 FLOOR = 1e-3            # thresholds never fall below this, in sigmas
-OBSERVE_EVERY = 7       # one token in seven is enough for statistics (an odd number: windows differ in which)
+OBSERVE_EVERY = 7       # one token in seven, or a few more, is enough for statistics
 
 # -----------------------------------------------------------------------------
 # thresholds, and the usual value and the spread of each input, in which they are measured
@@ -76,7 +77,10 @@ class Thresholds(nn.Module):
         value, whose c, 0 but for rounding, would be of either sign.) sigma is the mean distance from mu,
         which sqrt(pi / 2) makes a standard deviation where inputs are normal.
         """
-        x = x.flatten(0, 1)[::OBSERVE_EVERY].float()                        # (tokens, in)
+        # a number that meets each position of the windows equally often: the first one, where attention parks
+        # what it does not need, is unlike all others
+        every = next(n for n in itertools.count(OBSERVE_EVERY) if math.gcd(n, x.shape[1]) == 1)
+        x = x.flatten(0, 1)[::every].float()                                # (tokens, in)
         if self.centred:
             distance = (x - x.median(0).values).abs()
             weight = 1 / distance.clamp_min(distance.mean(0) / 10).clamp_min(1e-12)

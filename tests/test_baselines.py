@@ -256,7 +256,7 @@ def test_ablations_alone_have_a_table_and_no_picture(setting, tmp_path, capsys):
     assert '| CWIC: no centre |' in capsys.readouterr().out and not (tmp_path / 'out.png').exists()
 
 
-def test_what_a_user_gets_wrong_is_one_line(setting, tmp_path, capsys):
+def test_what_a_user_gets_wrong_is_one_line(setting, tmp_path, monkeypatch, capsys):
     compare(setting, tmp_path / 'out', '--methods', 'TEAL', '--targets', '2')
     sparse = small_model(thresholds=1.0, **SIZES)
     cwic.save_checkpoint(tmp_path / 'sparse.pt', sparse, tokenizer={'kind': 'bytes'})
@@ -270,8 +270,14 @@ def test_what_a_user_gets_wrong_is_one_line(setting, tmp_path, capsys):
                             ('foreign', [], 'not what this program writes'),
                             ('out', ['--subject', str(tmp_path / 'sparse.pt')], 'is sparse already'),
                             ('out', ['--subject', str(tmp_path / 'none.pt')], 'no such checkpoint'),
+                            ('out', ['--blimp', str(tmp_path / 'none.jsonl')], 'none.jsonl: No such file'),
                             ('out', ['--recipe', str(tmp_path / 'none.toml')], 'none.toml')):
         with pytest.raises(SystemExit) as ended:
             compare(setting, tmp_path / out, *more)
         error = capsys.readouterr().err
         assert ended.value.code in (1, 2) and error.count('\n') == 1 and says in error, error
+    monkeypatch.chdir(tmp_path)                     # nothing was trained yet, and no --subject is said
+    monkeypatch.setattr(sys, 'argv', ['baselines.py', 'compare', '--recipe', str(setting / 'recipe.toml')])
+    with pytest.raises(SystemExit):
+        baselines.main()
+    assert 'train.py --target_reduction 1 --out out/dense' in capsys.readouterr().err
