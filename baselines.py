@@ -260,6 +260,7 @@ def compare(config, given):
                      warmup_steps=min(recipe.warmup_steps, steps))
     if config.subject == CompareConfig.subject and not os.path.exists(config.subject):
         fail(f'{config.subject} is not there: python train.py --target_reduction 1 --out out/dense', 1)
+    plots.check_picture(config.picture)
     pairs = evaluate.read_blimp(config.blimp, config.blimp_pairs) if config.blimp else []
     model, saved = weights.load(config.subject)
     if any(float(layer.theta.detach().max()) > 0 for _, layer in model.gated()):

@@ -17,6 +17,7 @@ Not here: why. That two things go together does not say that one makes the other
 import keyword
 import re
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -27,6 +28,7 @@ from cwic import CheckpointError
 from data.common import load_dataset, run
 from device import choose_device
 from evaluate import rows_at_once, validation_windows
+from methods import hooked
 from options import fail, option, parse_options
 from tokenizer import dialogue_ids, load_tokenizer
 
@@ -113,29 +115,26 @@ def measure(model, teacher, windows):
     blocks, widths = model.blocks, parts(model)[1]
     inputs, unheard = [0] * len(blocks), [0] * len(blocks)
 
-    def count_inputs(i, gate, x):       # of each column of qkv, how many are used
-        used = used_inputs(gate, x).sum((1, 2, 3))                                          # (n,)
+    def count_inputs(i, gate, args):        # args: x, dense. Of each column of qkv, how many are used
+        used = used_inputs(gate, args[0]).sum((1, 2, 3))                                    # (n,)
         inputs[i] = inputs[i] + used.repeat_interleave(gate.stripe)[:gate.n_out].double()
 
-    def count_heads(i, gate, x):
-        used = used_inputs(gate, x).any(0).unflatten(-1, (model.config.n_head, -1))
+    def count_heads(i, gate, args):
+        used = used_inputs(gate, args[0]).any(0).unflatten(-1, (model.config.n_head, -1))
         unheard[i] = unheard[i] + (~used.any(-1)).sum((0, 1))                               # (heads,)
 
-    hooks = [gate.register_forward_pre_hook(
-        lambda gate, args, i=i, count=count: None if args[1] else count(i, gate, args[0]))
-        for i, block in enumerate(blocks)
-        for gate, count in ((block.attn.qkv, count_inputs), (block.attn.out, count_heads))]
+    counts = [(gate, partial(count, i)) for i, block in enumerate(blocks)
+              for gate, count in ((block.attn.qkv, count_inputs), (block.attn.out, count_heads))]
     tokens, active_sum = [], 0
     for batch in torch.from_numpy(windows).split(rows_at_once(model, windows.shape[1])):
         batch = batch.to(model.head.weight.device)
-        logits, active = model(batch[:, :-1])
+        with hooked(counts):
+            logits, active = model(batch[:, :-1])
         dense_logp, logp = teacher(batch[:, :-1], dense=True)[0].log_softmax(-1), logits.log_softmax(-1)
         loss, dense_loss = (-x.gather(-1, batch[:, 1:, None])[:, :, 0] for x in (logp, dense_logp))
         entropy, share = -(logp.exp() * logp).sum(-1), active.sum(0) / model.dense()
         tokens.append(torch.stack([x.cpu().double() for x in (share, loss, entropy, loss - dense_loss)]))
         active_sum = active_sum + active.sum((1, 2)).cpu()
-    for hook in hooks:
-        hook.remove()
     share, loss, entropy, gain = torch.cat(tokens, 1).numpy()
     used = [float(a) / share.size / layer.dense for a, (_, layer) in zip(active_sum, model.gated())]
     matrices = []
@@ -228,6 +227,8 @@ def main():
     path = config.checkpoint[0] if config.checkpoint else 'out/best.pt'
     if len(config.checkpoint) > 1:
         fail('give one checkpoint')
+    if config.picture:
+        plots.check_picture(config.picture)
     try:
         model, saved = weights.load(path)
         teacher = weights.load(saved['base'])[0] if saved.get('base') else model

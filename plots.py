@@ -41,6 +41,12 @@ SUBJECTS = {'out/dense/best.pt': 'Small Python model', 'smollm2': 'SmolLM2-135M-
 HERE = Path(__file__).parent
 
 
+def check_picture(path):
+    """Ends the program, before it computes what is to be drawn, where --picture names no format."""
+    if Path(path).suffix not in ('.png', '.svg', '.pdf'):
+        fail(f'--picture {path}: must end in .png, .svg or .pdf')
+
+
 @contextmanager
 def picture(path, width=9.0, height=3.2, columns=1, rows=1, **more):
     """A figure and its axes, row by row; saved to path at the end. Sizes in inches, 150 pixels each."""

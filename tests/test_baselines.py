@@ -270,6 +270,7 @@ def test_what_a_user_gets_wrong_is_one_line(setting, tmp_path, monkeypatch, caps
                             ('foreign', [], 'not what this program writes'),
                             ('out', ['--subject', str(tmp_path / 'sparse.pt')], 'is sparse already'),
                             ('out', ['--subject', str(tmp_path / 'none.pt')], 'no such checkpoint'),
+                            ('out', ['--picture', 'frontier.foo'], 'must end in .png, .svg or .pdf'),
                             ('out', ['--blimp', str(tmp_path / 'none.jsonl')], 'none.jsonl: No such file'),
                             ('out', ['--recipe', str(tmp_path / 'none.toml')], 'none.toml')):
         with pytest.raises(SystemExit) as ended:

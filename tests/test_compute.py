@@ -218,7 +218,8 @@ def test_what_a_user_gets_wrong_is_one_line(program, tmp_path, capsys):
     path = str(tmp_path / 'sparse.pt')
     for more, says in (([str(tmp_path / 'none.pt')], 'no such checkpoint'), ([path, path], 'give one checkpoint'),
                        ([path, '--dialogues'], 'no window'), ([path, '--windows', '0'], 'at least 1'),
-                       ([path, '--data', 'python'], 'say on what')):
+                       ([path, '--data', 'python'], 'say on what'),
+                       ([path, '--picture', 'tokens.foo'], 'must end in .png, .svg or .pdf')):
         with pytest.raises(SystemExit) as ended:
             program(*more)
         error = capsys.readouterr().err
