@@ -179,7 +179,6 @@ def run_method(job, config, recipe, given, teacher, saved, pairs, report):
     for layer in model.modules() if not method.learned else ():
         if isinstance(layer, Thresholds):       # a step of train.py leaves to the method what is not learned
             layer.theta.requires_grad_(False)
-            layer.limit_thresholds = lambda before: None
     run.optimizer = torch.optim.AdamW(model.parameter_groups(options.lr, options.lr, options.weight_decay),
                                       betas=(0.9, options.beta2), fused=device != 'mps')
     # thresholds are set on training text, results are for validation text: windows, evenly spread

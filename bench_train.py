@@ -66,7 +66,7 @@ def make_run(config, shape=None):
     optimizer = torch.optim.AdamW(model.parameter_groups(0.0, 0.0, 0.0), fused=device != 'mps')
     active = torch.tensor([float(layer.dense) for _, layer in model.gated()], device=device)
     return train.Run(options, model, {}, optimizer, device, choose_dtype('auto', device)[0], active,
-                     head_loss=train.head_loss)
+                     head_loss=train.head_loss, gradients=train.gradients)
 
 
 def start_processes(config):

@@ -94,6 +94,44 @@ def check_compile(device):
              'out, or turn it off: --compile no', 1)
 
 
+class Recorded:
+    """
+    function(*arguments), recorded after some calls and from then on replayed (a CUDA graph): a GPU is done
+    with a thousand small kernels sooner than Python has asked for them one by one.
+
+    A replay reads and writes the memory it was recorded with. So of the arguments only what tensors hold may
+    differ from call to call (else it is recorded anew), the function must do the same whatever they hold, and
+    what it returns, and the gradients it leaves, stand until the next call.
+    """
+    WARM_UP = 3         # calls in which torch.compile compiles, and memory is taken
+
+    def __init__(self, function):
+        self.function, self.kind, self.stream = function, None, torch.cuda.Stream()
+
+    def __call__(self, *arguments):
+        tensors = [x for x in arguments if torch.is_tensor(x)]
+        kind = [(x.shape, x.dtype) if torch.is_tensor(x) else x for x in arguments]
+        if kind != self.kind:
+            self.kind, self.calls, self.graph = kind, 0, None
+        self.calls += 1
+        if self.calls <= self.WARM_UP:
+            self.stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self.stream):        # nothing of the default one can be recorded
+                results = self.function(*arguments)
+            torch.cuda.current_stream().wait_stream(self.stream)
+            return results
+        if self.graph is None:
+            self.graph, self.tensors = torch.cuda.CUDAGraph(), [x.clone() for x in tensors]
+            copies = iter(self.tensors)
+            # thread_local: NCCL has a thread that asks the GPU things meanwhile
+            with torch.cuda.graph(self.graph, stream=self.stream, capture_error_mode='thread_local'):
+                self.results = self.function(*(next(copies) if torch.is_tensor(x) else x for x in arguments))
+        for copy, tensor in zip(self.tensors, tensors):
+            copy.copy_(tensor)
+        self.graph.replay()
+        return self.results
+
+
 # -----------------------------------------------------------------------------
 # several processes, each with its share of every step
 
@@ -163,8 +201,8 @@ def sum_over_processes(tensors):
                 raise ProcessGone(f'no sum within {PATIENCE} seconds')
             time.sleep(1e-4)
         reach(message.wait)
-        for t, total in zip(same, flat.split([t.numel() for t in same])):
-            t.copy_(total.view_as(t))
+        torch._foreach_copy_(same, [total.view_as(t) for t, total
+                                    in zip(same, flat.split([t.numel() for t in same]))])
 
 
 def first_on_its_host_first(action):

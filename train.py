@@ -50,8 +50,9 @@ import plots
 import weights
 from cwic import GPT, CheckpointError, CWICConfig
 from data import common
-from device import (ProcessGone, check_compile, choose_device, choose_dtype, first_on_its_host_first,
-                    join_processes, keep_memory, leave, sum_over_processes, together, why_no_compile)
+from device import (ProcessGone, Recorded, check_compile, choose_device, choose_dtype,
+                    first_on_its_host_first, join_processes, keep_memory, leave, sum_over_processes, together,
+                    why_no_compile)
 from evaluate import measure, rows_at_once, validation_windows
 from options import fail, option, parse_options
 
@@ -148,6 +149,7 @@ class Run:
     best: dict = field(default_factory=dict)        # those of best.pt, and its step
     log: list = field(default_factory=list)         # rows of log.csv
     head_loss: object = None            # head_loss(), or what torch.compile made of it
+    gradients: object = None            # gradients(), or a recording of it
 
     def autocast(self):
         device = self.model.head.weight.device.type
@@ -248,6 +250,20 @@ def backward(run, tokens, targets, dense, price):
     return total_loss, torch.cat([active.detach(), active_head[None]])  # (matrices,)
 
 
+def gradients(run, tokens, targets, price, dense):
+    """
+    Leaves in each .grad what this process's share of a step, tokens and targets (B, T), adds to the gradient.
+    price: what each active weight costs, a tensor. Returns loss and active weights as backward() does.
+    """
+    run.optimizer.zero_grad()
+    loss, active = 0.0, 0.0
+    for micro_batch in zip(tokens.split(run.config.micro_batch), targets.split(run.config.micro_batch)):
+        with run.autocast():
+            micro_loss, micro_active = backward(run, *micro_batch, dense, price)
+        loss, active = loss + micro_loss, active + micro_active
+    return loss, active
+
+
 def train_step(run, tokens, targets, target, dense=False, stop=False):
     """
     One optimiser step on this process's share of the batch, tokens and targets (B, T); target: the reduction
@@ -256,25 +272,20 @@ def train_step(run, tokens, targets, target, dense=False, stop=False):
     ProcessGone before anything is changed. Ends the program where the loss or its gradient is not finite.
     """
     config, model = run.config, run.model
-    run.optimizer.zero_grad()
     # the loss of compute, flop_loss(run.active), has one slope for all: what each active weight costs
     price = 0.0 if dense else cwic.price(run.active.sum(), model.dense(), target)
-    loss, active = 0.0, 0.0
-    for micro_batch in zip(tokens.split(config.micro_batch), targets.split(config.micro_batch)):
-        with run.autocast():
-            micro_loss, micro_active = backward(run, *micro_batch, dense, price)
-        loss, active = loss + micro_loss, active + micro_active
+    loss, active = run.gradients(run, tokens, targets, run.active.new_tensor(price), dense)
     stop = torch.tensor(float(stop), device=run.device)
-    gradients = [p.grad for p in model.parameters() if p.grad is not None]
-    sum_over_processes(gradients + [loss, active, stop])
+    sum_over_processes([p.grad for p in model.parameters() if p.grad is not None] + [loss, active, stop])
     *others, thresholds = [group['params'] for group in run.optimizer.param_groups]
     norm = torch.nn.utils.clip_grad_norm_(sum(others, []), config.clip or math.inf)
     threshold_norm = torch.nn.utils.get_total_norm([p.grad for p in thresholds if not dense])
-    before = [layer.theta.detach().clone() for _, layer in model.gated()]
+    learned = [layer for _, layer in model.gated() if layer.theta.requires_grad]
+    before = [layer.theta.detach().clone() for layer in learned]
     run.optimizer.step()
     if not dense:
-        for (_, layer), theta in zip(model.gated(), before):
-            layer.limit_thresholds(theta)
+        if learned:
+            cwic.limit_thresholds(learned, before)
         # one batch's count is noise, and flop_loss, bent as it is, would mistake noise for missing reduction
         run.active.lerp_(active.to(run.active), 0.1)
     # a process that is alone waits for its GPU here, and not earlier: it has been told all the step takes
@@ -423,7 +434,8 @@ def begin(config, given, device):
                                   betas=(0.9, config.beta2), fused=device != 'mps')
     exact = torch.float32 if device == 'mps' else torch.float64
     active = torch.tensor([layer.dense for _, layer in model.gated()], dtype=exact, device=device)
-    run = Run(config, model, tokenizer, optimizer, device, torch.float32, active, head_loss=head_loss)
+    run = Run(config, model, tokenizer, optimizer, device, torch.float32, active, head_loss=head_loss,
+              gradients=gradients)
     if config.compile:
         check_compile(device)
         run.head_loss = torch.compile(head_loss)
@@ -602,6 +614,8 @@ def train(run, data, rank, world):
     val_tokens = validation_windows(val_data, meta, config.eval_windows, config.block_size)
     uncompiled = (lambda: torch.compiler.set_stance('force_eager')) if config.compile else nullcontext
     wishes, stop, progress = wishes_to_stop(), False, Progress(run)
+    if config.compile and model.head.weight.is_cuda:
+        run.gradients = Recorded(gradients)
 
     def batch(step):
         """This process's share of a step: inputs, targets (B, T)."""

@@ -621,7 +621,7 @@ def test_a_threshold_moves_at_most_half_a_window_and_stays_above_the_floor():
     wanted = before + torch.randn(2, 1000) * 0.1 / layer.scale
     with torch.no_grad():
         layer.theta.copy_(wanted)
-    layer.limit_thresholds(before)
+    cwic.limit_thresholds([layer], [before])
     most = BANDWIDTH / 2 / layer.scale
     expected = np.clip(wanted.numpy(), before.numpy() - most, before.numpy() + most)
     expected = np.maximum(expected, np.float32(cwic.FLOOR / layer.scale))

@@ -147,7 +147,7 @@ def new_run(model, frozen=None, **options):
     optimizer = torch.optim.AdamW(model.parameter_groups(config.lr, config.lr * config.threshold_lr, 0.0))
     dense = torch.tensor([layer.dense for _, layer in model.gated()], dtype=torch.float64)
     return train.Run(config, model.train(), {'kind': 'bytes'}, optimizer, 'cpu', torch.float32, dense, frozen,
-                     head_loss=train.head_loss)
+                     head_loss=train.head_loss, gradients=train.gradients)
 
 
 def batch(size=4, vocab=50, length=16, seed=7):
