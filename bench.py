@@ -3,7 +3,7 @@ How fast the kernel is, against the memory it reads from and against others.
 
     python bench.py decode                          # tokens/s, beside PyTorch with dense weights
     python bench.py decode --llama_bench PATH --gguf f32.gguf,q8_0.gguf         # and beside llama.cpp
-    python bench.py decode --model smollm2          # a real model, reading real text
+    python bench.py decode --model adapters/smollm2.pt      # a real model, reading real text
     python bench.py decode --stripe 64,320,matrix   # what wider stripes gain; the last: one to a matrix
     python bench.py probe                           # what bounds decoding: rows alone, and a token's time
     python bench.py prefill                         # prompts of several lengths: time to the first token
@@ -11,8 +11,8 @@ How fast the kernel is, against the memory it reads from and against others.
     python bench.py loss --model out/best.pt        # what narrower weights cost in validation loss
 
 Decoding waits for weights, and memory's speed swings as neighbours come and go. So all cases take turns in
-rounds, each with a probe of the bandwidth just before and just after it, and medians are reported with their
-spread:
+rounds, each with a probe of the bandwidth just before and just after it; every round has a text of its own;
+and medians are reported with their spread:
 
     roofline = bytes read per token x tokens/s / bandwidth          1 is as fast as memory allows
 
@@ -138,19 +138,29 @@ def read_dataset(name, saved, length):
     return val, meta
 
 
-def text_to_read(config, model, saved, count):
-    """Token ids, a list: random for a shape, else from --data, or what the model writes at temperature 1."""
+def texts_to_read(config, model, saved, count):
+    """
+    A text for each round, as one may take half the compute of another: lists of so many token ids. Random for
+    a shape, else from --data, evenly spread, or documents that the model writes.
+    """
     generator = torch.Generator().manual_seed(0)
     if not saved:
-        return torch.randint(model.config.vocab_size, (count,), generator=generator).tolist()
+        return torch.randint(model.config.vocab_size, (config.rounds, count), generator=generator).tolist()
     if config.data:
-        return read_dataset(config.data, saved, count)[0][:count].tolist()
+        data, meta = read_dataset(config.data, saved, count)
+        window = meta.get('window', 1)
+        starts = np.linspace(0, (len(data) - count) // window, config.rounds).astype(np.int64) * window
+        return [data[start:start + count].tolist() for start in starts]
     decoder, spec = Decoder(model, 'int8'), saved['tokenizer']
-    tokens = [end_id(spec, load_tokenizer(spec))]
-    while len(tokens) < count:
-        logits, point = decoder.step(tokens[-1])[0], torch.rand(1, generator=generator)
-        tokens += cwic.sample(torch.from_numpy(logits)[None], point, temperature=1.0)[0].tolist()
-    return tokens
+    texts = [[end_id(spec, load_tokenizer(spec))] for _ in range(config.rounds)]
+    for text in texts:
+        logits, _ = decoder.prefill(text)       # begins anew
+        while len(text) < count:
+            point = torch.rand(1, generator=generator)
+            # as documents are drawn in data/selfwritten
+            text += cwic.sample(torch.from_numpy(logits)[None], point, 1.0, min_p=0.05)[0].tolist()
+            logits, _ = decoder.step(text[-1])
+    return texts
 
 
 class Setting:
@@ -316,8 +326,8 @@ def run_ctranslate2(folder, threads, prompt, tokens):
 
 def measure(cases, rounds):
     """
-    cases: [(labels, run)], where labels is a dict for the row, and run() makes a measurement. All in every
-    round, each between two probes of the memory -> rows, of medians. What fails is said, and left out.
+    cases: [(labels, run)], where labels is a dict for the row, and run(round) makes a measurement. All in
+    every round, each between two probes of the memory -> rows, of medians. What fails is said, and left out.
     """
     numbers = torch.from_numpy(np.ones(PROBE_BYTES // 4, np.float32))
 
@@ -336,7 +346,7 @@ def measure(cases, rounds):
             before = bandwidth(labels['threads'])
             time.sleep(0.02)        # so long torch's threads may keep a core busy
             try:
-                sample = run()
+                sample = run(done)
             except Failed as error:
                 failed.add(labels['model'])
                 progress()
@@ -396,8 +406,9 @@ def measure_speed(config):
         if end > context:
             fail(f'--tokens {config.tokens}: too many after a prompt of {PROMPT}, in a context of {context}')
         prompts = sorted({min(length, context) for length in prompts})
-        text = text_to_read(config, model, saved, max(end, *prompts))
-        settings = make_settings(model, saved, reductions, text[:PROMPT])
+        longest = max(PROMPT, *prompts) if config.what[0] == 'prefill' else end
+        texts = texts_to_read(config, model, saved, longest)
+        settings = make_settings(model, saved, reductions, texts[0][:PROMPT])
         labels = {'stripe': 'matrix' if stripe == WIDEST else stripe} if stripe else {}
         for dtype in config.dtypes.split(','):
             decoder = Decoder(model, dtype, max(threads))
@@ -407,11 +418,15 @@ def measure_speed(config):
     narrow = copy.deepcopy(model).bfloat16()
     engines += [({'engine': 'torch', 'dtype': dtype}, partial(run_torch, dense))
                 for dtype, dense in (('f32', model), ('bf16', narrow))] + others
-    work = [({}, text[:PROMPT], text[PROMPT:end])]
+    work = [({}, PROMPT, end)]          # up to where a text is prompt, and up to where it is decoded
     if config.what[0] == 'prefill':
-        work = [({'prompt': length}, text[:length], []) for length in prompts]
-    cases = [(dict(labels, **engine, threads=t), partial(run, t, *arguments))
-             for labels, *arguments in work for engine, run in engines for t in threads]
+        work = [({'prompt': length}, length, length) for length in prompts]
+
+    def case(labels, prompt, end, run, threads):
+        return labels, lambda done: run(threads, texts[done][:prompt], texts[done][prompt:end])
+
+    cases = [case(dict(labels, **engine, threads=t), prompt, end, run, t)
+             for labels, prompt, end in work for engine, run in engines for t in threads]
     rows = measure(cases, config.rounds)
     key = lambda r: [r.get(name) for name in ('prompt', 'engine', 'stripe', 'dtype', 'threads')]
     dense = {str(key(r)): r['tok_s'] for r in rows if r['reduction'] < 1.01}
@@ -528,7 +543,7 @@ def measure_probe(config):
                  for reduction in reductions for size, width in sizes]
         for t in sorted({1, *threads}):
             add = lambda part, run, *more, **labels: cases.append(
-                (dict(labels, part=part, dtype=dtype, threads=t), partial(run, *more)))
+                (dict(labels, part=part, dtype=dtype, threads=t), lambda done: run(*more)))
             add('narrow', run_kernel, narrow, silent_small, t, *read)
             if t in threads:
                 add('narrow, matrices', run_matrices, narrow, silent_small, t)

@@ -9,6 +9,7 @@ import time
 from contextlib import redirect_stderr, redirect_stdout
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
@@ -63,16 +64,15 @@ def rows(what, model, folder, *args):
     return written['rows'], err
 
 
-def text_and_counts(model, data, count):
-    """
-    The first tokens of the validation split; and of each matrix the weights that each token used, {name: (T)},
-    by PyTorch.
-    """
+def counted_reduction(model, data, longest, begin, end):
+    """What two rounds find, by PyTorch, in these tokens of the validation split's first and last `longest` ones."""
     _, val, _ = common.load_dataset(data, 1)
-    tokens = torch.from_numpy(val[:count].astype(int))
+    texts = torch.from_numpy(np.stack([val[:longest], val[len(val) - longest:]]).astype(int))[:, :end]
     with torch.no_grad():
-        _, active = model(tokens[None])
-    return tokens, dict(zip([name for name, _ in model.gated()], active[:, 0]))
+        _, active = model(texts)
+    first, last = model.dense() / active.sum(0)[:, begin:].mean(1)
+    assert abs(float(first / last) - 1) > 1e-4
+    return float(first + last) / 2
 
 
 @BOTH
@@ -84,20 +84,19 @@ def test_decode_counts_what_the_model_counts(models, data, tmp_path, arch):
     """
     written, _ = rows('decode', models[arch], tmp_path, '--tokens', 20, '--data', data)
     model, _ = cwic.load_checkpoint(models[arch])
-    _, active = text_and_counts(model, data, 36)
-    used = float(sum(active.values())[16:].mean())
+    reduction = counted_reduction(model, data, 36, 16, 36)
     thresholds = sum(layer.theta.numel() for _, layer in model.gated())
     columns = sum(layer.down.shape[1] if hasattr(layer, 'down') else layer.n_out for _, layer in model.gated())
     ours = [row for row in written if row['engine'] == 'cwic']
     assert [row['dtype'] for row in ours] == ['f32', 'f32', 'bf16', 'bf16', 'int8', 'int8']
     for row, sparse in zip(ours, 3 * (False, True)):
         scales = thresholds + columns if row['dtype'] == 'int8' else 0
-        expected = used if sparse else model.dense()
+        expected = reduction if sparse else 1
         # in bf16 and int8 what follows the first matrices is rounded, and so are a few comparisons
-        assert row['reduction'] == pytest.approx(model.dense() / expected, rel=1e-9 if row['dtype'] == 'f32' else 0.05)
+        assert row['reduction'] == pytest.approx(expected, rel=1e-9 if row['dtype'] == 'f32' else 0.05)
         assert row['thresholds_gb_per_token'] * 1e9 == pytest.approx(4 * (thresholds + scales))
-        weights = model.dense() / row['reduction'] * BYTES[row['dtype']]
-        assert row['gb_per_token'] * 1e9 == pytest.approx(weights + 4 * (thresholds + scales))
+        weights = model.dense() / row['reduction'] * BYTES[row['dtype']]        # but for what a mean is off by
+        assert row['gb_per_token'] * 1e9 == pytest.approx(weights + 4 * (thresholds + scales), rel=1e-3)
         assert row['tok_s_min'] <= row['tok_s'] <= row['tok_s_max'] and row['bandwidth_gb_s'] > 0
     assert [row['dtype'] for row in written if row['engine'] == 'torch'] == ['f32', 'bf16']
     assert (tmp_path / 'bench_decode.png').stat().st_size > 10000
@@ -164,18 +163,21 @@ def test_prefill_reads_prompts_as_long_as_asked_for(models, data, tmp_path):
     assert [(row['prompt'], row['engine']) for row in written] == [
         (length, engine) for length in (5, 40, 64) for engine in ('cwic', 'cwic', 'torch', 'torch')]
     for row in written[1::4]:
-        _, active = text_and_counts(model, data, row['prompt'])
-        assert row['reduction'] == pytest.approx(model.dense() / float(sum(active.values()).mean()))
+        assert row['reduction'] == pytest.approx(counted_reduction(model, data, 64, 0, row['prompt']))
         assert row['seconds'] * row['tok_s'] == pytest.approx(row['prompt']) and 'roofline' not in row
 
 
 def test_text_that_the_model_writes_itself(models):
-    """Without --data. It begins with the end token, after which documents begin, and is always the same."""
+    """
+    Without --data. Each round has another; they begin with the end token, after which documents begin, and are
+    always the same. (When there was one for all rounds, a reduction of 2.5 or of 4.3 was a matter of luck.)
+    """
     model, saved = cwic.load_checkpoint(models['gpt2'])
     config, _ = parse_options(bench.BenchConfig, 'bench.py', argv=[])
-    text = bench.text_to_read(config, model, saved, 70)
-    assert text[0] == 256 and len(text) == 70 and len(set(text)) > 20
-    assert text == bench.text_to_read(config, model, saved, 70)
+    texts = bench.texts_to_read(config, model, saved, 70)
+    assert len(texts) == config.rounds == len({str(text) for text in texts})
+    assert all(text[0] == 256 and len(text) == 70 and len(set(text)) > 20 for text in texts)
+    assert texts == bench.texts_to_read(config, model, saved, 70)
 
 
 @BOTH
