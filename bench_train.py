@@ -34,7 +34,7 @@ from methods import calibrate, gates
 from options import fail, parse_options
 
 PRESETS = {'gpt2-shape': 'gpt2_124m_scratch.toml', 'smollm2-shape': 'smollm2_distill.toml'}     # of train.py
-WARM_UP = 2         # rounds that are not counted: they compile, and take memory
+WARM_UP = 4         # rounds that are not counted: they compile, take memory, and are recorded
 
 
 def progress(text=''):
@@ -170,14 +170,15 @@ def time_steps(rows, run, tokens, rounds, rank, teacher=None):
     turns; tokens (B, T + 1) are this process's share.
     """
     seconds, synchronize = [[] for _ in rows], getattr(torch, run.device).synchronize
+    steps = [replace(run, config=replace(run.config, batch_size=len(tokens) * row['processes']),
+                     active=run.active.clone(), teacher=teacher if 'teacher' in row['engine'] else None,
+                     gradients=train.recorded(run)) for row in rows]
     for done in range(rounds + WARM_UP):
-        for row, times in zip(rows, seconds):
+        for row, step, times in zip(rows, steps, seconds):
             progress(f'round {done + 1} of {rounds + WARM_UP}: {row["engine"]}')
             processes = row['processes']
             if rank < processes:
-                options = replace(run.config, batch_size=len(tokens) * processes)
-                step = replace(run, config=options, active=run.active.clone(),
-                               teacher=teacher if 'teacher' in row['engine'] else None)
+                step.active.copy_(run.active)
                 if run.device == 'cuda':
                     torch.cuda.reset_peak_memory_stats()
                 synchronize()
@@ -188,8 +189,9 @@ def time_steps(rows, run, tokens, rounds, rank, teacher=None):
                 synchronize()
                 times.append(time.perf_counter() - start)
                 row['reduction'] = float(run.model.dense() / active.sum())
-                if run.device == 'cuda':
-                    row['memory_gib'] = torch.cuda.max_memory_allocated() / 2 ** 30
+                if run.device == 'cuda':        # what is replayed takes no memory anew
+                    peak = torch.cuda.max_memory_allocated() / 2 ** 30
+                    row['memory_gib'] = max(row.get('memory_gib', 0.0), peak)
             meet()
     progress()
     for row, times in zip(rows, seconds):

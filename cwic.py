@@ -505,7 +505,8 @@ class GPT(nn.Module):
         active = []
         for block in self.blocks:
             if recompute:
-                x, active_block = checkpoint(block, x, rotary, cache, dense, use_reentrant=False)
+                x, active_block = checkpoint(block, x, rotary, cache, dense, use_reentrant=False,
+                                             preserve_rng_state=False)      # nothing in it is random
             else:
                 x, active_block = block(x, rotary, cache, dense)
             active += active_block

@@ -132,7 +132,7 @@ FREE_TO_CHANGE = {'out', 'resume', 'max_steps', 'device', 'dtype', 'micro_batch'
                   'log_every'}
 
 
-@dataclass
+@dataclass(eq=False)
 class Run:
     """What a run carries from one step to the next. last.pt holds all of it."""
     config: TrainConfig
@@ -264,6 +264,11 @@ def gradients(run, tokens, targets, price, dense):
     return loss, active
 
 
+def recorded(run):
+    """gradients(), on a GPU and with --compile from its fourth call on replayed as it was recorded."""
+    return Recorded(gradients) if run.config.compile and run.model.head.weight.is_cuda else gradients
+
+
 def train_step(run, tokens, targets, target, dense=False, stop=False):
     """
     One optimiser step on this process's share of the batch, tokens and targets (B, T); target: the reduction
@@ -306,11 +311,13 @@ def observe(run, train_data, meta):
 
 
 def fuse_gates(run):
-    """Compiles the model's gates, and nothing else, where that works and there is enough to train."""
+    """Compiles the model's gates, and nothing else, where that works and pays. Returns whether it will."""
     config = run.config
     tokens = (config.steps() - config.dense_steps) * config.batch_size * config.block_size
-    if run.device == 'cpu' and not config.compile and tokens >= FUSE_FROM and not why_no_compile('cpu'):
+    pays = run.device == 'cpu' and not config.compile and tokens >= FUSE_FROM and not why_no_compile('cpu')
+    if pays:
         run.model.fuse_gates()
+    return pays
 
 
 def frozen_teacher(run):
@@ -614,13 +621,21 @@ def train(run, data, rank, world):
     val_tokens = validation_windows(val_data, meta, config.eval_windows, config.block_size)
     uncompiled = (lambda: torch.compiler.set_stance('force_eager')) if config.compile else nullcontext
     wishes, stop, progress = wishes_to_stop(), False, Progress(run)
-    if config.compile and model.head.weight.is_cuda:
-        run.gradients = Recorded(gradients)
+    run.gradients = recorded(run)
 
     def batch(step):
         """This process's share of a step: inputs, targets (B, T)."""
         starts = np.array_split(step_starts(train_data, meta, config, step), world)[rank]
         return windows(train_data, starts, config.block_size, run.device)
+
+    def say(line):
+        if rank:
+            return
+        try:
+            print(line, flush=True)
+        except OSError as error:            # nobody reads on, or the disk is full
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+            wishes.append(f'stdout failed ({error.strerror})')
 
     while run.step < config.last_step() and not stop:
         started, dense, target = time.perf_counter(), config.is_dense(run.step), target_at(run.step, config)
@@ -629,7 +644,8 @@ def train(run, data, rank, world):
             group['lr'] = share * lr
         try:
             if run.step == config.dense_steps and not dense:
-                fuse_gates(run)         # ten seconds the first time, one or two after that
+                if fuse_gates(run):
+                    say('sparse from here on; the gates are compiled first, for ten seconds or less')
                 run.teacher = frozen_teacher(run) if config.teacher else None
                 if not any(float(layer.sigma.max()) for _, layer in model.gated()):     # unlike an adapter's
                     with uncompiled():
@@ -663,12 +679,8 @@ def train(run, data, rank, world):
                 if better:
                     save(run, 'best.pt')
                 save_last(run)
-        if rank == 0 and (evaluated or time.perf_counter() - progress.time >= config.log_every):
-            try:
-                print(progress.line(loss, reduction, target, evaluated), flush=True)
-            except OSError as error:        # nobody reads on, or the disk is full
-                os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-                wishes.append(f'stdout failed ({error.strerror})')
+        if evaluated or time.perf_counter() - progress.time >= config.log_every:
+            say(progress.line(loss, reduction, target, evaluated))
     if rank == 0 and (stop or run.step < config.steps()):
         save_last(run)
     return (wishes or ['interrupted'])[0] if stop else ''

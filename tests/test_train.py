@@ -16,7 +16,8 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import redirect_stderr, redirect_stdout
+from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import numpy as np
@@ -179,6 +180,42 @@ def test_a_step_is_the_same_however_it_is_cut(arch, teacher_share):
     for whole, *cut in zip(*results, strict=True):
         for x in cut:
             torch.testing.assert_close(x, whole, rtol=1e-4, atol=1e-5 * float(whole.abs().max()))
+
+
+def test_what_a_gpu_replays_is_what_would_have_been_computed(monkeypatch):
+    """
+    A CUDA graph stood in for by one that, like it, knows only the tensors it was recorded with: steps on other
+    text, at another price, dense and then sparse, must come out as they do without. It is recorded twice.
+    """
+    graphs = []
+
+    class Graph:
+        def replay(self):
+            for old, new in zip(run.gradients.results, train.gradients(*self.arguments)):
+                old.copy_(new)
+
+    @contextmanager
+    def record(graph, stream, capture_error_mode):
+        graphs.append(graph)
+        run.gradients.function = lambda *arguments: setattr(graph, 'arguments', arguments) or tuple(
+            torch.full_like(x, math.nan) for x in train.gradients(*arguments))      # recorded, not computed
+        yield
+        run.gradients.function = train.gradients
+
+    stream = SimpleNamespace(wait_stream=lambda other: None)
+    for name, stand_in in dict(Stream=lambda: stream, current_stream=lambda: stream, CUDAGraph=Graph,
+                               stream=lambda stream: nullcontext(), graph=record).items():
+        monkeypatch.setattr(torch.cuda, name, stand_in)
+    models = []
+    for recording in (False, True):
+        run = new_run(small_model(), batch_size=4, micro_batch=2, lr=1e-2, threshold_lr=1.0)
+        if recording:
+            run.gradients = device.Recorded(train.gradients)
+        losses = [train.train_step(run, *batch(seed=step), target=1.5, dense=step < 6)[0] for step in range(14)]
+        models.append([torch.tensor(losses), run.active, *run.model.parameters()])
+    assert len(graphs) == 2
+    for ours, theirs in zip(*models, strict=True):
+        assert torch.equal(ours, theirs)
 
 
 def test_gradient_is_that_of_the_loss_written_plainly():

@@ -69,11 +69,6 @@ def template_pieces(spec, encoding):
     return opening, to_answer, to_question
 
 
-def draw(logits, forbidden, point, temperature):
-    """The next tokens (count,). logits, forbidden: 0 or -inf (count, vocab); point, temperature (count,)."""
-    return sample(logits + forbidden, point, temperature[:, None], min_p=MIN_P)[0]
-
-
 @torch.inference_mode()
 def write_windows(model, spec, encoding, count, config, device, generator):
     """
@@ -110,7 +105,8 @@ def write_windows(model, spec, encoding, count, config, device, generator):
         answers = dialogue & (speaker == 1)
         temperature = torch.where(answers, config.answer_temperature, config.user_temperature)
         point = torch.rand(count, generator=generator).to(device)
-        drawn = draw(logits[:, 0], forbidden[dialogue.long()], point, temperature)
+        logits = logits[:, 0] + forbidden[dialogue.long()]
+        drawn, _ = sample(logits, point, temperature[:, None], min_p=MIN_P)
         # what the template says comes before what the model says; then the other one speaks
         must, given = dialogue & (said < lengths[speaker]), dialogue & (i + 1 < len(opening))
         token = torch.where(must, forced[speaker, said.clamp_max(longest - 1)], drawn)
