@@ -111,7 +111,8 @@ class TrainConfig:
     batch_size: int = option(8, 'sequences in an optimiser step, over all processes', at_least=1)
     micro_batch: int = option(8, 'sequences in one forward pass, at most', at_least=1)
     recompute: bool = option(False, 'compute activations again in backward, not keep them: slower, smaller')
-    compile: bool = option(False, 'fuse what torch.compile can: twice as fast on a GPU, after a minute')
+    compile: bool = option(False, 'fuse what torch.compile can, and on a GPU replay steps: '
+                           'several times as fast there, after a minute')
     # what is reported
     eval_every: int = option(150, 'steps between evaluations, each of which also saves last.pt', at_least=1)
     eval_windows: int = option(128, 'windows of validation text, always the same', at_least=1)
