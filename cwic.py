@@ -559,14 +559,14 @@ def next_token_loss(logits, targets):
     return F.cross_entropy(logits.float(), targets)
 
 
-def two_way_kl(logits, teacher_logits):
+def teacher_loss(logits, teacher_logits, reverse=0.5):
     """
-    (KL(teacher || student) + KL(student || teacher)) / 2, mean over tokens, in nats. logits (N, vocab), both.
-    That is sum (p - q) (log p - log q) / 2, and logits may stand for the logs, as p - q sums to nothing.
+    (1 - reverse) KL(teacher || student) + reverse KL(student || teacher), mean over tokens, in nats: at 1/2
+    the two-way KL, at 0 what evaluate.py measures. logits (N, vocab), both.
     """
-    logits, teacher_logits = logits.float(), teacher_logits.float()
-    difference = logits.softmax(-1) - teacher_logits.softmax(-1)
-    return (difference * (logits - teacher_logits)).sum(-1).mean() / 2
+    logq, logp = logits.float().log_softmax(-1), teacher_logits.float().log_softmax(-1)
+    weight = (1 - reverse) * logp.exp() - reverse * logq.exp()
+    return (weight * (logp - logq)).sum(-1).mean()
 
 
 def flop_loss(active, dense, target):
@@ -780,7 +780,7 @@ def sample(logits, point, temperature=0.0, top_k=0, top_p=1.0, min_p=0.0):
     not, so that two models which are given the same ones can be compared token by token. Kept are the top_k
     likeliest tokens (0: all), of these the fewest that hold top_p of the probability, and of these what has
     at least min_p times the probability of the likeliest. temperature: a number, greedy at 0, or one above 0
-    for each row (B, 1).
+    for each row (B, 1); min_p likewise.
 
     logits (B, vocab) -> ids (B,), and their probability (B,) under the model, before temperature and the
     like.
@@ -796,7 +796,7 @@ def sample(logits, point, temperature=0.0, top_k=0, top_p=1.0, min_p=0.0):
             if top_k:
                 q[:, top_k:] = 0
             q = torch.where(q.cumsum(-1) - q < top_p * q.sum(-1, keepdim=True), q, 0.0)
-        if min_p:
+        if torch.is_tensor(min_p) or min_p:
             q = torch.where(q >= min_p * q.amax(-1, keepdim=True), q, 0.0)
         mass = q.cumsum(-1)
         ids = torch.searchsorted(mass, point[:, None].to(mass) * mass[:, -1:], right=True)[:, 0]

@@ -9,9 +9,9 @@ Trains a CWIC model: first dense, then ever sparser, then sparse for good; or ma
     torchrun --nproc_per_node 2 train.py                # several processes share each step's batch
 
 With --init_from, sparsity begins at once, at the exact dense model, and the loss is the two-way KL to that
-model, unless --dense_steps and --teacher say otherwise. With --rank, its matrices stay frozen: what is
-learned is thresholds and a low-rank change of each matrix, and checkpoints hold only that. --init_from such
-an adapter goes on from it.
+model, unless --dense_steps, --teacher and --reverse_kl say otherwise. With --rank, its matrices stay frozen:
+what is learned is thresholds and a low-rank change of each matrix, and checkpoints hold only that.
+--init_from such an adapter goes on from it.
 
 Leaves in --out: best.pt (the best evaluation that met the compute target, for use), last.pt (all it takes to
 resume), log.csv and training.png.
@@ -96,6 +96,8 @@ class TrainConfig:
                                      'dense model', at_least=1)
     teacher: float = option(-1.0, 'share of the sparse loss that is KL to the frozen dense model, not '
                             'next-token loss; below 0: 1 with --init_from, else 0', at_least=-1, at_most=1)
+    reverse_kl: float = option(0.5, 'share of KL(student || teacher) in that; the rest is '
+                               'KL(teacher || student)', at_least=0, at_most=1)
     # the schedule, in optimiser steps
     dense_steps: int = option(700, 'steps before sparsity begins; with --init_from, none', at_least=0)
     ramp_steps: int = option(150, 'steps in which the target rises from 1 to --target_reduction', at_least=0)
@@ -200,7 +202,7 @@ def lr_at(step, config):
 # one optimiser step
 
 
-def head_loss(model, teacher, hidden, teacher_hidden, targets, dense, teacher_share):
+def head_loss(model, teacher, hidden, teacher_hidden, targets, dense, teacher_share, reverse_kl):
     """
     The head and the loss of what it predicts. hidden (B, T, d), targets (B, T) -> the loss, a mean over
     tokens, in nats; and the head's active weights (B, T).
@@ -212,7 +214,7 @@ def head_loss(model, teacher, hidden, teacher_hidden, targets, dense, teacher_sh
     if teacher_share > 0:
         with torch.no_grad():
             teacher_logits = teacher.head(teacher_hidden, dense=True)[0].flatten(0, 1)
-        loss = loss + teacher_share * cwic.two_way_kl(logits, teacher_logits)
+        loss = loss + teacher_share * cwic.teacher_loss(logits, teacher_logits, reverse_kl)
     return loss, active
 
 
@@ -239,7 +241,8 @@ def backward(run, tokens, targets, dense, price):
     total_loss, active_head = 0.0, 0.0
     for piece in zip(leaf.tensor_split(count), teacher_hidden, targets.tensor_split(count)):
         piece_share = share * len(piece[0]) / len(tokens)
-        loss, active_piece = run.head_loss(model, run.teacher, *piece, dense, teacher_share)
+        loss, active_piece = run.head_loss(model, run.teacher, *piece, dense, teacher_share,
+                                           config.reverse_kl)
         (piece_share * (loss + price * active_piece.mean())).backward()
         total_loss = total_loss + piece_share * loss.detach()
         active_head = active_head + piece_share * active_piece.detach().mean()
@@ -340,6 +343,21 @@ def new_model(sizes):
         fail(f'--{error}')
 
 
+def with_stripes(model, sizes):
+    """A model of these sizes, in which only stripes differ: each begins as the one in which it lay."""
+    new = new_model({name: sizes[name] for name in asdict(model.config)})
+    if sizes.get('rank'):
+        cwic.add_adapters(new, sizes['rank'])
+    state = {name: tensor for name, tensor in model.state_dict().items() if not name.endswith('theta')}
+    new.load_state_dict(state, strict=False)
+    for (_, layer), (_, old) in zip(new.gated(), model.gated()):
+        if isinstance(layer, cwic.StripedLinear):
+            layer.theta.data = old.theta.data[torch.arange(len(layer.theta)) * layer.stripe // old.stripe]
+        else:
+            layer.theta.data = old.theta.data
+    return new
+
+
 def starting_model(config, given):
     """--init_from -> (model, what else its file says, the options with its sizes and what it implies)."""
     source = config.init_from
@@ -357,13 +375,12 @@ def starting_model(config, given):
         asked = getattr(config, name)
         if name == 'block_size' and asked <= sizes[name]:
             continue                    # so long are the training windows; the model's context stays
-        if asked != sizes[name] and (base or not name.startswith('stripe_')):
+        finer = name.startswith('stripe_') and (asked <= sizes[name] or not base)
+        if asked != sizes[name] and not finer:
             fail(f'--{name} {asked}: {source} has {sizes[name]}; leave the option out')
         sizes[name] = asked
-    if not base and sizes != asdict(model.config):      # other stripes: all stays but thresholds, which are 0
-        state = {name: x for name, x in model.state_dict().items() if not name.endswith('theta')}
-        model = new_model(sizes)
-        model.load_state_dict(state, strict=False)
+    if any(sizes[name] != size for name, size in asdict(model.config).items()):
+        model = with_stripes(model, sizes)
     if config.rank and not base:
         cwic.add_adapters(model, config.rank)
     implied = {**sizes, 'dense_steps': 0, 'teacher': 1.0 if config.teacher < 0 else config.teacher}

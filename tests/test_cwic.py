@@ -579,11 +579,12 @@ def test_sizes_that_no_model_can_have(changes):
 def test_losses_against_their_definitions():
     a, b = torch.randn(2, 6, 11, dtype=torch.float64)
     targets = torch.arange(6)
-    p, q = a.softmax(-1), b.softmax(-1)
-    expected = ((p * (p / q).log()).sum(-1) + (q * (q / p).log()).sum(-1)).mean() / 2
-    assert abs(float(cwic.two_way_kl(a, b)) - float(expected)) < 1e-5
-    assert float(cwic.two_way_kl(a, a)) == 0
-    assert abs(float(cwic.next_token_loss(a, targets)) + float(p[targets, targets].log().mean())) < 1e-5
+    q, p = a.softmax(-1), b.softmax(-1)         # student, teacher
+    forward, backward = ((x * (x / y).log()).sum(-1).mean() for x, y in ((p, q), (q, p)))
+    for reverse, expected in ((0.5, (forward + backward) / 2), (0, forward), (1, backward)):
+        assert abs(float(cwic.teacher_loss(a, b, reverse)) - float(expected)) < 1e-5
+        assert float(cwic.teacher_loss(a, a, reverse)) == 0
+    assert abs(float(cwic.next_token_loss(a, targets)) + float(q[targets, targets].log().mean())) < 1e-5
 
 
 def test_price_is_the_slope_of_the_flop_loss():
@@ -982,6 +983,10 @@ def test_a_temperature_for_each_row_and_none_at_all():
     apart = [cwic.sample(logits.expand(10, 12), points, t, top_k=5)[0] for t in (0.5, 2.0)]
     temperatures = torch.tensor([0.5] * 10 + [2.0] * 10)[:, None]
     together, _ = cwic.sample(logits.expand(20, 12), points.repeat(2), temperatures, top_k=5)
+    assert together.tolist() == torch.cat(apart).tolist() and not apart[0].equal(apart[1])
+    floors = torch.tensor([0.0, 0.5]).repeat_interleave(10)[:, None]
+    apart = [cwic.sample(logits.expand(10, 12), points, 1.0, min_p=min_p)[0] for min_p in (0.0, 0.5)]
+    together, _ = cwic.sample(logits.expand(20, 12), points.repeat(2), 1.0, min_p=floors)
     assert together.tolist() == torch.cat(apart).tolist() and not apart[0].equal(apart[1])
     # a point is a place between 0 and 1, where each token has its stretch, the lower end included
     stretches = torch.tensor([-math.inf, 0.0, -math.inf, 0.0, -math.inf]).expand(3, 5)

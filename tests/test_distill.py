@@ -116,16 +116,16 @@ def test_statistics_stay_those_of_the_dense_model():
 # the loss, in pieces
 
 
-@pytest.mark.parametrize('teacher_share', [1.0, 0.3])
+@pytest.mark.parametrize('teacher_share, reverse', [(1.0, 0.5), (0.3, 0.5), (1.0, 0.0), (0.3, 0.2)])
 @pytest.mark.parametrize('logits_at_once', [1, 16 * 50 * 2, 16 * 50 * 3])
-def test_loss_in_pieces_equals_the_plain_one(monkeypatch, teacher_share, logits_at_once):
+def test_loss_in_pieces_equals_the_plain_one(monkeypatch, teacher_share, reverse, logits_at_once):
     """
     50,257-wide logits of a batch are never held at once; here is the same loss on all of them, in plain
     autograd: value and every gradient.
     """
     monkeypatch.setitem(evaluate.LOGITS_AT_ONCE, 'cpu', logits_at_once)
     (tokens, targets), teacher, sizes = batch(5), cwic.dense_copy(small_model(seed=3)), []
-    run = new_run(small_model(), teacher, batch_size=5, teacher=teacher_share)
+    run = new_run(small_model(), teacher, batch_size=5, teacher=teacher_share, reverse_kl=reverse)
     plain, price = small_model().train(), 1e-4
     run.model.head.register_forward_hook(lambda module, args, out: sizes.append(out[0].shape[:2].numel()))
     loss, active = train.backward(run, tokens, targets, dense=False, price=price)
@@ -135,7 +135,7 @@ def test_loss_in_pieces_equals_the_plain_one(monkeypatch, teacher_share, logits_
     with torch.no_grad():
         logits_teacher, _ = teacher(tokens, dense=True)
     p, q = logits.log_softmax(-1), logits_teacher.log_softmax(-1)
-    kl = 0.5 * ((p.exp() * (p - q)).sum(-1) + (q.exp() * (q - p)).sum(-1)).mean()
+    kl = (reverse * p.exp() * (p - q) + (1 - reverse) * q.exp() * (q - p)).sum(-1).mean()
     expected = teacher_share * kl - (1 - teacher_share) * p.gather(-1, targets[..., None]).mean()
     (expected + price * counts.mean((1, 2)).sum()).backward()
     torch.testing.assert_close(loss, expected.detach(), rtol=1e-5, atol=1e-6)
@@ -221,6 +221,24 @@ def test_other_stripes_leave_the_function_as_it_is(dense):
     assert model.blocks[0].attn.qkv.theta.shape == (3, 16)
     tokens = batch(vocab=257)[0]
     torch.testing.assert_close(model.eval()(tokens)[0], dense_model()(tokens)[0])
+
+
+def test_an_adapter_goes_on_with_finer_stripes(adapter):
+    """
+    Each begins with the thresholds of the stripe in which it lay, so the sparse model is the same function,
+    and uses the same weights; it may then learn to use others.
+    """
+    out, _ = adapter
+    old = cwic.load_checkpoint(out / 'best.pt', base=base_of)[0]
+    model, config = starting(init_from=str(out / 'best.pt'), stripe_qkv=8, stripe_up=8, stripe_head=50)
+    assert (config.stripe_qkv, config.stripe_head, config.rank) == (8, 50, 3)
+    assert len(model.head.theta) == 6 and len(old.head.theta) == 3
+    tokens = batch(vocab=257)[0]
+    with torch.no_grad():
+        (logits, active), (old_logits, old_active) = model.eval()(tokens), old(tokens)
+    torch.testing.assert_close(logits, old_logits, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(active, old_active)
+    assert float(active.sum()) < 0.95 * model.dense() * tokens.numel()
 
 
 def test_windows_shorter_than_the_context(dense, data, tmp_path):
@@ -364,7 +382,7 @@ def test_going_on_from_an_adapter(adapter, data, tmp_path):
         torch.save({**saved, 'active_share': shares}, tmp_path / 'odd.pt')
         config = train.TrainConfig(init_from=str(tmp_path / 'odd.pt'), max_steps=0)
         assert float(train.begin(config, {'init_from'}, 'cpu')[0].active.sum()) == begun.model.dense()
-    for name, value in (('rank', 5), ('stripe_up', 8), ('n_layer', 2)):
+    for name, value in (('rank', 5), ('stripe_up', 64), ('n_layer', 2)):
         ended = distil(source, data, tmp_path / 'b', f'--{name}', value)
         assert f'--{name} {value}: {source} has' in one_line(ended, 2)
 
