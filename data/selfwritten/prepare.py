@@ -7,7 +7,9 @@ Text that a chat model writes itself -> train.bin, val.bin, meta.json: what its 
 Half of the windows are dialogues: given is only the template up to where the user speaks, and the model
 writes the question, then the answer, then the next question, to the end of the window. The other half are
 plain documents, begun from a random token; where one ends, the next begins. No corpus and no licence but the
-model's own. Users and documents are drawn at temperature 1, answers at 0.7, all with min-p 0.05.
+model's own. Users and documents are drawn at temperature 1, answers at 0.7, with min-p 0.05. But half of the
+documents are drawn from all that the model thinks possible: people write what surprises it, and a copy that
+has read only what is likely is at a loss there. And half begin as if after another document's end.
 
 The text depends on the seed, the options and the device alone. A run that stops is taken up where it was by
 the same command: finished windows wait in train.bin.part and val.bin.part, progress.json counts them.
@@ -42,6 +44,7 @@ class SelfWrittenConfig:
     """Text that a chat model writes itself: half dialogues, half plain documents."""
     model: str = option('smollm2', 'the chat model: smollm2, a Llama-family folder or GGUF file, ...')
     tokens: int = option(16_000_000, 'how many to write, at least', at_least=1)
+    dialogues: float = option(0.5, 'share of dialogues; the rest are documents', at_least=0, at_most=1)
     window: int = option(512, 'length of the independent windows, in tokens', at_least=32)
     batch: int = option(0, 'windows written at once; 0: 4096 on a GPU, 16 on a CPU', at_least=0)
     user_temperature: float = option(1.0, 'of questions and documents', at_least=0.01)
@@ -72,14 +75,14 @@ def template_pieces(spec, encoding):
 @torch.inference_mode()
 def write_windows(model, spec, encoding, count, config, device, generator):
     """
-    Windows of text np.int64 (count, config.window), the first half dialogues, the others documents. All
-    advance together, one token at a time, through one KV cache.
+    Windows of text np.int64 (count, config.window), first the dialogues, then the documents. All advance
+    together, one token at a time, through one KV cache.
     """
     opening, to_answer, to_question = template_pieces(spec, encoding)
     stops = torch.tensor(sorted(stop_ids(spec, encoding)), device=device)
     end, special = end_id(spec, encoding), sorted(encoding.special.values())
     plain = torch.tensor([i for i in range(encoding.n_vocab) if i not in set(special)], device=device)
-    dialogue = torch.arange(count, device=device) < count // 2
+    dialogue = torch.arange(count, device=device) < round(count * config.dialogues)
     # forced[0] follows the stop token of a question, forced[1] that of an answer
     lengths = torch.tensor([len(to_answer) - 1, len(to_question) - 1], device=device)
     longest = int(lengths.max())
@@ -95,10 +98,15 @@ def write_windows(model, spec, encoding, count, config, device, generator):
     window = torch.zeros(count, config.window, dtype=torch.long, device=device)
     window[dialogue, :len(opening)] = torch.tensor(opening, device=device)
 
+    def toss():
+        return ~dialogue & (torch.rand(count, generator=generator) < 0.5).to(device)
+
     def random_token():
         return plain[torch.randint(len(plain), (count,), generator=generator).to(device)]
 
     window[~dialogue, 0] = random_token()[~dialogue]
+    window[toss(), 0] = end
+    min_p = torch.where(toss(), 0.0, MIN_P)[:, None]                # (count, 1)
     cache = KVCache(replace(model.config, block_size=config.window), count, device, model.head.weight.dtype)
     for i in range(config.window - 1):
         logits, _ = model(window[:, i:i + 1], cache, dense=True)    # (count, 1, vocab)
@@ -106,7 +114,7 @@ def write_windows(model, spec, encoding, count, config, device, generator):
         temperature = torch.where(answers, config.answer_temperature, config.user_temperature)
         point = torch.rand(count, generator=generator).to(device)
         logits = logits[:, 0] + forbidden[dialogue.long()]
-        drawn, _ = sample(logits, point, temperature[:, None], min_p=MIN_P)
+        drawn, _ = sample(logits, point, temperature[:, None], min_p=min_p)
         # what the template says comes before what the model says; then the other one speaks
         must, given = dialogue & (said < lengths[speaker]), dialogue & (i + 1 < len(opening))
         token = torch.where(must, forced[speaker, said.clamp_max(longest - 1)], drawn)
@@ -127,7 +135,8 @@ def main():
         raise DataError('--batch must be at least 2: a dialogue and a document')
     folder = Path(config.out)
     settings = {'model': config.model, 'window': config.window, 'batch': batch, 'seed': config.seed,
-                'temperatures': [config.user_temperature, config.answer_temperature]}
+                'temperatures': [config.user_temperature, config.answer_temperature],
+                'dialogues': config.dialogues}
     progress = load_progress(folder, {'settings': settings, 'batches': 0})
     try:
         model, saved = weights.load(config.model)
