@@ -7,9 +7,10 @@ Text that a chat model writes itself -> train.bin, val.bin, meta.json: what its 
 Half of the windows are dialogues: given is only the template up to where the user speaks, and the model
 writes the question, then the answer, then the next question, to the end of the window. The other half are
 plain documents, begun from a random token; where one ends, the next begins. No corpus and no licence but the
-model's own. Users and documents are drawn at temperature 1, answers at 0.7, with min-p 0.05. But half of the
-documents are drawn from all that the model thinks possible: people write what surprises it, and a copy that
-has read only what is likely is at a loss there. And half begin as if after another document's end.
+model's own. Users and documents are drawn at temperature 1, answers at 0.7. In half of the windows min-p 0.05
+leaves only what is likely; in the others users and documents are drawn from all that the model thinks
+possible: people write what surprises it, and a copy that has read only what is likely is at a loss there.
+Half of the documents begin as if after another document's end.
 
 The text depends on the seed, the options and the device alone. A run that stops is taken up where it was by
 the same command: finished windows wait in train.bin.part and val.bin.part, progress.json counts them.
@@ -99,14 +100,14 @@ def write_windows(model, spec, encoding, count, config, device, generator):
     window[dialogue, :len(opening)] = torch.tensor(opening, device=device)
 
     def toss():
-        return ~dialogue & (torch.rand(count, generator=generator) < 0.5).to(device)
+        return (torch.rand(count, generator=generator) < 0.5).to(device)
 
     def random_token():
         return plain[torch.randint(len(plain), (count,), generator=generator).to(device)]
 
     window[~dialogue, 0] = random_token()[~dialogue]
-    window[toss(), 0] = end
-    min_p = torch.where(toss(), 0.0, MIN_P)[:, None]                # (count, 1)
+    window[~dialogue & toss(), 0] = end
+    anything = toss()
     cache = KVCache(replace(model.config, block_size=config.window), count, device, model.head.weight.dtype)
     for i in range(config.window - 1):
         logits, _ = model(window[:, i:i + 1], cache, dense=True)    # (count, 1, vocab)
@@ -114,7 +115,8 @@ def write_windows(model, spec, encoding, count, config, device, generator):
         temperature = torch.where(answers, config.answer_temperature, config.user_temperature)
         point = torch.rand(count, generator=generator).to(device)
         logits = logits[:, 0] + forbidden[dialogue.long()]
-        drawn, _ = sample(logits, point, temperature[:, None], min_p=min_p)
+        min_p = torch.where(anything & ~answers, 0.0, MIN_P)
+        drawn, _ = sample(logits, point, temperature[:, None], min_p=min_p[:, None])
         # what the template says comes before what the model says; then the other one speaks
         must, given = dialogue & (said < lengths[speaker]), dialogue & (i + 1 < len(opening))
         token = torch.where(must, forced[speaker, said.clamp_max(longest - 1)], drawn)
