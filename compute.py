@@ -27,10 +27,10 @@ import weights
 from cwic import CheckpointError
 from data.common import load_dataset, run
 from device import choose_device
-from evaluate import rows_at_once, validation_windows
+from evaluate import rows_at_once, validation_windows, windows_of_kind
 from methods import hooked
 from options import fail, option, parse_options
-from tokenizer import dialogue_ids, load_tokenizer
+from tokenizer import load_tokenizer
 
 
 @dataclass
@@ -240,16 +240,10 @@ def main():
     _, data, meta = load_dataset(name, length)
     if meta['tokenizer'] != spec:
         fail(f'{path} was not trained on data/{name}; say on what: --data NAME', 1)
-    every = len(data) // meta.get('window', length)
-    windows = validation_windows(data, meta, every if config.dialogues else config.windows, length)
     encoding = load_tokenizer(spec)
     bytes_of = encoding.decode_single_token_bytes
-    if config.dialogues:
-        begin = dialogue_ids(spec, encoding, [('user', '')])[0] if spec.get('template') else -1
-        windows = windows[windows[:, 0] == begin]
-        if not len(windows):
-            fail(f'no window of data/{name} begins with a chat template; leave --dialogues out', 1)
-        windows = windows[np.linspace(0, len(windows) - 1, min(config.windows, len(windows))).astype(int)]
+    windows = (windows_of_kind('dialogues', data, meta, spec, encoding, config.windows, length)
+               if config.dialogues else validation_windows(data, meta, config.windows, length))
     pieces = [[bytes_of(token) for token in window] for window in windows[:, :-1].tolist()]
     pattern = PROSE if 'template' in spec else PYTHON
     kinds = np.array([kinds_of_tokens(of_window, pattern) for of_window in pieces])         # (windows, T)

@@ -5,6 +5,7 @@ How good a model is, at what compute, and how close to its dense teacher.
     python evaluate.py out/best.pt --dense                  # the same model with every weight
     python evaluate.py adapters/smollm2.pt --text FILE      # on a text file of yours
     python evaluate.py adapters/smollm2.pt --blimp FILE     # grammar: 67 paradigms of 1,000 pairs
+    python evaluate.py adapters/smollm2.pt --questions data/questions.txt   # on its base's answers to people
 
 An adapter is also compared with its base, the dense model it learned from. Every token counts, the LM head's
 compute included, and every token is as sparse as it is in decoding; all in f32.
@@ -13,7 +14,7 @@ BLiMP (Warstadt et al., 2020, github.com/alexwarstadt/blimp) is one JSON object 
 'sentence_bad' and 'UID', the paradigm; --blimp takes the files of its data/ folder one after the other in one
 file, packed with xz or not. A pair is right where the good sentence is the likelier; chance is a half.
 
-Not here: benchmarks that need a generation to be judged.
+Not here: benchmarks in which what a model writes is judged.
 """
 
 import json
@@ -27,15 +28,16 @@ import numpy as np
 import torch
 
 import weights
-from cwic import CheckpointError
+from cwic import CheckpointError, KVCache, sample
 from data.common import DataError, load_dataset, run
 from device import choose_device
 from options import fail, option, parse_options
-from tokenizer import TokenizerError, end_id, load_tokenizer
+from tokenizer import TokenizerError, dialogue_ids, end_id, load_tokenizer, stop_ids
 
 # no more logits than this, or one sequence's, exist at a time: what a CPU's cache likes, what a GPU needs
 LOGITS_AT_ONCE = {'cpu': 2 ** 22, 'cuda': 2 ** 28, 'mps': 2 ** 26}
 PERCENTILES = (1, 5, 25, 50, 75, 95, 99)
+LONGEST_ANSWER = 90     # tokens
 
 
 @dataclass
@@ -45,7 +47,10 @@ class EvaluateConfig:
     json: bool = option(False, 'print one JSON object')
     dense: bool = option(False, 'use every weight')
     data: str = option('', 'folder in data/ whose validation split is read; else the one it was trained with')
+    only: str = option('', "of a chat model's text: dialogues, or documents; else both")
     text: str = option('', 'a UTF-8 text file to read instead')
+    questions: str = option('', 'a file of questions, one on each line: an adapter is compared with its '
+                            'base on the answers that the base gives')
     blimp: str = option('', 'BLiMP as JSON lines, packed with xz or not')
     blimp_pairs: int = option(1000, 'of each paradigm, the first so many', at_least=1)
     windows: int = option(64, 'windows of text, each as long as the training windows were', at_least=1)
@@ -133,6 +138,44 @@ def blimp(model, encoding, start, pairs, dense=False, progress=lambda done: None
     return accuracy, model.dense() * count / active_sum
 
 
+@torch.no_grad()
+def answer(teacher, prompt, stops, generator):
+    """Ids of a prompt and of the answer, stop token included, that a dense model draws as chat.py would."""
+    tokens, cache = list(prompt), KVCache(teacher.config, device=teacher.head.weight.device)
+    for _ in range(LONGEST_ANSWER):
+        new = torch.tensor([tokens[cache.length:]], device=teacher.head.weight.device)
+        logits, _ = teacher(new, cache, dense=True)
+        point = torch.rand(1, generator=generator).to(logits.device)
+        tokens.append(int(sample(logits[:, -1], point, temperature=0.7, min_p=0.05)[0]))
+        if tokens[-1] in stops:
+            break
+    return tokens
+
+
+@torch.no_grad()
+def compare_answers(model, teacher, spec, encoding, questions, progress=lambda done: None):
+    """
+    What a chat is for: the dense teacher answers each question, and both models read its answers. -> a dict
+    of kl, KL(teacher || student) in nats, agreement and reduction, all over the tokens of answers, and of how
+    many questions and tokens that is.
+    """
+    generator, device = torch.Generator().manual_seed(1), model.head.weight.device
+    kl, same, active_sum, count = 0.0, 0, 0.0, 0
+    for done, question in enumerate(questions):
+        prompt = dialogue_ids(spec, encoding, [('user', question)])
+        tokens = torch.tensor([answer(teacher, prompt, stop_ids(spec, encoding), generator)], device=device)
+        logits, active = model(tokens[:, :-1])
+        logp = logits[0, len(prompt) - 1:].log_softmax(-1)                              # (T, vocab)
+        teacher_logits, _ = teacher(tokens[:, :-1], dense=True)
+        teacher_logp = teacher_logits[0, len(prompt) - 1:].log_softmax(-1)
+        kl += float((teacher_logp.exp() * (teacher_logp - logp)).sum())
+        same += int((teacher_logp.argmax(-1) == logp.argmax(-1)).sum())
+        active_sum, count = active_sum + float(active[:, 0, len(prompt) - 1:].sum()), count + len(logp)
+        progress((done + 1) / len(questions))
+    return dict(kl=kl / count, agreement=same / count, reduction=model.dense() * count / active_sum,
+                questions=len(questions), tokens=count)
+
+
 def show_progress(done):
     """done: from 0 to 1."""
     if sys.stderr.isatty():
@@ -156,6 +199,18 @@ def read_blimp(path, most):
     if not pairs:
         raise DataError(f'{path}: no pairs of sentences in it')
     return pairs
+
+
+def read_questions(path):
+    """The lines of a UTF-8 text file that are not empty. Raises DataError."""
+    try:
+        with open(path, encoding='utf-8') as f:
+            questions = [line.strip() for line in f if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f'{path}: cannot be read ({error})') from None
+    if not questions:
+        raise DataError(f'{path}: no questions in it')
+    return questions
 
 
 def text_windows(path, encoding, count, length):
@@ -182,10 +237,25 @@ def validation_windows(data, meta, count, length):
     return np.stack([data[start:start + length + 1] for start in starts]).astype(np.int64)
 
 
+def windows_of_kind(kind, data, meta, spec, encoding, count, length):
+    """
+    As validation_windows(), of a chat model's text only 'dialogues', which begin with its template, or only
+    'documents', which do not. Raises DataError where there are none.
+    """
+    begin = dialogue_ids(spec, encoding, [('user', '')])[0] if 'template' in spec else -1
+    windows = validation_windows(data, meta, len(data) // meta.get('window', length), length)
+    windows = windows[(windows[:, 0] == begin) == (kind == 'dialogues')]
+    if not len(windows):
+        raise DataError(f'no validation windows that are {kind}; read all of them')
+    return windows[np.linspace(0, len(windows) - 1, min(count, len(windows))).astype(int)]
+
+
 def main():
     config, _ = parse_options(EvaluateConfig, 'python evaluate.py')
     if len(config.checkpoint) > 1:
         fail('give one checkpoint')
+    if config.only not in ('', 'dialogues', 'documents'):
+        fail(f'--only {config.only}: choose dialogues or documents')
     path = config.checkpoint[0] if config.checkpoint else 'out/best.pt'
     device, start = choose_device(config.device), time.time()
     try:
@@ -195,19 +265,26 @@ def main():
         options = saved.get('options', {})
         length = min(options.get('block_size', 512), model.config.block_size)
         model.to(device)
-        if config.blimp:
+        compared = saved.get('base') and not config.blimp
+        teacher = weights.load(saved['base'])[0].to(device) if compared else None
+        if config.questions and (teacher is None or 'template' not in spec):
+            fail(f'--questions: {path} is no adapter of a chat model; give one, such as adapters/smollm2.pt')
+        if config.questions:
+            results = compare_answers(model, teacher, spec, encoding, read_questions(config.questions),
+                                      show_progress)
+        elif config.blimp:
             pairs = read_blimp(config.blimp, config.blimp_pairs)
             by_paradigm, reduction = blimp(model, encoding, end_id(spec, encoding), pairs, config.dense,
                                            show_progress)
             results = dict(blimp=float(np.mean(list(by_paradigm.values()))), reduction=reduction,
                            pairs=len(pairs), by_paradigm=by_paradigm)
         else:
-            teacher = weights.load(saved['base'])[0].to(device) if saved.get('base') else None
             if config.text:
                 tokens = text_windows(config.text, encoding, config.windows, length)
             else:
                 _, data, meta = load_dataset(config.data or options.get('data', 'python'), length)
-                tokens = validation_windows(data, meta, config.windows, length)
+                tokens = (windows_of_kind(config.only, data, meta, spec, encoding, config.windows, length)
+                          if config.only else validation_windows(data, meta, config.windows, length))
             results = dict(measure(model, tokens, teacher, config.dense),
                            windows=len(tokens), length=tokens.shape[1] - 1)
     except (CheckpointError, weights.WeightsError, TokenizerError) as error:

@@ -217,7 +217,7 @@ def test_an_adapter_is_compared_with_its_base(program, tmp_path, monkeypatch):
 def test_what_a_user_gets_wrong_is_one_line(program, tmp_path, capsys):
     path = str(tmp_path / 'sparse.pt')
     for more, says in (([str(tmp_path / 'none.pt')], 'no such checkpoint'), ([path, path], 'give one checkpoint'),
-                       ([path, '--dialogues'], 'no window'), ([path, '--windows', '0'], 'at least 1'),
+                       ([path, '--dialogues'], 'no validation windows that are dialogues'), ([path, '--windows', '0'], 'at least 1'),
                        ([path, '--data', 'python'], 'say on what'),
                        ([path, '--picture', 'tokens.foo'], 'must end in .png, .svg or .pdf')):
         with pytest.raises(SystemExit) as ended:
