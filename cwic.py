@@ -559,7 +559,7 @@ def next_token_loss(logits, targets):
     return F.cross_entropy(logits.float(), targets)
 
 
-def teacher_loss(logits, teacher_logits, reverse=0.5):
+def teacher_loss(logits, teacher_logits, reverse):
     """
     (1 - reverse) KL(teacher || student) + reverse KL(student || teacher), mean over tokens, in nats: at 1/2
     the two-way KL, at 0 what evaluate.py measures. logits (N, vocab), both.

@@ -157,12 +157,15 @@ def compare_answers(model, teacher, spec, encoding, questions, progress=lambda d
     """
     What a chat is for: the dense teacher answers each question, and both models read its answers. -> a dict
     of kl, KL(teacher || student) in nats, agreement and reduction, all over the tokens of answers, and of how
-    many questions and tokens that is.
+    many questions and tokens that is. Raises DataError for a question that does not fit the context.
     """
     generator, device = torch.Generator().manual_seed(1), model.head.weight.device
     kl, same, active_sum, count = 0.0, 0, 0.0, 0
     for done, question in enumerate(questions):
         prompt = dialogue_ids(spec, encoding, [('user', question)])
+        if len(prompt) + LONGEST_ANSWER > model.config.block_size:
+            raise DataError(f'question {done + 1} has {len(prompt)} tokens, with an answer more than the '
+                            f'{model.config.block_size} of the context; shorten it')
         tokens = torch.tensor([answer(teacher, prompt, stop_ids(spec, encoding), generator)], device=device)
         logits, active = model(tokens[:, :-1])
         logp = logits[0, len(prompt) - 1:].log_softmax(-1)                              # (T, vocab)

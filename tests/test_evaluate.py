@@ -148,6 +148,8 @@ def test_questions_that_cannot_be_asked_are_one_line(tmp_path, monkeypatch, caps
         with pytest.raises(DataError, match=said):
             evaluate.read_questions(str(tmp_path / name))
     assert len(evaluate.read_questions(str(ROOT / 'data' / 'questions.txt'))) == 84
+    with pytest.raises(DataError, match='question 2 has .* tokens'):
+        evaluate.compare_answers(model, model, spec, load_tokenizer(spec), ['why?', 'why? ' * 50])
 
 
 def test_blimp_files(tmp_path):

@@ -152,7 +152,7 @@ def main():
     folder.mkdir(parents=True, exist_ok=True)
     batches = -(-config.tokens // (batch * config.window))
     dtype = token_dtype(encoding.n_vocab)
-    every = min(VAL_EVERY, batch // 2)      # of the dialogues as of the documents, and at least one of each
+    every = min(VAL_EVERY, batch // 2)      # of dialogues as of documents; half and half, at least one each
     val_rows = np.arange(batch) % every == every - 1
     split_rows = {'train': ~val_rows, 'val': val_rows}
     parts = {split: folder / f'{split}.bin.part' for split in split_rows}
