@@ -8,8 +8,9 @@ Half of the windows are dialogues: given is only the template up to where the us
 writes the question, then the answer, then the next question, to the end of the window. The other half are
 plain documents, begun from a random token; where one ends, the next begins. No corpus and no licence but the
 model's own. Users and documents are drawn at temperature 1, answers at 0.7. In half of the windows min-p 0.05
-leaves only what is likely; in the others users and documents are drawn from all that the model thinks
-possible: people write what surprises it, and a copy that has read only what is likely is at a loss there.
+leaves only what is likely; in the others, --anything, users and documents are drawn from all that the model
+thinks possible: people write what surprises it, and a copy that has read only what is likely is at a loss
+there.
 Half of the documents begin as if after another document's end.
 
 The text depends on the seed, the options and the device alone. A run that stops is taken up where it was by
@@ -46,6 +47,8 @@ class SelfWrittenConfig:
     model: str = option('smollm2', 'the chat model: smollm2, a Llama-family folder or GGUF file, ...')
     tokens: int = option(16_000_000, 'how many to write, at least', at_least=1)
     dialogues: float = option(0.5, 'share of dialogues; the rest are documents', at_least=0, at_most=1)
+    anything: float = option(0.5, 'share of windows in which users and documents are drawn from all tokens, '
+                             'not only from likely ones', at_least=0, at_most=1)
     window: int = option(512, 'length of the independent windows, in tokens', at_least=32)
     batch: int = option(0, 'windows written at once; 0: 4096 on a GPU, 16 on a CPU', at_least=0)
     user_temperature: float = option(1.0, 'of questions and documents', at_least=0.01)
@@ -99,15 +102,15 @@ def write_windows(model, spec, encoding, count, config, device, generator):
     window = torch.zeros(count, config.window, dtype=torch.long, device=device)
     window[dialogue, :len(opening)] = torch.tensor(opening, device=device)
 
-    def toss():
-        return (torch.rand(count, generator=generator) < 0.5).to(device)
+    def toss(share):
+        return (torch.rand(count, generator=generator) < share).to(device)
 
     def random_token():
         return plain[torch.randint(len(plain), (count,), generator=generator).to(device)]
 
     window[~dialogue, 0] = random_token()[~dialogue]
-    window[~dialogue & toss(), 0] = end
-    anything = toss()
+    window[~dialogue & toss(0.5), 0] = end
+    anything = toss(config.anything)
     cache = KVCache(replace(model.config, block_size=config.window), count, device, model.head.weight.dtype)
     for i in range(config.window - 1):
         logits, _ = model(window[:, i:i + 1], cache, dense=True)    # (count, 1, vocab)
@@ -138,7 +141,7 @@ def main():
     folder = Path(config.out)
     settings = {'model': config.model, 'window': config.window, 'batch': batch, 'seed': config.seed,
                 'temperatures': [config.user_temperature, config.answer_temperature],
-                'dialogues': config.dialogues}
+                'dialogues': config.dialogues, 'anything': config.anything}
     progress = load_progress(folder, {'settings': settings, 'batches': 0})
     try:
         model, saved = weights.load(config.model)
