@@ -229,6 +229,7 @@ class StripedLinear(Thresholds):
         super().__init__(n_in, stripes=math.ceil(n_out / stripe))
         self.n_out, self.stripe = n_out, min(stripe, n_out)
         self.dense = n_in * n_out       # weights a dense layer uses for each token
+        self.overhead = 0               # weights that each token needs besides, where thresholds are in use
         self.weight = nn.Parameter(random_weights(n_in, n_out))                 # (in, out)
         self.bias = nn.Parameter(torch.zeros(n_out)) if bias else None          # (out,)
         self.adapter = nn.Identity()    # or a LowRank change of the weight
@@ -242,8 +243,50 @@ class StripedLinear(Thresholds):
         else:
             y, active = GatedProduct.apply(x.float().view(B * T, -1), self.mu, self.thresholds(),
                                            BANDWIDTH * self.sigma, weight, self.stripe, self.fuse)
-            y, active = y.view(B, T, -1), active.view(B, T)
+            y, active = y.view(B, T, -1), active.view(B, T) + self.overhead
         return (y if self.bias is None else y + self.bias.to(y.dtype)), active
+
+
+# -----------------------------------------------------------------------------
+# bases: what a layer reads may be measured along other directions than those in which it comes
+
+
+def axes(d):
+    """The basis that changes nothing (d, d). bf16: files are smaller."""
+    return torch.eye(d, dtype=torch.bfloat16)
+
+
+def along(x, basis):
+    """x (..., d), measured along the columns of basis (d, d)."""
+    return (x @ basis.to(x.dtype)).to(x.dtype)
+
+
+def principal(x):
+    """Of numbers x (N, d), the directions (d, d) along which they are not correlated."""
+    return torch.linalg.eigh(x.double().t().cov())[1].bfloat16()
+
+
+def in_bases(name, matrix, bases, config):
+    """
+    What a matrix, or an adapter's part of one, becomes with these bases, so that the model computes the same
+    when dense. name: in the state_dict, where bases have their places, too; those that read or write nothing
+    along a basis stay. (Rounded, bases are not quite at right angles, so what reads gets their inverse.)
+    """
+    of_head, of_values = bases.get('basis'), bases.get(name.partition('attn.')[0] + 'attn.basis')
+    new = matrix.detach().float().cpu()
+    if of_head is not None and name in ('head.weight', 'head.adapter.A'):
+        new = torch.linalg.solve(of_head.float().cpu(), new)
+    elif of_values is not None and name.endswith(('qkv.weight', 'qkv.adapter.B', 'qkv.bias')):
+        queries_keys, values = new[..., :-of_values[..., 0].numel()], new[..., -of_values[..., 0].numel():]
+        values = values.unflatten(-1, of_values.shape[:2])[..., None, :] @ of_values.float().cpu()
+        new = torch.cat([queries_keys, values.flatten(-3)], dim=-1)
+    elif of_values is not None and name.endswith(('out.weight', 'out.adapter.A')):
+        # several heads share the values of one
+        basis = of_values.float().cpu().repeat_interleave(config.n_head // config.n_kv_head, dim=0)
+        new = torch.linalg.solve(basis, new.unflatten(0, (config.n_head, -1))).flatten(0, 1)
+    else:
+        return matrix
+    return new.to(matrix)
 
 
 # -----------------------------------------------------------------------------
@@ -269,6 +312,7 @@ class CWICConfig:
     stripe_up: int = 192        # Llama: of the gate
     stripe_down: int = 192      # GPT-2 only
     stripe_head: int = 1024
+    bases: bool = False         # out and head read the principal components of their inputs: find_bases()
 
     def __post_init__(self):
         if self.arch not in ('gpt2', 'llama'):
@@ -317,6 +361,8 @@ class Attention(nn.Module):
         self.widths = [n * config.head_dim for n in (config.n_head, config.n_kv_head, config.n_kv_head)]
         self.qkv = StripedLinear(config.n_embd, sum(self.widths), config.stripe_qkv, config.bias)
         self.out = StripedLinear(config.n_embd, config.n_embd, config.stripe_out, config.bias)
+        if config.bases:        # of the values of each head; they are in qkv's and out's weights already
+            self.register_buffer('basis', axes(self.head_dim).repeat(config.n_kv_head, 1, 1))
 
     def forward(self, x, rotary, cache, dense):
         """x (B, T, d); rotary: Llama's tables, or None -> y (B, T, d), [active of qkv, of out]."""
@@ -474,6 +520,9 @@ class GPT(nn.Module):
         self.ln_f = norm(config)
         # the token embedding is the head read the other way: row i of its transpose is token i
         self.head = StripedLinear(config.n_embd, config.vocab_size, config.stripe_head, bias=False)
+        if config.bases:
+            self.register_buffer('basis', axes(config.n_embd))      # (d, d), of the head's input
+            self.head.overhead = config.n_embd ** 2
         for name, weight in self.named_parameters():
             # the more layers, the smaller is what each adds to the residual stream at first
             adds = name.endswith(('attn.out.weight', 'mlp.down.weight', 'mlp.neurons.down'))
@@ -498,6 +547,8 @@ class GPT(nn.Module):
         past = 0 if cache is None else cache.length
         positions = torch.arange(past, past + tokens.shape[1], device=tokens.device)
         x, rotary = F.embedding(tokens, self.head.adapter(self.head.weight).t()), None          # (B, T, d)
+        if self.config.bases:
+            x = along(x, self.basis.t())                                        # from components to numbers
         if self.config.arch == 'gpt2':
             x = x + self.wpe(positions)
         else:
@@ -512,7 +563,8 @@ class GPT(nn.Module):
             active += active_block
         if cache is not None:
             cache.length += tokens.shape[1]
-        return self.ln_f(x), torch.stack(active)
+        hidden = self.ln_f(x)
+        return along(hidden, self.basis) if self.config.bases else hidden, torch.stack(active)
 
     def forward(self, tokens, cache=None, dense=False):
         """
@@ -529,15 +581,50 @@ class GPT(nn.Module):
         for _, layer in self.gated():
             layer.fuse = True
 
-    @torch.no_grad()
-    def observe(self, tokens):
-        """Sets the statistics of every layer, on one dense pass over tokens (B, T)."""
-        hooks = [layer.register_forward_pre_hook(lambda layer, args: layer.observe(args[-2]))   # x or z
-                 for _, layer in self.gated()]
+    def inputs(self, tokens, look, names):
+        """Calls look(name, input) for the layers of these names, on one dense pass over tokens (B, T)."""
+        layers = dict(self.gated())
+        hooks = [layers[name].register_forward_pre_hook(
+                    lambda _, args, name=name: look(name, args[-2]))        # x or z
+                 for name in names if name != 'head']
         hidden, _ = self.trunk(tokens, dense=True)
         for hook in hooks:
             hook.remove()
-        self.head.observe(hidden)
+        if 'head' in names:
+            look('head', hidden)
+
+    @torch.no_grad()
+    def observe(self, tokens):
+        """Sets the statistics of every layer that has none, on one dense pass over tokens (B, T)."""
+        layers = {name: layer for name, layer in self.gated() if not layer.sigma.any()}
+        self.inputs(tokens, lambda name, x: layers[name].observe(x), layers)
+
+    @torch.no_grad()
+    def find_bases(self, tokens):
+        """
+        Finds the bases of a model that is to have some, on tokens (B, T): the principal components of what
+        its head reads, and of what attention gathers from the values of each head. In a pretrained model few
+        of them hold most of what differs between tokens, while every number holds some of it: so more can be
+        skipped. For attention that is free, as the matrices before and after take the change; for the head
+        each token pays d * d weights. Thresholds and statistics of what reads along them are gone.
+        """
+        config, bases = self.config, {}
+
+        def find(name, x):
+            x = x.flatten(0, 1).float().cpu()                                           # (N, d)
+            if name == 'head':
+                bases['basis'] = principal(x)
+            else:               # of the heads that share values, all at once
+                heads = x.view(len(x), config.n_kv_head, -1, config.head_dim).transpose(0, 1).flatten(1, 2)
+                bases[f'blocks.{name.split(".")[0]}.attn.basis'] = torch.stack([*map(principal, heads)])
+
+        readers = {name: layer for name, layer in self.gated() if name.endswith(('out', 'head'))}
+        self.inputs(tokens, find, readers)
+        for name, tensor in self.state_dict().items():
+            tensor.copy_(bases[name] if name in bases else in_bases(name, tensor, bases, config))
+        for layer in readers.values():
+            for tensor in (layer.theta, layer.mu, layer.sigma):
+                tensor.zero_()
 
     def parameter_groups(self, lr, threshold_lr, weight_decay):
         """
@@ -760,8 +847,10 @@ def load_checkpoint(path, device='cpu', base=None, merge=True):
     if adapts:
         if base is None:
             raise CheckpointError(f'{path}: an adapter, which needs its base {adapts!r}')
-        state = {**base(adapts).to(device).state_dict(), **state}
+        frozen = base(adapts).to(device).state_dict()
     try:
+        if adapts:
+            state = {**{name: in_bases(name, x, state, config) for name, x in frozen.items()}, **state}
         model = build(config, state, rank)
     except Exception as error:      # as many kinds for sizes that no model has
         raise CheckpointError(f'{damaged} ({type(error).__name__})') from None

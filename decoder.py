@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 import build_kernel
-from cwic import KVCache, Neurons, rotary_tables
+from cwic import KVCache, Neurons, StripedLinear, along, rotary_tables
 
 FORMATS = {'f32': torch.float32, 'bf16': torch.bfloat16, 'int8': torch.int8}    # in sparse_kernel.c's order
 MAX_TILE = 2048     # columns that are computed together: they and their sums stay in the first-level cache
@@ -216,16 +216,20 @@ class Decoder(Window):
         kernel = build_kernel.load()
         super().__init__(model)
         self.lib, self.ffi, self.dtype, c = kernel.lib, kernel.ffi, dtype, model.config
+        self.overhead = 0 if dense else model.head.overhead
         self.kept = []                                  # what C points to has to outlive the pointers
 
         layers = dict(model.gated())
+        if c.bases:
+            layers['basis'] = StripedLinear(c.n_embd, c.n_embd, c.n_embd, bias=False)
+            layers['basis'].weight.data = model.basis.float()
         size = sum(layer.dense * FORMATS[dtype].itemsize + 6 * 64       # and thresholds, scales, mu and base
                    + 4 * (2 * layer.theta.numel() + layer.n_in + 2 * (layer.dense // layer.n_in))
                    for layer in layers.values())
         empty = Arena(size).empty
         threads = min(os.cpu_count() or 1, 8) if threads is None else threads
         tasks = 2 if threads <= 2 else 4                # no more: what they find has to be added up
-        self.packed = {name: PackedMatrix(layer, dtype, dense, empty, tasks)
+        self.packed = {name: PackedMatrix(layer, dtype, dense or name == 'basis', empty, tasks)
                        for name, layer in layers.items()}
         matrix = {name: packed.struct(self.ffi) for name, packed in self.packed.items()}
 
@@ -246,20 +250,23 @@ class Decoder(Window):
             positions = dict(wpe=keep(model.wpe.weight.clone()))
         else:
             positions = dict(zip(('cos', 'sin'), map(keep, rotary_tables(c, torch.arange(c.block_size)))))
+        of_state, basis = torch.float32 if dtype == 'f32' else torch.bfloat16, {}
+        if c.bases:
+            embedding = along(model.head.adapter(model.head.weight).t(), model.basis.t())       # (vocab, d)
+            basis = dict(basis=matrix['basis'], embedding=keep(embedding.to(of_state)))
         self.kept.append(self.ffi.new('Layer[]', [layer(i) for i in range(c.n_layer)]))
         sizes = 'vocab_size', 'block_size', 'n_layer', 'n_head', 'n_kv_head', 'n_embd', 'n_hidden', 'norm_eps'
         self.c_model = self.ffi.new('Model *', dict(
             {name: getattr(c, name) for name in sizes}, **positions, arch=('gpt2', 'llama').index(c.arch),
             dtype=list(FORMATS).index(dtype), layers=self.kept[-1], ln_f=norm(model.ln_f),
-            head=matrix['head']))
+            head=matrix['head'], **basis))
         batch, unit = self.lib.BATCH, self.lib.BLOCK
-        of_cache = torch.float32 if dtype == 'f32' else torch.bfloat16
         shapes = dict(k=(c.n_layer, c.n_kv_head, math.ceil(c.block_size / unit), c.head_dim, unit),
                       v=(c.n_layer, c.n_kv_head, c.block_size, math.ceil(c.head_dim / unit) * unit),
                       x=(batch, c.n_embd), h=(batch, c.n_embd), mixed=(batch, c.n_embd),
                       qkv=(batch, (c.n_head + 2 * c.n_kv_head) * c.head_dim), hidden=(batch, c.n_hidden))
         self.state = self.ffi.new('State *', {
-            name: keep(torch.zeros(shape, dtype=of_cache if name in 'kv' else torch.float32))
+            name: keep(torch.zeros(shape, dtype=of_state if name in 'kv' else torch.float32))
             for name, shape in shapes.items()})
         self.set_threads(threads)
 
@@ -284,4 +291,5 @@ class Decoder(Window):
                                position, buffer('float[]', logits),
                                buffer('int64_t[]', active[start:start + batch])):
                 raise ValueError(f'{len(read)} tokens at position {position} were refused')
+        active[:, -1] += self.overhead
         return logits, active

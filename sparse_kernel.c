@@ -22,7 +22,7 @@ survive fork(): make a new team there.
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
-#if defined(__AVX512F__)
+#if defined(__AVX2__)
 #include <immintrin.h>
 #endif
 
@@ -67,7 +67,9 @@ typedef struct {
     const float *cos, *sin;     // (block_size, head_dim / 2) Llama's
     const Layer *layers;        // (n_layer)
     Norm ln_f;
-    Matrix head;                // its columns are also the embeddings of the tokens
+    Matrix head;                // its columns are also the embeddings of the tokens, unless it has a basis:
+    Matrix basis;               // (n_embd, n_embd) what its input is multiplied with first; or n_in is 0
+    const void *embedding;      // (vocab_size, n_embd) f32 where weights are, else bf16; or NULL
 } Model;
 
 typedef struct {                // what a sequence has left behind, and where its next tokens are worked on
@@ -88,9 +90,9 @@ int team_size(const Team *team);        // threads it really has
 void team_free(Team *team);
 
 // Reads count tokens, 1 to BATCH, the first at this position: logits (vocab_size) of the last one, and active
-// (count, 4 * n_layer + 1), the weights that each token used of each matrix. Many at once are read faster
-// than one after the other, and give the same numbers, to the bit. 0, or -1 where a size, token or position
-// is impossible
+// (count, 4 * n_layer + 1), the weights that each token used of each matrix but the basis. Many at once are
+// read faster than one after the other, and give the same numbers, to the bit. 0, or -1 where a size, token
+// or position is impossible
 int decode(Team *team, const Model *model, const State *state, const uint32_t *tokens, size_t count,
            size_t position, float *logits, int64_t *active);
 
@@ -254,19 +256,34 @@ INLINE float weight(const char *row, size_t j, int dtype)
     return bits.f;
 }
 
-// Sixteen numbers: one register, or as many as it takes
-typedef float Floats __attribute__((vector_size(64), aligned(4), may_alias));
-
-// weights j to j + 15 of a row. What gcc makes of the loop costs int8 a third of its speed, so AVX-512 is told
-INLINE void load(Floats *to, const char *row, size_t j, int dtype)
-{
-    if (dtype == F32) { *to = *(const Floats *)(row + 4 * j); return; }
-#ifdef __AVX512F__
-    __m512i whole = dtype == BF16 ? _mm512_cvtepu16_epi32(_mm256_loadu_si256((const void *)(row + 2 * j)))
-                                  : _mm512_cvtepi8_epi32(_mm_loadu_si128((const void *)(row + j)));
-    *to = dtype == BF16 ? (Floats)_mm512_slli_epi32(whole, 16) : (Floats)_mm512_cvtepi32_ps(whole);
+// One register of numbers. (What is wider than a register, gcc stores in pieces, at a third of the speed)
+#if defined(__AVX512F__)
+#define REGISTER 64
+#elif defined(__AVX__)
+#define REGISTER 32
 #else
-    for (size_t i = 0; i < 16; i++) (*to)[i] = weight(row, j + i, dtype);
+#define REGISTER 16
+#endif
+enum { LANES = REGISTER / 4 };
+typedef float Floats __attribute__((vector_size(REGISTER), aligned(4), may_alias));
+typedef int32_t Ints __attribute__((vector_size(REGISTER)));
+typedef uint16_t Halves __attribute__((vector_size(REGISTER / 2), aligned(2), may_alias));
+typedef int16_t Shorts __attribute__((vector_size(REGISTER / 2)));
+typedef int8_t Bytes __attribute__((vector_size(REGISTER / 4), aligned(1), may_alias));
+
+// weights j to j + LANES - 1 of a row, widened step by step, as gcc only finds instructions that double a
+// width; that x86 has one from bytes to 32 bits it must be told
+INLINE Floats load(const char *row, size_t j, int dtype)
+{
+    if (dtype == F32) return *(const Floats *)(row + 4 * j);
+    if (dtype == BF16) return (Floats)(__builtin_convertvector(*(const Halves *)(row + 2 * j), Ints) << 16);
+#if defined(__AVX512F__)
+    return (Floats)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const void *)(row + j))));
+#elif defined(__AVX2__)
+    return (Floats)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const void *)(row + j))));
+#else
+    Shorts wider = __builtin_convertvector(*(const Bytes *)(row + j), Shorts);
+    return __builtin_convertvector(__builtin_convertvector(wider, Ints), Floats);
 #endif
 }
 
@@ -314,12 +331,9 @@ INLINE void add_eight(float *restrict sums, Rows rows, size_t k, int dtype)
     for (size_t start = 0, line = 64 / bytes(dtype); start < rows.width; start += line) {
         size_t j = start, end = least(start + line, rows.width);
         for (size_t r = 0; r < 8; r++) request(e.later[r] + start * bytes(dtype), dtype);
-        for (; j + 16 <= end; j += 16) {
-            Floats sum = *(Floats *)(sums + j), weights;
-            for (size_t r = 0; r < 8; r++) {
-                load(&weights, e.row[r], j, dtype);
-                sum += e.value[r] * weights;
-            }
+        for (; j + LANES <= end; j += LANES) {
+            Floats sum = *(Floats *)(sums + j);
+            for (size_t r = 0; r < 8; r++) sum += e.value[r] * load(e.row[r], j, dtype);
             *(Floats *)(sums + j) = sum;
         }
         for (; j < end; j++)
@@ -331,19 +345,16 @@ INLINE void add_eight(float *restrict sums, Rows rows, size_t k, int dtype)
 INLINE void dot_eight(Rows rows, size_t k, const float *restrict h, int dtype)
 {
     Eight e = take_eight(rows, k);
-    Floats sum[8] = {0}, weights;
+    Floats sum[8] = {0};
     size_t j = 0, line = 64 / bytes(dtype);
-    for (; j + 16 <= rows.width; j += 16) {
+    for (; j + LANES <= rows.width; j += LANES) {
         for (size_t r = 0; j % line == 0 && r < 8; r++) request(e.later[r] + j * bytes(dtype), dtype);
-        for (size_t r = 0; r < 8; r++) {
-            load(&weights, e.row[r], j, dtype);
-            sum[r] += weights * *(const Floats *)(h + j);
-        }
+        for (size_t r = 0; r < 8; r++) sum[r] += load(e.row[r], j, dtype) * *(const Floats *)(h + j);
     }
     for (size_t r = 0; r < 8 && k + r < rows.n; r++) {
         float dot = 0;
         #pragma omp simd reduction(+:dot)
-        for (size_t i = 0; i < 16; i++) dot += sum[r][i];
+        for (size_t i = 0; i < LANES; i++) dot += sum[r][i];
         for (size_t i = j; i < rows.width; i++) dot += weight(e.row[r], i, dtype) * h[i];
         rows.value[k + r] *= dot;
     }
@@ -469,14 +480,11 @@ INLINE void add_block(float *restrict sums, const char *restrict block, size_t s
                       const uint32_t *restrict index, size_t first, const float *restrict value, size_t n,
                       int dtype)
 {
-    Floats sum[BLOCK / 16], weights;
+    Floats sum[BLOCK / LANES];
     memcpy(sum, sums, sizeof sum);
     for (size_t k = 0; k < n; k++) {
         const char *row = block + (index ? index[k] - first : k) * stride * bytes(dtype);
-        for (size_t j = 0; j < BLOCK / 16; j++) {
-            load(&weights, row, 16 * j, dtype);
-            sum[j] += value[k] * weights;
-        }
+        for (size_t j = 0; j < BLOCK / LANES; j++) sum[j] += value[k] * load(row, LANES * j, dtype);
     }
     memcpy(sums, sum, sizeof sum);
 }
@@ -612,7 +620,7 @@ typedef struct {
     int dtype;                  // of keys and values
 } Attention;
 
-// a token's embedding is its column of the head; GPT-2 adds one for its position
+// a token's embedding, mostly its column of the head; GPT-2 adds one for its position
 static void embed(const Model *m, float *x, size_t token, size_t position)
 {
     const Matrix *head = &m->head;
@@ -620,8 +628,13 @@ static void embed(const Model *m, float *x, size_t token, size_t position)
     Tile tile = find_tile(head, stripe * tiles + token % head->stripe / head->tile);
     const char *tile_start = (const char *)head->weight + tile.start * head->n_in * bytes(m->dtype);
     for (size_t i = 0; i < m->n_embd; i++) {
-        x[i] = weight(tile_start, i * tile.width + token - tile.start, m->dtype);
-        if (m->dtype == INT8) x[i] *= head->row_scale[stripe * head->n_in + i] * head->column_scale[token];
+        if (m->embedding) {
+            x[i] = weight(m->embedding, token * m->n_embd + i, m->dtype == F32 ? F32 : BF16);
+        } else {
+            x[i] = weight(tile_start, i * tile.width + token - tile.start, m->dtype);
+            if (m->dtype == INT8)
+                x[i] *= head->row_scale[stripe * head->n_in + i] * head->column_scale[token];
+        }
         if (m->arch == GPT2) x[i] += m->wpe[position * m->n_embd + i];
     }
 }
@@ -702,6 +715,7 @@ int decode(Team *team, const Model *m, const State *s, const uint32_t *tokens, s
     if (m->block_size > team->longest) return -1;
     if (!m->n_layer || !qkv || d % m->n_head || m->n_head % m->n_kv_head) return -1;
     if (!possible(team, &m->head, dtype, d, m->vocab_size)) return -1;
+    if (m->basis.n_in && (!m->embedding || !possible(team, &m->basis, dtype, d, d))) return -1;
     for (const Layer *l = m->layers; l < m->layers + m->n_layer; l++)
         if (!possible(team, &l->qkv, dtype, d, qkv) || !possible(team, &l->out, dtype, d, d)
             || !possible(team, &l->up, dtype, d, m->n_hidden)
@@ -722,15 +736,19 @@ int decode(Team *team, const Model *m, const State *s, const uint32_t *tokens, s
         int then = gpt2 ? GELU : SILU;
         multiply((Product){team, &l->up, dtype, then, count, s->h, NULL, s->hidden, &l->down}, used + 2, row);
         const float *h = gpt2 ? NULL : s->h;
-        const Matrix *next = now.layer + 1 < m->n_layer ? &l[1].qkv : &m->head;
+        const Matrix *next = now.layer + 1 < m->n_layer ? &l[1].qkv : m->basis.n_in ? &m->basis : &m->head;
         multiply((Product){team, &l->down, dtype, ADD, count, s->hidden, h, s->x, next}, used + 3, row);
     }
-    for (size_t i = 0; i < count; i++) {
-        int64_t *used = active + (i + 1) * row - 1;
-        normalise(s->h, s->x + i * d, m->ln_f, m);
-        if (i + 1 < count) *used = count_active(&m->head, s->h, team->workers);     // no logits are asked for
-        else multiply((Product){team, &m->head, dtype, STORE, 1, s->h, NULL, logits, &m->layers->qkv}, used,
-                      1);
+    for (size_t i = 0; i < count; i++) normalise(s->h + i * d, s->x + i * d, m->ln_f, m);
+    int64_t *used = active + row - 1;
+    float *h = s->h;
+    if (m->basis.n_in) {
+        h = s->mixed;
+        multiply((Product){team, &m->basis, dtype, STORE, count, s->h, NULL, h, &m->head}, used, row);
+    }
+    for (size_t i = 0; i < count; i++, h += d, used += row) {
+        if (i + 1 < count) *used = count_active(&m->head, h, team->workers);        // no logits are asked for
+        else multiply((Product){team, &m->head, dtype, STORE, 1, h, NULL, logits, &m->layers->qkv}, used, 1);
     }
     return 0;
 }

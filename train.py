@@ -91,6 +91,8 @@ class TrainConfig:
     stripe_up: int = option(320, '... of the first MLP matrix (llama: of its gate)')
     stripe_down: int = option(320, '... of the second MLP matrix')
     stripe_head: int = option(1024, '... of the LM head')
+    bases: bool = option(False, 'with --init_from: head and attention output read the principal components '
+                         'of their inputs, of which they can skip more')
     # compute
     target_reduction: float = option(3.0, 'dense weights / active weights per token to train for; 1 trains a '
                                      'dense model', at_least=1)
@@ -304,13 +306,24 @@ def train_step(run, tokens, targets, target, dense=False, stop=False):
     return float(loss), active, bool(stop)
 
 
+def observed(model):
+    """Whether every layer has statistics."""
+    return all(float(layer.sigma.max()) > 0 for _, layer in model.gated())
+
+
 def observe(run, train_data, meta):
-    """Sets the model's statistics. (Every process reads the same windows, so all find the same.)"""
+    """
+    Finds the bases, if the model is to have some, and sets the statistics of all layers that have none yet.
+    (Every process reads the same windows, so all find the same.)
+    """
     config = replace(run.config, batch_size=OBSERVED)
     starts = step_starts(train_data, meta, config, 2 ** 31)             # of a step that never comes
+    tokens, _ = windows(train_data, starts, config.block_size, run.device)
     with run.autocast():
-        run.model.observe(windows(train_data, starts, config.block_size, run.device)[0])
-    if any(float(layer.sigma.max()) == 0 for _, layer in run.model.gated()):
+        if run.config.bases:
+            run.model.find_bases(tokens)
+        run.model.observe(tokens)
+    if not observed(run.model):
         fail('the inputs of a layer never change, so its thresholds could not learn: is a layer all 0?', 1)
 
 
@@ -344,7 +357,10 @@ def new_model(sizes):
 
 
 def with_stripes(model, sizes):
-    """A model of these sizes, in which only stripes differ: each begins as the one in which it lay."""
+    """
+    A model of these sizes: each stripe begins as the one in which it lay. If this one is to have bases, its
+    head's statistics are gone, for all that to be found.
+    """
     new = new_model({name: sizes[name] for name in asdict(model.config)})
     if sizes.get('rank'):
         cwic.add_adapters(new, sizes['rank'])
@@ -355,6 +371,8 @@ def with_stripes(model, sizes):
             layer.theta.data = old.theta.data[torch.arange(len(layer.theta)) * layer.stripe // old.stripe]
         else:
             layer.theta.data = old.theta.data
+    if new.config.bases and not model.config.bases:
+        new.head.sigma.zero_()
     return new
 
 
@@ -376,7 +394,7 @@ def starting_model(config, given):
         if name == 'block_size' and asked <= sizes[name]:
             continue                    # so long are the training windows; the model's context stays
         finer = name.startswith('stripe_') and (asked <= sizes[name] or not base)
-        if asked != sizes[name] and not finer:
+        if asked != sizes[name] and not finer and not (name == 'bases' and asked):
             fail(f'--{name} {asked}: {source} has {sizes[name]}; leave the option out')
         sizes[name] = asked
     if any(sizes[name] != size for name, size in asdict(model.config).items()):
@@ -469,7 +487,7 @@ def begin(config, given, device):
     shares = saved.get('active_share')
     if config.resume:
         restore(run, saved)
-    elif type(shares) is list and [type(x) is float and 0 < x <= 1 for x in shares] == [True] * len(active):
+    elif type(shares) is list and [type(x) is float and 0 < x < 2 for x in shares] == [True] * len(active):
         run.active *= torch.tensor(shares).to(active)       # of an adapter, which is sparse already
     return run, data
 
@@ -664,10 +682,10 @@ def train(run, data, rank, world):
             if run.step == config.dense_steps and not dense:
                 if fuse_gates(run):
                     say('sparse from here on; the gates are compiled first, for ten seconds or less')
-                run.teacher = frozen_teacher(run) if config.teacher else None
-                if not any(float(layer.sigma.max()) for _, layer in model.gated()):     # unlike an adapter's
+                if not observed(model):             # unlike most adapters
                     with uncompiled():
                         observe(run, train_data, meta)
+                run.teacher = frozen_teacher(run) if config.teacher else None
             loss, active, stop = train_step(run, *batch(run.step), target, dense, stop=bool(wishes))
         except ProcessGone as why:
             save_last(run)              # by whichever are left: all have the same to save

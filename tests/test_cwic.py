@@ -321,6 +321,10 @@ def test_statistics_change_on_request_only(arch):
     before = {name: b.clone() for name, b in model.named_buffers()}
     model(tokens), model(tokens, dense=True), model.eval()(tokens)
     assert all(torch.equal(before[name], b) for name, b in model.named_buffers())
+    model.observe(tokens)                                                   # who has statistics keeps them
+    assert all(torch.equal(before[name], b) for name, b in model.named_buffers())
+    for _, layer in model.gated():
+        layer.sigma.zero_()
     model.observe(tokens)
     unchanged = {name for name, b in model.named_buffers() if torch.equal(before[name], b)}
     assert unchanged == {name for name in before if name.endswith('neurons.mu')}
@@ -381,7 +385,7 @@ def forward_in_numpy(model, tokens, dense=False):
     in f64. Returns logits (T, vocab) and the weights used (matrices, T).
     """
     config = model.config
-    p = {name: x.numpy().astype(np.float64) for name, x in model.state_dict().items()}
+    p = {name: x.double().numpy() for name, x in model.state_dict().items()}
     T, counts, d = len(tokens), [], config.n_embd // config.n_head
 
     def thresholds(name):
@@ -433,16 +437,58 @@ def forward_in_numpy(model, tokens, dense=False):
             counts[-1] += used * (len(up) + len(down))
         return y
 
-    x = p['head.weight'].T[tokens] + (p['wpe.weight'][:T] if config.arch == 'gpt2' else 0)
+    basis = p.get('basis', np.eye(config.n_embd))
+    x = (basis @ p['head.weight']).T[tokens] + (p['wpe.weight'][:T] if config.arch == 'gpt2' else 0)
     for i in range(config.n_layer):
         x = x + attention(norm(x, f'blocks.{i}.ln_1'), f'blocks.{i}.attn')
         x = x + mlp(norm(x, f'blocks.{i}.ln_2'), f'blocks.{i}.mlp')
-    return linear(norm(x, 'ln_f'), 'head', config.stripe_head), np.stack(counts)
+    logits = linear(norm(x, 'ln_f') @ basis, 'head', config.stripe_head)
+    counts[-1] += basis.size if config.bases and not dense else 0
+    return logits, np.stack(counts)
+
+
+@BOTH
+@pytest.mark.parametrize('rank', [0, 3])
+def test_bases_are_principal_components_and_change_nothing_else(arch, rank):
+    """
+    Dense, the model with bases computes what it did without, adapters included. What its head reads, and what
+    attention gathers from the values of each head, is not correlated any more, and as spread out as numpy
+    finds it to be along its principal components. Only thresholds and statistics of these layers are gone.
+    """
+    model, tokens = small_model(arch, bases=True, block_size=64), random_tokens(40, 64)
+    config, read = model.config, {}
+    if rank:
+        cwic.add_adapters(model, rank)
+        for layer, adapter, _ in cwic.adapters(model):
+            torch.nn.init.normal_(getattr(layer, adapter).B, std=0.1)
+    with torch.no_grad():
+        before, inputs, old = model(tokens, dense=True)[0], {}, dict(model.named_parameters())
+        kept = {name: x.clone() for name, x in model.state_dict().items()}
+        names = [name for name, _ in model.gated() if name.endswith(('out', 'head'))]
+        model.inputs(tokens, inputs.__setitem__, names)
+        model.find_bases(tokens)
+        model.inputs(tokens, read.__setitem__, names)
+        after = model(tokens, dense=True)[0]
+    torch.testing.assert_close(after, before, rtol=1e-4, atol=1e-4)
+    for name in names:
+        heads = 1 if name == 'head' else config.n_kv_head
+        for x, y in zip(*(z[name].reshape(-1, heads, config.n_head // heads if heads > 1 else 1,
+                                          config.n_embd // (1 if name == 'head' else config.n_head))
+                          .transpose(0, 1).flatten(1, 2).double().numpy() for z in (inputs, read))):
+            spread = np.cov(y.T)
+            np.testing.assert_allclose(spread, np.diag(np.linalg.eigvalsh(np.cov(x.T))), atol=0.02 * spread.max())
+    for name, x in model.state_dict().items():
+        gone = name.endswith(('theta', 'mu', 'sigma')) and ('.out.' in name or name.startswith('head'))
+        changed = name.endswith(('basis', 'qkv.bias')) or name.endswith(
+            ('weight', 'adapter.A', 'adapter.B')) and ('attn' in name or name.startswith('head'))
+        assert not x.any() if gone else changed or torch.equal(x, kept[name]), name
+    assert old.keys() == dict(model.named_parameters()).keys()
 
 
 @pytest.mark.parametrize('dense', [False, True])
 @pytest.mark.parametrize('arch, changes', [
     ('gpt2', {}), ('gpt2', {'bias': False}), ('llama', {}), ('llama', {'n_kv_head': 4}),
+    ('gpt2', {'bases': True}), ('llama', {'bases': True}),
     ('llama', {'n_kv_head': 1, 'rope_scaling': (8.0, 1.0, 4.0, 16), 'norm_eps': 1e-2})])
 def test_forward_against_numpy(arch, changes, dense):
     """
@@ -450,12 +496,15 @@ def test_forward_against_numpy(arch, changes, dense):
     are random: the fast path of earlier code added them twice, which shows only in models that have some.
     """
     model, tokens = small_model(arch, **changes), random_tokens(2, 12)
+    if 'bases' in changes:
+        model.basis.copy_(torch.randn(model.basis.shape))
     logits, active = model(tokens, dense=dense)
     assert active.shape == (9, 2, 12) and len(model.gated()) == 9
     for b in range(2):
         expected, counts = forward_in_numpy(model, tokens[b].numpy(), dense)
         np.testing.assert_allclose(logits[b].detach(), expected, atol=1e-5 * np.abs(expected).max())
         np.testing.assert_array_equal(active[:, b].detach(), counts)
+        counts[-1] -= 0 if dense else model.head.overhead
         share = counts.mean(1) / [layer.dense for _, layer in model.gated()]
         assert (share == 1).all() if dense else (0.1 < share).all() and (share < 0.95).all()
     assert model.dense() == sum(p.numel() for name, p in model.named_parameters()

@@ -25,6 +25,8 @@ def random_model(arch='gpt2', share=None, **changes):
                                   stripe_head=100), **SIZES[arch], **changes})
     model = GPT(config).eval()
     with torch.no_grad():
+        if config.bases:
+            model.find_bases(torch.randint(config.vocab_size, (8, config.block_size)))
         for p in model.parameters():
             p.add_(torch.randn_like(p) * 0.05)
         for _, layer in model.gated():
@@ -42,7 +44,8 @@ def random_tokens(model, count):
 
 
 @pytest.mark.parametrize('changes', [dict(arch='gpt2'), dict(arch='gpt2', bias=False), dict(arch='llama'),
-                                     dict(arch='llama', n_kv_head=6), dict(arch='llama', n_kv_head=1)])
+                                     dict(arch='llama', n_kv_head=6), dict(arch='llama', n_kv_head=1),
+                                     dict(arch='gpt2', bases=True), dict(arch='llama', bases=True)])
 @pytest.mark.parametrize('share', [0, 0.5, 1])
 @pytest.mark.parametrize('dense', [False, True])
 def test_step_equals_the_model(changes, share, dense):

@@ -387,6 +387,39 @@ def test_going_on_from_an_adapter(adapter, data, tmp_path):
         assert f'--{name} {value}: {source} has' in one_line(ended, 2)
 
 
+@BOTH
+def test_an_adapter_with_bases(arch, dense, data, tmp_path):
+    """
+    Its file holds the bases, its base none: matrices are changed to them again when it is loaded. It starts as
+    the exact dense model, can be resumed, and another can go on from it; an adapter without bases gets some.
+    """
+    more = ['--rank', 3, '--bases', '--eval_every', 1]
+    assert distil(dense[arch], data, tmp_path / 'a', *more).returncode == 0
+    with open(tmp_path / 'a' / 'log.csv', encoding='utf-8') as f:
+        row = next(csv.DictReader(f))
+    assert abs(float(row['loss'])) < 1e-6
+    model, saved = cwic.load_checkpoint(tmp_path / 'a' / 'last.pt', base=base_of)
+    assert saved['config']['bases'] and not torch.equal(model.basis, cwic.axes(16))
+    tokens = batch(vocab=257)[0]
+    begun, _ = train.begin(*parse_options(train.TrainConfig, 'train', argv=[
+        '--init_from', str(tmp_path / 'a' / 'last.pt'), '--data', data]), 'cpu')
+    assert begun.config.bases
+    with torch.no_grad():
+        torch.testing.assert_close(begun.model.eval()(tokens)[0], model(tokens)[0], rtol=1e-4, atol=1e-4)
+        teacher = train.frozen_teacher(begun)(tokens, dense=True)[0]
+        torch.testing.assert_close(teacher, base_of(dense[arch])(tokens, dense=True)[0], rtol=1e-4, atol=1e-4)
+    assert distil(dense[arch], data, tmp_path / 'b', *more, '--max_steps', 3).returncode == 0
+    assert resume(tmp_path / 'b').returncode == 0
+    again = cwic.load_checkpoint(tmp_path / 'b' / 'last.pt', base=base_of)[0]
+    for x, y in zip(model.parameters(), again.parameters()):
+        torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-5)
+    assert distil(dense[arch], data, tmp_path / 'without', '--rank', 3).returncode == 0
+    ended = distil(tmp_path / 'without' / 'best.pt', data, tmp_path / 'c', '--bases')
+    assert ended.returncode == 0 and load(tmp_path / 'c')['model']['basis'].any()
+    refused = distil(tmp_path / 'a' / 'best.pt', data, tmp_path / 'd', '--bases', False)
+    assert '--bases False' in one_line(refused, 2)
+
+
 # -----------------------------------------------------------------------------
 # torch.compile
 
