@@ -110,5 +110,6 @@ def test_ctrl_c(tmp_path, seconds):
     os.killpg(process.pid, signal.SIGINT)
     out, err = process.communicate()
     assert process.returncode in (130, -signal.SIGINT) and out == ''
-    assert 'build_kernel.py' not in err
+    # before its first line is done, which imports signal, nothing can be said: a slow machine is there at 0.02 seconds
+    assert 'build_kernel.py' not in err or '\n    import signal\n' in err
     assert not (tmp_path / '.kernel').exists() or list((tmp_path / '.kernel').iterdir()) == []
