@@ -272,18 +272,23 @@ typedef int16_t Shorts __attribute__((vector_size(REGISTER / 2)));
 typedef int8_t Bytes __attribute__((vector_size(REGISTER / 4), aligned(1), may_alias));
 
 // weights j to j + LANES - 1 of a row, widened step by step, as gcc only finds instructions that double a
-// width; that x86 has one from bytes to 32 bits it must be told
+// width; of x86's other ones, and of AVX-512's, it must be told
 INLINE Floats load(const char *row, size_t j, int dtype)
 {
     if (dtype == F32) return *(const Floats *)(row + 4 * j);
-    if (dtype == BF16) return (Floats)(__builtin_convertvector(*(const Halves *)(row + 2 * j), Ints) << 16);
 #if defined(__AVX512F__)
+    if (dtype == BF16)
+        return (Floats)_mm512_slli_epi32(
+            _mm512_cvtepu16_epi32(_mm256_loadu_si256((const void *)(row + 2 * j))), 16);
     return (Floats)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const void *)(row + j))));
-#elif defined(__AVX2__)
+#else
+    if (dtype == BF16) return (Floats)(__builtin_convertvector(*(const Halves *)(row + 2 * j), Ints) << 16);
+#if defined(__AVX2__)
     return (Floats)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const void *)(row + j))));
 #else
     Shorts wider = __builtin_convertvector(*(const Bytes *)(row + j), Shorts);
     return __builtin_convertvector(__builtin_convertvector(wider, Ints), Floats);
+#endif
 #endif
 }
 
