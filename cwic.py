@@ -2,7 +2,8 @@
 CWIC, "Compute Where It Counts": a GPT that learns which of its weights each token can do without.
 
 This is the whole model, to be read from top to bottom: the statistics of a layer's input, the gate, the
-striped linear layer, GPT-2's block, Llama's block, the losses, adapters, checkpoints, and a plain generate().
+striped linear layer, bases, GPT-2's block, Llama's block, the losses, adapters, checkpoints, and a plain
+generate().
 The C kernel and everything else is compared with it. To train a model run train.py; to talk to one, chat.py.
 
     from cwic import GPT, CWICConfig
@@ -272,20 +273,20 @@ def in_bases(name, matrix, bases, config):
     when dense. name: in the state_dict, where bases have their places, too; those that read or write nothing
     along a basis stay. (Rounded, bases are not quite at right angles, so what reads gets their inverse.)
     """
-    of_head, of_values = bases.get('basis'), bases.get(name.partition('attn.')[0] + 'attn.basis')
-    new = matrix.detach().float().cpu()
-    if of_head is not None and name in ('head.weight', 'head.adapter.A'):
-        new = torch.linalg.solve(of_head.float().cpu(), new)
-    elif of_values is not None and name.endswith(('qkv.weight', 'qkv.adapter.B', 'qkv.bias')):
-        queries_keys, values = new[..., :-of_values[..., 0].numel()], new[..., -of_values[..., 0].numel():]
-        values = values.unflatten(-1, of_values.shape[:2])[..., None, :] @ of_values.float().cpu()
-        new = torch.cat([queries_keys, values.flatten(-3)], dim=-1)
-    elif of_values is not None and name.endswith(('out.weight', 'out.adapter.A')):
-        # several heads share the values of one
-        basis = of_values.float().cpu().repeat_interleave(config.n_head // config.n_kv_head, dim=0)
-        new = torch.linalg.solve(basis, new.unflatten(0, (config.n_head, -1))).flatten(0, 1)
-    else:
+    basis = bases.get('basis' if name.startswith('head.') else name.partition('attn.')[0] + 'attn.basis')
+    if basis is None:
         return matrix
+    basis, new = basis.float().cpu(), matrix.detach().float().cpu()
+    if name in ('head.weight', 'head.adapter.A'):
+        new = torch.linalg.solve(basis, new)
+    elif name.endswith(('qkv.weight', 'qkv.adapter.B', 'qkv.bias')):
+        width = basis.shape[0] * basis.shape[1]                                     # kv heads * D
+        queries_keys, values = new.split([new.shape[-1] - width, width], dim=-1)
+        values = values.unflatten(-1, basis.shape[:2])[..., None, :] @ basis    # (..., kv heads, 1, D)
+        new = torch.cat([queries_keys, values.flatten(-3)], dim=-1)
+    elif name.endswith(('out.weight', 'out.adapter.A')):
+        basis = basis.repeat_interleave(config.n_head // config.n_kv_head, dim=0)   # heads share values
+        new = torch.linalg.solve(basis, new.unflatten(0, (config.n_head, -1))).flatten(0, 1)
     return new.to(matrix)
 
 

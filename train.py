@@ -322,6 +322,7 @@ def observe(run, train_data, meta):
     with run.autocast():
         if run.config.bases:
             run.model.find_bases(tokens)
+            run.optimizer.state.clear()     # what Adam knows, it knows of the matrices before
         run.model.observe(tokens)
     if not observed(run.model):
         fail('the inputs of a layer never change, so its thresholds could not learn: is a layer all 0?', 1)
@@ -728,6 +729,8 @@ def main():
         fail('--dense_steps, --ramp_steps and --hold_steps must not all be 0')
     if config.rank and not config.init_from and not config.resume:
         fail('--rank changes a pretrained model: say which with --init_from')
+    if config.bases and not config.init_from and not config.resume:
+        fail('--bases are those of a pretrained model: say which with --init_from')
     keep_memory()
     device, rank, world = join_processes(choose_device(config.device))
     lock = claim_folder(config) if rank == 0 else None      # noqa: F841  kept until the program ends

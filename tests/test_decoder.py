@@ -86,11 +86,11 @@ def test_thresholds_within_rounding(arch):
     assert equal > 10
 
 
-@pytest.mark.parametrize('arch', SIZES)
+@pytest.mark.parametrize('arch, bases', [('gpt2', False), ('llama', False), ('llama', True)])
 @pytest.mark.parametrize('dtype', ['f32', 'bf16', 'int8'])
-def test_a_prompt_is_what_its_tokens_are_one_by_one(arch, dtype):
+def test_a_prompt_is_what_its_tokens_are_one_by_one(arch, bases, dtype):
     """The kernel reads many tokens at once to the same bits as one after the other, however many threads there are."""
-    model = random_model(arch, block_size=200)
+    model = random_model(arch, block_size=200, bases=bases)
     tokens = random_tokens(model, 150)                                  # more than the kernel reads in one go
     steps = Decoder(model, dtype, 1)
     actives = [steps.step(token) for token in tokens]
@@ -103,11 +103,11 @@ def test_a_prompt_is_what_its_tokens_are_one_by_one(arch, dtype):
         assert np.array_equal(logits, actives[-1][0]) and np.array_equal(active[-1], actives[-1][1])
 
 
-@pytest.mark.parametrize('arch', SIZES)
+@pytest.mark.parametrize('arch, bases', [('gpt2', False), ('llama', False), ('llama', True)])
 @pytest.mark.parametrize('dtype, bound', [('f32', 1e-4), ('bf16', 0.02), ('int8', 0.05)])
-def test_formats(arch, dtype, bound):
+def test_formats(arch, bases, dtype, bound):
     """Narrower weights change the logits by little, and thresholds not at all: the first matrix uses the same inputs."""
-    model = random_model(arch, 0.5)
+    model = random_model(arch, 0.5, bases=bases)
     reference, decoder = TorchDecoder(model), Decoder(model, dtype)
     (want, want_active), (logits, active) = reference.prefill([1, 2, 3]), decoder.prefill([1, 2, 3])
     assert (active[:, 0] == want_active[:, 0]).all()
