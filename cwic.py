@@ -378,8 +378,12 @@ class Attention(nn.Module):
             k, v = (z[self.layer, :, :, :now].to(q.dtype) for z in (cache.k, cache.v))
             if past and x.shape[1] > 1:
                 mask = torch.ones(x.shape[1], now, dtype=torch.bool, device=x.device).tril(past)
-        grouped = k.shape[1] < q.shape[1]
-        y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=not past, enable_gqa=grouped)
+        if x.shape[1] == 1:     # queries that share keys, one after another: their keys are read only once
+            y = F.scaled_dot_product_attention(q.view(k.shape[0], k.shape[1], -1, self.head_dim), k, v)
+            y = y.reshape(q.shape)
+        else:
+            grouped = k.shape[1] < q.shape[1]
+            y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=not past, enable_gqa=grouped)
         y, active_out = self.out(y.transpose(1, 2).flatten(2), dense)
         return y, [active_qkv, active_out]
 
@@ -582,13 +586,13 @@ class GPT(nn.Module):
         for _, layer in self.gated():
             layer.fuse = True
 
-    def inputs(self, tokens, look, names):
-        """Calls look(name, input) for the layers of these names, on one dense pass over tokens (B, T)."""
+    def inputs(self, tokens, look, names, dense=True):
+        """Calls look(name, input) for the layers of these names, on one pass over tokens (B, T)."""
         layers = dict(self.gated())
         hooks = [layers[name].register_forward_pre_hook(
                     lambda _, args, name=name: look(name, args[-2]))        # x or z
                  for name in names if name != 'head']
-        hidden, _ = self.trunk(tokens, dense=True)
+        hidden, _ = self.trunk(tokens, dense=dense)
         for hook in hooks:
             hook.remove()
         if 'head' in names:
@@ -601,31 +605,36 @@ class GPT(nn.Module):
         self.inputs(tokens, lambda name, x: layers[name].observe(x), layers)
 
     @torch.no_grad()
-    def find_bases(self, tokens):
+    def find_bases(self, tokens, dense=True):
         """
         Finds the bases of a model that is to have some, on tokens (B, T): the principal components of what
         its head reads, and of what attention gathers from the values of each head. In a pretrained model few
         of them hold most of what differs between tokens, while every number holds some of it: so more can be
         skipped. For attention that is free, as the matrices before and after take the change; for the head
-        each token pays d * d weights. Thresholds and statistics of what reads along them are gone.
+        each token pays d * d weights. Of what reads along them, statistics are new, and thresholds back at 0.
+
+        dense: with every weight in use. A model that is sparse already is to be looked at as it runs, as what
+        it has learned to skip is noise, which would take the place of components.
         """
         config, bases = self.config, {}
+        readers = {name: layer for name, layer in self.gated() if name.endswith(('out', 'head'))}
+        found = {name: Thresholds(config.n_embd, len(layer.theta)) for name, layer in readers.items()}
 
         def find(name, x):
-            x = x.flatten(0, 1).float().cpu()                                           # (N, d)
+            x = x.float().cpu()                                                         # (B, T, d)
             if name == 'head':
-                bases['basis'] = principal(x)
+                basis = bases['basis'] = principal(x.flatten(0, 1))
             else:               # of the heads that share values, all at once
-                heads = x.view(len(x), config.n_kv_head, -1, config.head_dim).transpose(0, 1).flatten(1, 2)
-                bases[f'blocks.{name.split(".")[0]}.attn.basis'] = torch.stack([*map(principal, heads)])
+                x = x.unflatten(2, (config.n_kv_head, -1, config.head_dim))
+                basis = torch.stack([principal(x[:, :, head].flatten(0, 2)) for head in range(x.shape[2])])
+                bases[f'blocks.{name.split(".")[0]}.attn.basis'] = basis                # (kv heads, D, D)
+            found[name].observe(along(x, basis).flatten(2))
 
-        readers = {name: layer for name, layer in self.gated() if name.endswith(('out', 'head'))}
-        self.inputs(tokens, find, readers)
+        self.inputs(tokens, find, readers, dense)
         for name, tensor in self.state_dict().items():
             tensor.copy_(bases[name] if name in bases else in_bases(name, tensor, bases, config))
-        for layer in readers.values():
-            for tensor in (layer.theta, layer.mu, layer.sigma):
-                tensor.zero_()
+        for name, layer in readers.items():
+            layer.load_state_dict(found[name].state_dict(), strict=False)
 
     def parameter_groups(self, lr, threshold_lr, weight_decay):
         """

@@ -314,16 +314,19 @@ def observed(model):
 def observe(run, train_data, meta):
     """
     Finds the bases, if the model is to have some, and sets the statistics of all layers that have none yet.
-    (Every process reads the same windows, so all find the same.)
     """
     config = replace(run.config, batch_size=OBSERVED)
     starts = step_starts(train_data, meta, config, 2 ** 31)             # of a step that never comes
     tokens, _ = windows(train_data, starts, config.block_size, run.device)
     with run.autocast():
         if run.config.bases:
-            run.model.find_bases(tokens)
+            sparse = any(layer.sigma.any() for _, layer in run.model.gated())       # an adapter, from before
+            run.model.find_bases(tokens, dense=not sparse)
             run.optimizer.state.clear()     # what Adam knows, it knows of the matrices before
         run.model.observe(tokens)
+    # all read the same windows, but not on the same kind of GPU: which way a component points is chance
+    for tensor in run.model.state_dict().values():
+        together(dist.broadcast, tensor, 0)
     if not observed(run.model):
         fail('the inputs of a layer never change, so its thresholds could not learn: is a layer all 0?', 1)
 
