@@ -378,12 +378,8 @@ class Attention(nn.Module):
             k, v = (z[self.layer, :, :, :now].to(q.dtype) for z in (cache.k, cache.v))
             if past and x.shape[1] > 1:
                 mask = torch.ones(x.shape[1], now, dtype=torch.bool, device=x.device).tril(past)
-        if x.shape[1] == 1:     # queries that share keys, one after another: their keys are read only once
-            y = F.scaled_dot_product_attention(q.view(k.shape[0], k.shape[1], -1, self.head_dim), k, v)
-            y = y.reshape(q.shape)
-        else:
-            grouped = k.shape[1] < q.shape[1]
-            y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=not past, enable_gqa=grouped)
+        grouped = k.shape[1] < q.shape[1]
+        y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=not past, enable_gqa=grouped)
         y, active_out = self.out(y.transpose(1, 2).flatten(2), dense)
         return y, [active_qkv, active_out]
 
