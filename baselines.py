@@ -84,6 +84,7 @@ class OwnTargets(Method):
 
 
 ABLATIONS = {
+    'CWIC: bases': Method(**LEARNED, stripe=0, bases=True),
     'CWIC: one stripe': Method(**LEARNED),
     'CWIC: stripes of 64': Method(**LEARNED, stripe=64),
     'CWIC: no centre': Method(**LEARNED, stripe=0, layer=Uncentred),
