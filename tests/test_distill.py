@@ -388,11 +388,15 @@ def test_going_on_from_an_adapter(adapter, data, tmp_path):
 
 
 @BOTH
-def test_an_adapter_with_bases(arch, dense, data, tmp_path):
+def test_an_adapter_with_bases(arch, dense, data, tmp_path, monkeypatch):
     """
     Its file holds the bases, its base none: matrices are changed to them again when it is loaded. It starts as
-    the exact dense model, can be resumed, and another can go on from it; an adapter without bases gets some.
+    the exact dense model, can be resumed, and another can go on from it; an adapter without bases gets some,
+    those of what it reads as it runs.
     """
+    find, looked = cwic.GPT.find_bases, []
+    monkeypatch.setattr(cwic.GPT, 'find_bases', lambda model, tokens, dense: looked.append(dense) or
+                        find(model, tokens, dense))
     more = ['--rank', 3, '--bases', '--eval_every', 1]
     assert distil(dense[arch], data, tmp_path / 'a', *more).returncode == 0
     with open(tmp_path / 'a' / 'log.csv', encoding='utf-8') as f:
@@ -416,6 +420,7 @@ def test_an_adapter_with_bases(arch, dense, data, tmp_path):
     assert distil(dense[arch], data, tmp_path / 'without', '--rank', 3).returncode == 0
     ended = distil(tmp_path / 'without' / 'best.pt', data, tmp_path / 'c', '--bases')
     assert ended.returncode == 0 and not torch.equal(load(tmp_path / 'c')['model']['basis'], cwic.axes(16))
+    assert looked == [True, True, False]
     refused = distil(tmp_path / 'a' / 'best.pt', data, tmp_path / 'd', '--bases', False)
     assert '--bases False' in one_line(refused, 2)
     assert 'say which with --init_from' in one_line(call('--bases', '--data', data, '--out', tmp_path / 'd'), 2)

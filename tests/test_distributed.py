@@ -18,6 +18,7 @@ import pytest
 import torch
 
 import bench_train
+import cwic
 import device
 import test_bench
 import train
@@ -114,6 +115,30 @@ def test_gradients_of_two_processes_equal_those_of_one(data, tmp_path):
                 for name in ('one', 'two'))
     assert len(one) == 21 and all(float(x.abs().max()) > 0 for x in one.values())
     close(one, two, 1e-5)
+
+
+def test_processes_start_from_the_same_bases(data, tmp_path):
+    """
+    Each found them for itself, and which way a component points is chance: on another kind of GPU another
+    one. Here the second process finds all of them the other way round.
+    """
+    def call_with_others(*args):
+        principal = cwic.principal
+        if os.environ['RANK'] == '1':
+            cwic.principal = lambda x: -principal(x)
+        return call(*args)
+
+    torch.manual_seed(5)
+    dense = small_model('llama', thresholds=0.0, vocab_size=257, n_layer=1)
+    for _, layer in dense.gated():
+        layer.sigma.zero_()
+    cwic.save_checkpoint(tmp_path / 'dense.pt', dense, tokenizer={'kind': 'bytes'})
+    options = ['--init_from', tmp_path / 'dense.pt', '--rank', 3, '--bases', '--block_size', 16, '--batch_size', 4,
+               '--ramp_steps', 2, '--hold_steps', 4, '--dtype', 'float32', '--device', 'cpu', '--data', data]
+    assert call(*options, '--out', tmp_path / 'one').returncode in (0, 1)       # its target met or not
+    both = together(*options, '--out', tmp_path / 'two', call=call_with_others)
+    assert both[0].returncode in (0, 1) and both[1] == (0, '', ''), both
+    close(load(tmp_path / 'one')['model'], load(tmp_path / 'two')['model'], 1e-3)
 
 
 def test_resume_on_another_number_of_processes(alone, data, tmp_path):
