@@ -51,8 +51,8 @@ def test_a_shape_is_trained_as_its_preset_says(monkeypatch):
     shape = small_model('llama', block_size=16).config
     config, _ = parse_options(bench.BenchConfig, 'bench.py', argv=['--device', 'cpu', '--model', 'smollm2-shape'])
     run = bench_train.make_run(config, shape)
-    assert run.model.config == shape and (run.config.batch_size, run.config.micro_batch) == (32, 32)
-    assert run.model.head.adapter.A.shape[1] == 40
+    assert run.model.config == shape and (run.config.batch_size, run.config.micro_batch) == (64, 32)
+    assert run.model.head.adapter.A.shape[1] == 39
     assert all(group['lr'] == 0 for group in run.optimizer.param_groups)
 
 
