@@ -99,9 +99,13 @@ def test_command_line():
     assert done.returncode == 1 and done.stderr.startswith('build_kernel.py: no C compiler') and done.stderr.count('\n') == 1
 
 
-@pytest.mark.parametrize('seconds', [0.02, 0.1, 0.3])
+@pytest.mark.parametrize('seconds', [0.1, 0.2, 0.4])
 def test_ctrl_c(tmp_path, seconds):
-    """Ctrl-C while it imports printed a traceback of cffi's; while it compiles too. It says nothing, and leaves nothing."""
+    """
+    Ctrl-C while it imports printed a traceback of cffi's; while it compiles too. It says nothing, and leaves nothing.
+
+    (Not after 0.02 seconds, when a slow Python has not begun with the file, and may swallow it itself.)
+    """
     for name in ('sparse_kernel.c', 'build_kernel.py'):
         (tmp_path / name).write_text((ROOT / name).read_text(encoding='utf-8'), encoding='utf-8')
     process = subprocess.Popen([sys.executable, str(tmp_path / 'build_kernel.py')], stdout=subprocess.PIPE,
@@ -110,6 +114,6 @@ def test_ctrl_c(tmp_path, seconds):
     os.killpg(process.pid, signal.SIGINT)
     out, err = process.communicate()
     assert process.returncode in (130, -signal.SIGINT) and out == ''
-    # before its first line is done, which imports signal, nothing can be said: a slow machine is there at 0.02 seconds
+    # before its first line is done, which imports signal, nothing can be said
     assert 'build_kernel.py' not in err or '\n    import signal\n' in err
     assert not (tmp_path / '.kernel').exists() or list((tmp_path / '.kernel').iterdir()) == []
