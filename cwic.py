@@ -629,7 +629,7 @@ class GPT(nn.Module):
         self.inputs(tokens, find, readers, dense)
         for name, tensor in self.state_dict().items():
             tensor.copy_(bases[name] if name in bases else in_bases(name, tensor, bases, config))
-        for name, layer in readers.items():
+        for name, layer in readers.items():     # theta, mu and sigma; weights are not in found
             layer.load_state_dict(found[name].state_dict(), strict=False)
 
     def parameter_groups(self, lr, threshold_lr, weight_decay):

@@ -313,7 +313,8 @@ def observed(model):
 
 def observe(run, train_data, meta):
     """
-    Finds the bases, if the model is to have some, and sets the statistics of all layers that have none yet.
+    Finds the bases, if the model is to have some, and sets the statistics of all layers that have none yet;
+    then every process has the first one's model. Raises ProcessGone.
     """
     config = replace(run.config, batch_size=OBSERVED)
     starts = step_starts(train_data, meta, config, 2 ** 31)             # of a step that never comes
@@ -324,9 +325,12 @@ def observe(run, train_data, meta):
             run.model.find_bases(tokens, dense=not sparse)
             run.optimizer.state.clear()     # what Adam knows, it knows of the matrices before
         run.model.observe(tokens)
-    # all read the same windows, but not on the same kind of GPU: which way a component points is chance
+    # all read the same windows, but not on the same kind of GPU: which way a component points is chance.
+    # Through the CPU, where the end of another process is seen
     for tensor in run.model.state_dict().values():
-        together(dist.broadcast, tensor, 0)
+        message = tensor.cpu()
+        together(dist.broadcast, message, 0)
+        tensor.copy_(message)
     if not observed(run.model):
         fail('the inputs of a layer never change, so its thresholds could not learn: is a layer all 0?', 1)
 
