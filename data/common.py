@@ -173,6 +173,8 @@ def prepare(name):
     command = 'python data/text/prepare.py FILE... and then train with --data text'
     if name == 'packages':
         command = 'python data/python/prepare.py --packages'
+    elif name == 'heldout':         # which comes with the repository
+        command = 'git checkout data/heldout'
     elif script.exists():
         command = f'python data/{name}/prepare.py'
     raise DataError(f'data/{name} is not there, or not prepared; run: {command}')
@@ -208,7 +210,8 @@ def load_dataset(name, block_size):
         check_tokens(train, 'train', meta)
         check_tokens(val, 'val', meta)
     except (OSError, ValueError, AttributeError, RecursionError) as e:
-        raise DataError(f'data/{name} is damaged ({e}); prepare it again') from e
+        remedy = 'git checkout data/heldout' if name == 'heldout' else 'prepare it again'
+        raise DataError(f'data/{name} is damaged ({e}); {remedy}') from e
     if min(len(train), len(val)) < block_size + 1:
         raise DataError(f'data/{name}: {len(train):,} and {len(val):,} tokens are too few for '
                         f'--block_size {block_size}')

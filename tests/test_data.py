@@ -6,6 +6,7 @@ import io
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -668,3 +669,15 @@ def test_python_is_prepared_when_it_is_asked_for(monkeypatch, tmp_path, capfd):
     (tmp_path / 'python' / 'prepare.py').write_text('print("preparing")\nexit(1)', encoding='utf-8')
     monkeypatch.setattr(common, 'DATA', tmp_path)
     assert 'see the line above' in refused('python') and 'preparing' in capfd.readouterr().out
+
+
+def test_what_comes_with_the_repository_is_got_back_from_it(tmp_path, monkeypatch):
+    """Damaged held-out text was to be prepared again, by a program that there is not."""
+    monkeypatch.setattr(common, 'DATA', tmp_path)
+    with pytest.raises(DataError, match='not there.*git checkout data/heldout'):
+        load_dataset('heldout', 512)
+    shutil.copytree(ROOT / 'data' / 'heldout', tmp_path / 'heldout')
+    assert len(load_dataset('heldout', 512)[1]) == 2 * 192 * 512
+    (tmp_path / 'heldout' / 'val.bin').write_bytes(b'x')
+    with pytest.raises(DataError, match='is damaged.*git checkout data/heldout'):
+        load_dataset('heldout', 512)
