@@ -66,7 +66,7 @@ def make_run(config, shape=None):
     optimizer = torch.optim.AdamW(model.parameter_groups(0.0, 0.0, 0.0), fused=device != 'mps')
     active = torch.tensor([float(layer.dense) for _, layer in model.gated()], device=device)
     return train.Run(options, model, {}, optimizer, device, choose_dtype('auto', device)[0], active,
-                     head_loss=train.head_loss, gradients=train.gradients)
+                     head_loss=train.head_loss, gradients=train.gradients, update=train.update)
 
 
 def start_processes(config):
@@ -171,8 +171,10 @@ def time_steps(rows, run, tokens, rounds, rank, teacher=None):
     """
     seconds, synchronize = [[] for _ in rows], getattr(torch, run.device).synchronize
     steps = [replace(run, config=replace(run.config, batch_size=len(tokens) * row['processes']),
-                     active=run.active.clone(), teacher=teacher if 'teacher' in row['engine'] else None,
-                     gradients=train.recorded(run)) for row in rows]
+                     active=run.active.clone(), teacher=teacher if 'teacher' in row['engine'] else None)
+             for row in rows]
+    for step in steps:
+        step.gradients, step.update = train.recorded(step)
     for done in range(rounds + WARM_UP):
         for row, step, times in zip(rows, steps, seconds):
             progress(f'round {done + 1} of {rounds + WARM_UP}: {row["engine"]}')

@@ -155,6 +155,7 @@ class Run:
     log: list = field(default_factory=list)         # rows of log.csv
     head_loss: object = None            # head_loss(), or what torch.compile made of it
     gradients: object = None            # gradients(), or a recording of it
+    update: object = None               # update(), or a recording of it
 
     def autocast(self):
         device = self.model.head.weight.device.type
@@ -270,9 +271,30 @@ def gradients(run, tokens, targets, price, dense):
     return loss, active
 
 
+def update(run, rates, dense):
+    """
+    Moves the parameters, along gradients that are summed by now. rates: the learning rate of each group of
+    them, as numbers, or as a tensor where this is recorded. Returns the norm of the gradient, and that of the
+    thresholds', which is not part of it.
+    """
+    *others, thresholds = [group['params'] for group in run.optimizer.param_groups]
+    norm = torch.nn.utils.clip_grad_norm_(sum(others, []), run.config.clip or math.inf)
+    threshold_norm = torch.nn.utils.get_total_norm([p.grad for p in thresholds if not dense])
+    learned = [layer for _, layer in run.model.gated() if layer.theta.requires_grad]
+    before = [layer.theta.detach().clone() for layer in learned]
+    for group, rate in zip(run.optimizer.param_groups, rates, strict=True):
+        # AdamW asks to be told when it is recorded, and warns where it is told so otherwise
+        group.update(lr=rate, capturable=norm.is_cuda and torch.cuda.is_current_stream_capturing())
+    run.optimizer.step()
+    if learned and not dense:
+        cwic.limit_thresholds(learned, before)
+    return norm, threshold_norm
+
+
 def recorded(run):
-    """gradients(), on a GPU and with --compile from its fourth call on replayed as it was recorded."""
-    return Recorded(gradients) if run.config.compile and run.model.head.weight.is_cuda else gradients
+    """gradients(), update(): on a GPU and with --compile, from their fourth call on replayed as recorded."""
+    replayed = run.config.compile and run.model.head.weight.is_cuda
+    return [Recorded(work) if replayed else work for work in (gradients, update)]
 
 
 def train_step(run, tokens, targets, target, dense=False, stop=False):
@@ -282,21 +304,16 @@ def train_step(run, tokens, targets, target, dense=False, stop=False):
     weights of each matrix (matrices,), both over all processes, and whether any process wants to stop. Raises
     ProcessGone before anything is changed. Ends the program where the loss or its gradient is not finite.
     """
-    config, model = run.config, run.model
+    model, rates = run.model, [float(group['lr']) for group in run.optimizer.param_groups]
+    if isinstance(run.update, Recorded):
+        rates = torch.tensor(rates, device=run.device)
     # the loss of compute, flop_loss(run.active), has one slope for all: what each active weight costs
     price = 0.0 if dense else cwic.price(run.active.sum(), model.dense(), target)
     loss, active = run.gradients(run, tokens, targets, run.active.new_tensor(price), dense)
     stop = torch.tensor(float(stop), device=run.device)
     sum_over_processes([p.grad for p in model.parameters() if p.grad is not None] + [loss, active, stop])
-    *others, thresholds = [group['params'] for group in run.optimizer.param_groups]
-    norm = torch.nn.utils.clip_grad_norm_(sum(others, []), config.clip or math.inf)
-    threshold_norm = torch.nn.utils.get_total_norm([p.grad for p in thresholds if not dense])
-    learned = [layer for _, layer in model.gated() if layer.theta.requires_grad]
-    before = [layer.theta.detach().clone() for layer in learned]
-    run.optimizer.step()
+    norm, threshold_norm = run.update(run, rates, dense)
     if not dense:
-        if learned:
-            cwic.limit_thresholds(learned, before)
         # one batch's count is noise, and flop_loss, bent as it is, would mistake noise for missing reduction
         run.active.lerp_(active.to(run.active), 0.1)
     # a process that is alone waits for its GPU here, and not earlier: it has been told all the step takes
@@ -486,7 +503,7 @@ def begin(config, given, device):
     exact = torch.float32 if device == 'mps' else torch.float64
     active = torch.tensor([layer.dense for _, layer in model.gated()], dtype=exact, device=device)
     run = Run(config, model, tokenizer, optimizer, device, torch.float32, active, head_loss=head_loss,
-              gradients=gradients)
+              gradients=gradients, update=update)
     if config.compile:
         check_compile(device)
         run.head_loss = torch.compile(head_loss)
@@ -665,7 +682,7 @@ def train(run, data, rank, world):
     val_tokens = validation_windows(val_data, meta, config.eval_windows, config.block_size)
     uncompiled = (lambda: torch.compiler.set_stance('force_eager')) if config.compile else nullcontext
     wishes, stop, progress = wishes_to_stop(), False, Progress(run)
-    run.gradients = recorded(run)
+    run.gradients, run.update = recorded(run)
 
     def batch(step):
         """This process's share of a step: inputs, targets (B, T)."""

@@ -148,7 +148,7 @@ def new_run(model, frozen=None, **options):
     optimizer = torch.optim.AdamW(model.parameter_groups(config.lr, config.lr * config.threshold_lr, 0.0))
     dense = torch.tensor([layer.dense for _, layer in model.gated()], dtype=torch.float64)
     return train.Run(config, model.train(), {'kind': 'bytes'}, optimizer, 'cpu', torch.float32, dense, frozen,
-                     head_loss=train.head_loss, gradients=train.gradients)
+                     head_loss=train.head_loss, gradients=train.gradients, update=train.update)
 
 
 def batch(size=4, vocab=50, length=16, seed=7):
@@ -185,22 +185,32 @@ def test_a_step_is_the_same_however_it_is_cut(arch, teacher_share):
 def test_what_a_gpu_replays_is_what_would_have_been_computed(monkeypatch):
     """
     A CUDA graph stood in for by one that, like it, knows only the tensors it was recorded with: steps on other
-    text, at another price, dense and then sparse, must come out as they do without. It is recorded twice.
+    text, at another price and learning rate, dense and then sparse, must come out as they do without. Gradients
+    and the optimiser's work are recorded twice each.
     """
     graphs = []
 
     class Graph:
         def replay(self):
-            for old, new in zip(run.gradients.results, train.gradients(*self.arguments)):
+            for old, new in zip(self.recorded.results, self.function(*self.arguments), strict=True):
                 old.copy_(new)
 
     @contextmanager
     def record(graph, stream, capture_error_mode):
         graphs.append(graph)
-        run.gradients.function = lambda *arguments: setattr(graph, 'arguments', arguments) or tuple(
-            torch.full_like(x, math.nan) for x in train.gradients(*arguments))      # recorded, not computed
+        graph.recorded = next(work for work in (run.gradients, run.update) if work.graph is graph)
+        graph.function = graph.recorded.function
+
+        def not_computed(*arguments):
+            graph.arguments = arguments
+            if graph.recorded is run.gradients:
+                graph.function(*arguments)              # makes the memory that gradients are written to
+                return torch.tensor(math.nan), torch.full_like(run.active, math.nan)
+            return torch.tensor(math.nan), torch.tensor(math.nan)
+
+        graph.recorded.function = not_computed
         yield
-        run.gradients.function = train.gradients
+        graph.recorded.function = graph.function
 
     stream = SimpleNamespace(wait_stream=lambda other: None)
     for name, stand_in in dict(Stream=lambda: stream, current_stream=lambda: stream, CUDAGraph=Graph,
@@ -208,12 +218,16 @@ def test_what_a_gpu_replays_is_what_would_have_been_computed(monkeypatch):
         monkeypatch.setattr(torch.cuda, name, stand_in)
     models = []
     for recording in (False, True):
-        run = new_run(small_model(), batch_size=4, micro_batch=2, lr=1e-2, threshold_lr=1.0)
+        run, losses = new_run(small_model(), batch_size=4, micro_batch=2, clip=0.5), []
+        run.update = lambda run, rates, dense: train.update(run, torch.tensor(rates), dense)
         if recording:
-            run.gradients = device.Recorded(train.gradients)
-        losses = [train.train_step(run, *batch(seed=step), target=1.5, dense=step < 6)[0] for step in range(14)]
+            run.gradients, run.update = device.Recorded(train.gradients), device.Recorded(train.update)
+        for step in range(14):
+            for group in run.optimizer.param_groups:
+                group['lr'] = 1e-2 / (step + 1)
+            losses.append(train.train_step(run, *batch(seed=step), target=1.5, dense=step < 6)[0])
         models.append([torch.tensor(losses), run.active, *run.model.parameters()])
-    assert len(graphs) == 2
+    assert len(graphs) == 4
     for ours, theirs in zip(*models, strict=True):
         assert torch.equal(ours, theirs)
 
