@@ -253,8 +253,17 @@ def windows_of_kind(kind, data, meta, spec, encoding, count, length):
     return windows[np.linspace(0, len(windows) - 1, min(count, len(windows))).astype(int)]
 
 
+# what is read in place of a data set's validation text, and the options that then have no use
+NO_USE = {'questions': {'blimp', 'text', 'data', 'only', 'windows', 'dense'},
+          'blimp': {'text', 'data', 'only', 'windows'},
+          'text': {'data', 'only'}}
+
+
 def main():
-    config, _ = parse_options(EvaluateConfig, 'python evaluate.py')
+    config, given = parse_options(EvaluateConfig, 'python evaluate.py')
+    kind = next((name for name in NO_USE if getattr(config, name)), '')
+    for name in sorted(given & NO_USE.get(kind, set())):
+        fail(f'--{name} has no use beside --{kind}: leave one of them out')
     if len(config.checkpoint) > 1:
         fail('give one checkpoint')
     if config.only not in ('', 'dialogues', 'documents'):
