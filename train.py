@@ -283,7 +283,7 @@ def update(run, rates, dense):
     learned = [layer for _, layer in run.model.gated() if layer.theta.requires_grad]
     before = [layer.theta.detach().clone() for layer in learned]
     for group, rate in zip(run.optimizer.param_groups, rates, strict=True):
-        # AdamW asks to be told when it is recorded, and warns where it is told so otherwise
+        # AdamW refuses to be recorded unless it is capturable, and warns where it need not be
         group.update(lr=rate, capturable=norm.is_cuda and torch.cuda.is_current_stream_capturing())
     run.optimizer.step()
     if learned and not dense:
