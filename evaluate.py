@@ -264,6 +264,8 @@ def main():
     kind = next((name for name in NO_USE if getattr(config, name)), '')
     for name in sorted(given & NO_USE.get(kind, set())):
         fail(f'--{name} has no use beside --{kind}: leave one of them out')
+    if 'blimp_pairs' in given and not config.blimp:
+        fail('--blimp_pairs has no use without --blimp FILE')
     if len(config.checkpoint) > 1:
         fail('give one checkpoint')
     if config.only not in ('', 'dialogues', 'documents'):

@@ -239,7 +239,8 @@ def test_the_shipped_adapter_is_as_good_as_adapters_readme_says():
 @pytest.mark.parametrize('options, line', [
     (['--questions', 'q.txt', '--dense'], '--dense has no use beside --questions'),
     (['--text', 'a.txt', '--only', 'dialogues'], '--only has no use beside --text'),
-    (['--blimp', 'b.jsonl', '--text', 'a.txt'], '--text has no use beside --blimp')])
+    (['--blimp', 'b.jsonl', '--text', 'a.txt'], '--text has no use beside --blimp'),
+    (['--blimp_pairs', '200'], '--blimp_pairs has no use without --blimp')])
 def test_an_option_that_would_be_ignored_is_refused(options, line, monkeypatch, capsys):
     """--dense beside --questions was ignored without a word: what came out was taken to be the dense model's."""
     monkeypatch.setattr(sys, 'argv', ['evaluate.py', 'adapters/smollm2.pt', *options])
