@@ -85,6 +85,7 @@ class OwnTargets(Method):
 
 ABLATIONS = {
     'CWIC: bases': Method(**LEARNED, stripe=0, bases=True),
+    'CWIC: shortlist': Method(**LEARNED, stripe=0, shortlist=True),
     'CWIC: one stripe': Method(**LEARNED),
     'CWIC: stripes of 64': Method(**LEARNED, stripe=64),
     'CWIC: no centre': Method(**LEARNED, stripe=0, layer=Uncentred),

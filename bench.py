@@ -172,6 +172,7 @@ class Setting:
     @torch.no_grad()
     def __init__(self, model, dense, prompt):
         self.tensors, self.inputs = {}, {}
+        self.margin = 0.0 if dense else model.head.margin_in_nats()
 
         def remember(name, layer, args):        # x, dense; of neurons x, z, dense: z comes first
             self.inputs[name] = [x[0, -1].clone() for x in args[-2::-1]]
@@ -188,6 +189,7 @@ class Setting:
         for name, tensors in self.tensors.items():
             for key, values in tensors.items():
                 decoder.packed[name].tensors[key].copy_(values)
+        decoder.c_model.margin = self.margin
 
 
 def make_settings(model, saved, reductions, prompt):

@@ -2,8 +2,8 @@
 CWIC, "Compute Where It Counts": a GPT that learns which of its weights each token can do without.
 
 This is the whole model, to be read from top to bottom: the statistics of a layer's input, the gate, the
-striped linear layer, bases, GPT-2's block, Llama's block, the losses, adapters, checkpoints, and a plain
-generate().
+striped linear layer, the LM head, bases, GPT-2's block, Llama's block, the losses, adapters, checkpoints,
+and a plain generate().
 The C kernel and everything else is compared with it. To train a model run train.py; to talk to one, chat.py.
 
     from cwic import GPT, CWICConfig
@@ -42,6 +42,9 @@ from torch.utils.checkpoint import checkpoint
 BANDWIDTH = 0.1         # width of the window in which a threshold feels its inputs, in sigmas
 FLOOR = 1e-3            # thresholds never fall below this, in sigmas
 OBSERVE_EVERY = 7       # one token in seven, or a few more, is enough for statistics
+MARGIN = 4.0            # nats below the likeliest token at which a shortlist ends at first
+MARGIN_WINDOW = 0.5     # nats: width of the window in which a margin feels the tokens around it
+MARGIN_SCALE = 200.0    # Adam moves a margin so many times faster than other numbers
 
 # -----------------------------------------------------------------------------
 # thresholds, and the usual value and the spread of each input, in which they are measured
@@ -87,6 +90,11 @@ class Thresholds(nn.Module):
             weight = 1 / distance.clamp_min(distance.mean(0) / 10).clamp_min(1e-12)
             self.mu.copy_((weight * x).sum(0) / weight.sum(0))
         self.sigma.copy_(math.sqrt(math.pi / 2) * (x - self.mu).abs().mean(0))
+
+
+def is_threshold(name):
+    """Whether a parameter of this name decides what is skipped."""
+    return name.endswith(('theta', 'margin'))
 
 
 @torch.no_grad()
@@ -237,15 +245,78 @@ class StripedLinear(Thresholds):
 
     def forward(self, x, dense=False):
         """x (B, T, in) -> y (B, T, out), active (B, T): the weights each token used. dense: all of them."""
+        y, active = self.product(x, self.adapter(self.weight), dense)
+        return (y if self.bias is None else y + self.bias.to(y.dtype)), active
+
+    def product(self, x, weight, dense):
+        """As forward(), with this weight (in, out) and no bias."""
         B, T, _ = x.shape
-        weight = self.adapter(self.weight)
         if dense:
             y, active = x @ weight, as_count(torch.full((B, T), self.dense, device=x.device))
         else:
             y, active = GatedProduct.apply(x.float().view(B * T, -1), self.mu, self.thresholds(),
                                            BANDWIDTH * self.sigma, weight, self.stripe, self.fuse)
             y, active = y.view(B, T, -1), active.view(B, T) + self.overhead
-        return (y if self.bias is None else y + self.bias.to(y.dtype)), active
+        return y, active
+
+
+# -----------------------------------------------------------------------------
+# the LM head: of all tokens roughly how likely they are, of the likeliest exactly
+
+
+class Shortlist(torch.autograd.Function):
+    """
+    What is likely by its rough logit is computed again: logits = exact where max(rough) - rough < margin, and
+    rough elsewhere; and how many weights each token used for that, n_in for each exact logit. The margin is a
+    threshold, and learns like one, from what exact logits change in the loss, and cost, in a window around
+    it. Rough logits learn from the loss where they stand, exact ones where they do.
+
+    rough, exact (N, vocab) of one dtype, margin (1,) in nats -> logits (N, vocab), active (N,) f64.
+    """
+
+    @staticmethod
+    def forward(ctx, rough, exact, margin, n_in):
+        ctx.save_for_backward(rough, exact, margin)
+        ctx.n_in = n_in
+        listed = rough.amax(1, keepdim=True).float() - rough.float() < margin
+        return torch.where(listed, exact, rough), as_count(listed.sum(1)) * n_in
+
+    @staticmethod
+    def backward(ctx, g, g_active):
+        rough, exact, margin = ctx.saved_tensors
+        behind = rough.amax(1, keepdim=True).float() - rough.float()            # (N, vocab)
+        listed, window = behind < margin, (behind - margin).abs() < MARGIN_WINDOW / 2
+        price = ctx.n_in * g_active.float()[:, None]
+        change = g.float() * (exact.float() - rough.float()) + price
+        d_margin = torch.where(window, change, 0.0).sum() / MARGIN_WINDOW
+        return torch.where(listed, 0.0, g), torch.where(listed, g, 0.0), d_margin[None], None
+
+
+class Head(StripedLinear):
+    """
+    The LM head: a StripedLinear, with a shortlist if it is to have one. Of tens of thousands of logits nearly
+    all need only be good enough to say that their tokens are unlikely, for which few weights do. The
+    others are computed again, with every weight of their columns.
+    """
+
+    def __init__(self, config):
+        super().__init__(config.n_embd, config.vocab_size, config.stripe_head, bias=False)
+        start = torch.full((1,), MARGIN / MARGIN_SCALE)
+        self.margin = nn.Parameter(start) if config.shortlist else None         # nats / MARGIN_SCALE
+
+    def margin_in_nats(self):
+        """How far below the largest logit the shortlist ends, a number; 0: there is none."""
+        return 0.0 if self.margin is None else float(self.margin.detach()) * MARGIN_SCALE
+
+    def forward(self, x, dense=False):
+        weight = self.adapter(self.weight)
+        logits, active = self.product(x, weight, dense)
+        if self.margin is None or dense:
+            return logits, active
+        exact = (x @ weight).to(logits.dtype)
+        logits, more = Shortlist.apply(logits.flatten(0, 1), exact.flatten(0, 1), self.margin * MARGIN_SCALE,
+                                       self.n_in)
+        return logits.view_as(exact), active + more.view(active.shape)
 
 
 # -----------------------------------------------------------------------------
@@ -314,6 +385,7 @@ class CWICConfig:
     stripe_down: int = 192      # GPT-2 only
     stripe_head: int = 1024
     bases: bool = False         # out and head read the principal components of their inputs: find_bases()
+    shortlist: bool = False     # the head computes the logits of the likeliest tokens with every weight
 
     def __post_init__(self):
         if self.arch not in ('gpt2', 'llama'):
@@ -520,7 +592,7 @@ class GPT(nn.Module):
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
         self.ln_f = norm(config)
         # the token embedding is the head read the other way: row i of its transpose is token i
-        self.head = StripedLinear(config.n_embd, config.vocab_size, config.stripe_head, bias=False)
+        self.head = Head(config)
         if config.bases:
             self.register_buffer('basis', axes(config.n_embd))      # (d, d), of the head's input
             self.head.overhead = config.n_embd ** 2
@@ -636,11 +708,13 @@ class GPT(nn.Module):
         """
         What AdamW trains: matrices, decayed; biases and norms; thresholds, never decayed. Frozen: left out.
         """
-        trained = [(name.endswith('theta'), p) for name, p in self.named_parameters() if p.requires_grad]
-        matrices = [p for theta, p in trained if p.dim() > 1 and not theta]
+        trained = [(is_threshold(name), p) for name, p in self.named_parameters() if p.requires_grad]
+        thresholds = [p for threshold, p in trained if threshold]
+        matrices = [p for threshold, p in trained if p.dim() > 1 and not threshold]
+        others = [p for threshold, p in trained if p.dim() <= 1 and not threshold]
         return [{'params': matrices, 'lr': lr, 'weight_decay': weight_decay},
-                {'params': [p for _, p in trained if p.dim() <= 1], 'lr': lr, 'weight_decay': 0.0},
-                {'params': [p for theta, p in trained if theta], 'lr': threshold_lr, 'weight_decay': 0.0}]
+                {'params': others, 'lr': lr, 'weight_decay': 0.0},
+                {'params': thresholds, 'lr': threshold_lr, 'weight_decay': 0.0}]
 
 
 # -----------------------------------------------------------------------------
@@ -709,7 +783,7 @@ def adapters(model):
 def add_adapters(model, rank):
     """Freezes all of the model but its thresholds, and gives each matrix a change of this rank to train."""
     for name, p in model.named_parameters():
-        p.requires_grad_(name.endswith('theta'))
+        p.requires_grad_(is_threshold(name))
     for layer, adapter, matrix in adapters(model):
         setattr(layer, adapter, LowRank(getattr(layer, matrix), rank))
 

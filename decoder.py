@@ -206,7 +206,8 @@ class Decoder(Window):
     """
     dtype: of the weights, 'f32', 'bf16' or 'int8'; threads: default, every core up to 8. With dense=True
     every weight is used. Sums are taken in two parts, for more than two threads in four, so that logits may
-    differ in their last bits. Raises build_kernel.KernelUnavailable, and ValueError for a dtype or a number
+    differ in their last bits. Of a prompt it computes the logits of the last token alone, so for those before
+    no shortlist is counted. Raises build_kernel.KernelUnavailable, and ValueError for a dtype or a number
     of threads that cannot be.
     """
 
@@ -250,16 +251,21 @@ class Decoder(Window):
             positions = dict(wpe=keep(model.wpe.weight.clone()))
         else:
             positions = dict(zip(('cos', 'sin'), map(keep, rotary_tables(c, torch.arange(c.block_size)))))
-        of_state, basis = torch.float32 if dtype == 'f32' else torch.bfloat16, {}
+        of_state, more = torch.float32 if dtype == 'f32' else torch.bfloat16, {}
+        if c.bases or c.shortlist:
+            embedding = model.head.adapter(model.head.weight).t()                               # (vocab, d)
+            embedding = along(embedding, model.basis.t()) if c.bases else embedding
+            more = dict(embedding=keep(embedding.to(of_state).contiguous()))
         if c.bases:
-            embedding = along(model.head.adapter(model.head.weight).t(), model.basis.t())       # (vocab, d)
-            basis = dict(basis=matrix['basis'], embedding=keep(embedding.to(of_state)))
+            more['basis'] = matrix['basis']
+        if c.shortlist and not dense:
+            more['margin'] = model.head.margin_in_nats()
         self.kept.append(self.ffi.new('Layer[]', [layer(i) for i in range(c.n_layer)]))
         sizes = 'vocab_size', 'block_size', 'n_layer', 'n_head', 'n_kv_head', 'n_embd', 'n_hidden', 'norm_eps'
         self.c_model = self.ffi.new('Model *', dict(
             {name: getattr(c, name) for name in sizes}, **positions, arch=('gpt2', 'llama').index(c.arch),
             dtype=list(FORMATS).index(dtype), layers=self.kept[-1], ln_f=norm(model.ln_f),
-            head=matrix['head'], **basis))
+            head=matrix['head'], **more))
         batch, unit = self.lib.BATCH, self.lib.BLOCK
         shapes = dict(k=(c.n_layer, c.n_kv_head, math.ceil(c.block_size / unit), c.head_dim, unit),
                       v=(c.n_layer, c.n_kv_head, c.block_size, math.ceil(c.head_dim / unit) * unit),

@@ -240,6 +240,7 @@ class Method:
     apart: bool = True          # Llama's up and down skip inputs; else neurons
     stripe: int = ONE           # columns to a stripe; 0: as the recipe has it
     bases: bool = False         # inputs are measured along their principal components: GPT.find_bases()
+    shortlist: bool = False     # the head computes the likeliest tokens' logits with every weight
     layer: type = StripedLinear     # what layers become
     trained: bool = False       # for the recipe's steps
     predicts: bool = False      # only what chooses is trained: at the targets of methods without training
@@ -274,7 +275,8 @@ class Method:
 
     def start(self, model, saved, recipe, given):
         """-> train.Run of a copy of the dense model, and the recipe's data"""
-        own = {'bases': self.bases, **(dict.fromkeys(STRIPES, self.stripe) if self.stripe else {})}
+        own = {'bases': self.bases, 'shortlist': self.shortlist,
+               **(dict.fromkeys(STRIPES, self.stripe) if self.stripe else {})}
         recipe = recipe if self.teacher else replace(recipe, teacher=0.0)
         return train.begin(replace(recipe, **own), given | own.keys(), recipe.device)
 

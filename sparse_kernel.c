@@ -70,6 +70,7 @@ typedef struct {
     Matrix head;                // its columns are also the embeddings of the tokens, unless it has a basis:
     Matrix basis;               // (n_embd, n_embd) what its input is multiplied with first; or n_in is 0
     const void *embedding;      // (vocab_size, n_embd) f32 where weights are, else bf16; or NULL
+    float margin;               // so far below the largest logit the shortlist ends; 0: there is none
 } Model;
 
 typedef struct {                // what a sequence has left behind, and where its next tokens are worked on
@@ -90,9 +91,9 @@ int team_size(const Team *team);        // threads it really has
 void team_free(Team *team);
 
 // Reads count tokens, 1 to BATCH, the first at this position: logits (vocab_size) of the last one, and active
-// (count, 4 * n_layer + 1), the weights that each token used of each matrix but the basis. Many at once are
-// read faster than one after the other, and give the same numbers, to the bit. 0, or -1 where a size, token
-// or position is impossible
+// (count, 4 * n_layer + 1), the weights that each token used of each matrix but the basis; a shortlist is
+// counted for the last one. Many at once are read faster than one after the other, and give the same numbers,
+// to the bit. 0, or -1 where a size, token or position is impossible
 int decode(Team *team, const Model *model, const State *state, const uint32_t *tokens, size_t count,
            size_t position, float *logits, int64_t *active);
 
@@ -710,6 +711,48 @@ static void attend_task(const void *argument, Worker *me, size_t task)
     }
 }
 
+typedef struct {
+    const Model *model;
+    const float *h;             // (n_embd) what the head reads, not along its basis
+    float *logits;              // (vocab_size)
+    float largest;              // of the logits, all of which are rough at first
+} Shortlist;
+
+// The logits of n_embd tokens: those of the likely ones become the products of h with their embeddings, which
+// lie in one piece each, as columns of the head do not
+static void shortlist_task(const void *argument, Worker *me, size_t task)
+{
+    const Shortlist *list = argument;
+    const Model *m = list->model;
+    size_t d = m->n_embd, first = task * d, last = least(first + d, m->vocab_size);
+    int dtype = m->dtype == F32 ? F32 : BF16;
+    Rows rows = {m->embedding, d * bytes(dtype), d, me->index, me->value, 0, NULL, 0};
+    for (size_t i = first; i < last; i++) {
+        me->index[rows.n] = (uint32_t)i;
+        me->value[rows.n] = 1;
+        rows.n += list->largest - list->logits[i] < m->margin;
+    }
+    FOR_FORMAT(dtype, dot_rows, rows, list->h);
+    for (size_t k = 0; k < rows.n; k++) list->logits[me->index[k]] = me->value[k];
+    me->active[0] += (int64_t)(rows.n * d);
+}
+
+// What is likely by its rough logit is computed again, with every weight. Returns how many these were
+static int64_t shortlist(Team *team, const Model *m, const float *h, float *logits)
+{
+    float largest = logits[0];
+    #pragma omp simd reduction(max:largest)
+    for (size_t i = 0; i < m->vocab_size; i++) largest = logits[i] > largest ? logits[i] : largest;
+    Shortlist list = {m, h, logits, largest};
+    run_tasks(team, pieces(m->vocab_size, m->n_embd), shortlist_task, &list);
+    int64_t used = 0;
+    for (int i = 0; i < team->size; i++) {
+        used += team->workers[i].active[0];
+        team->workers[i].active[0] = 0;
+    }
+    return used;
+}
+
 int decode(Team *team, const Model *m, const State *s, const uint32_t *tokens, size_t count, size_t position,
            float *logits, int64_t *active)
 {
@@ -720,6 +763,7 @@ int decode(Team *team, const Model *m, const State *s, const uint32_t *tokens, s
     if (m->block_size > team->longest) return -1;
     if (!m->n_layer || !qkv || d % m->n_head || m->n_head % m->n_kv_head) return -1;
     if (!possible(team, &m->head, dtype, d, m->vocab_size)) return -1;
+    if (m->margin != 0 && !m->embedding) return -1;
     if (m->basis.n_in && (!m->embedding || !possible(team, &m->basis, dtype, d, d))) return -1;
     for (const Layer *l = m->layers; l < m->layers + m->n_layer; l++)
         if (!possible(team, &l->qkv, dtype, d, qkv) || !possible(team, &l->out, dtype, d, d)
@@ -755,6 +799,7 @@ int decode(Team *team, const Model *m, const State *s, const uint32_t *tokens, s
         if (i + 1 < count) *used = count_active(&m->head, h, team->workers);        // no logits are asked for
         else multiply((Product){team, &m->head, dtype, STORE, 1, h, NULL, logits, &m->layers->qkv}, used, 1);
     }
+    if (m->margin != 0) active[count * row - 1] += shortlist(team, m, s->h + (count - 1) * d, logits);
     return 0;
 }
 

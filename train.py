@@ -93,6 +93,8 @@ class TrainConfig:
     stripe_head: int = option(1024, '... of the LM head')
     bases: bool = option(False, 'with --init_from: head and attention output read the principal components '
                          'of their inputs, of which they can skip more')
+    shortlist: bool = option(False, 'the head computes the logits of the likeliest tokens with every weight, '
+                             'so that it can skip more for all others')
     # compute
     target_reduction: float = option(3.0, 'dense weights / active weights per token to train for; 1 trains a '
                                      'dense model', at_least=1)
@@ -419,7 +421,7 @@ def starting_model(config, given):
         if name == 'block_size' and asked <= sizes[name]:
             continue                    # so long are the training windows; the model's context stays
         finer = name.startswith('stripe_') and (asked <= sizes[name] or not base)
-        if asked != sizes[name] and not finer and not (name == 'bases' and asked):
+        if asked != sizes[name] and not finer and not (name in ('bases', 'shortlist') and asked):
             fail(f'--{name} {asked}: {source} has {sizes[name]}; leave the option out')
         sizes[name] = asked
     if any(sizes[name] != size for name, size in asdict(model.config).items()):

@@ -250,13 +250,14 @@ def test_parts_made_apart_make_a_whole(setting, tmp_path, capsys):
     assert (tmp_path / 'whole' / 'table.md').read_text() == (tmp_path / 'once' / 'table.md').read_text()
 
 
-def test_bases_are_for_one_ablation(setting, tmp_path):
+@pytest.mark.parametrize('more', ['bases', 'shortlist'])
+def test_bases_and_shortlists_are_for_one_ablation_each(setting, tmp_path, more):
     """A recipe with bases gave every rival a head that pays for components which it never reads."""
     recipe = tmp_path / 'recipe.toml'
-    recipe.write_text((setting / 'recipe.toml').read_text(encoding='utf-8') + 'bases = true\n', encoding='utf-8')
+    recipe.write_text((setting / 'recipe.toml').read_text(encoding='utf-8') + f'{more} = true\n', encoding='utf-8')
     one_each = ['--targets', '2', '--trained_targets', '2', '--seeds', '1']
     without = compare(setting, tmp_path / 'a', *one_each, '--methods', 'TEAL,CWIC')
-    some = compare(setting, tmp_path / 'b', *one_each, '--methods', 'TEAL,CWIC,CWIC: bases', '--recipe', str(recipe))
+    some = compare(setting, tmp_path / 'b', *one_each, '--methods', f'TEAL,CWIC,CWIC: {more}', '--recipe', str(recipe))
     kl, kl_of_some = ({row['method']: row['kl'] for row in rows} for rows in (without, some))
     assert len(set(kl_of_some.values())) == 3
     assert kl == {name: kl_of_some[name] for name in kl}

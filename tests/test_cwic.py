@@ -149,6 +149,30 @@ def test_shared_mask_backward_is_the_smoothed_step():
     np.testing.assert_array_equal(active.detach(), 10 * mask.sum(1))
 
 
+def test_margin_is_learned_as_the_smoothed_step():
+    """
+    Of a shortlist: the margin's gradient is, by finite differences, that of the step with a slope in its window; exact
+    and rough logits learn from what became of each.
+    """
+    torch.manual_seed(0)
+    rough = torch.randn(50, 400, dtype=torch.float64) * 3
+    exact, g, g_active = rough + torch.randn(rough.shape) * 0.3, torch.randn_like(rough), torch.rand(50, dtype=torch.float64)
+    behind = rough.max(1, keepdim=True).values - rough
+
+    def smoothed(margin):
+        listed = ((margin - behind) / cwic.MARGIN_WINDOW + 0.5).clamp(0, 1)
+        return float(((rough + listed * (exact - rough)) * g).sum() + (7 * listed.sum(1) * g_active).sum())
+
+    leaves = [x.clone().requires_grad_() for x in (rough, exact, torch.tensor([3.0]))]
+    logits, active = cwic.Shortlist.apply(*leaves, 7)
+    ((logits * g).sum() + (active * g_active).sum()).backward()
+    listed = behind < 3
+    assert torch.equal(logits, torch.where(listed, exact, rough)) and torch.equal(active, 7 * listed.sum(1).double())
+    assert torch.equal(leaves[0].grad, torch.where(listed, 0, g)) and torch.equal(leaves[1].grad, torch.where(listed, g, 0))
+    slope = (smoothed(3 + 1e-6) - smoothed(3 - 1e-6)) / 2e-6
+    np.testing.assert_allclose(float(leaves[2].grad), slope, rtol=1e-4)
+
+
 def test_input_that_never_moves_gives_no_nan():
     """sigma 0 means a window of width 0; dividing by it made every gradient of the layer NaN."""
     striped, neurons = StripedLinear(3, 4, 2, bias=True), Neurons(4, 3)
@@ -443,8 +467,13 @@ def forward_in_numpy(model, tokens, dense=False):
     for i in range(config.n_layer):
         x = x + attention(norm(x, f'blocks.{i}.ln_1'), f'blocks.{i}.attn')
         x = x + mlp(norm(x, f'blocks.{i}.ln_2'), f'blocks.{i}.mlp')
-    logits = linear(norm(x, 'ln_f') @ basis, 'head', config.stripe_head)
+    x = norm(x, 'ln_f') @ basis
+    logits = linear(x, 'head', config.stripe_head)
     counts[-1] += basis.size if config.bases and not dense else 0
+    if config.shortlist and not dense:
+        listed = logits > logits.max(1, keepdims=True) - cwic.MARGIN_SCALE * p['head.margin']
+        logits[listed] = (x @ p['head.weight'])[listed]
+        counts[-1] += config.n_embd * listed.sum(1)
     return logits, np.stack(counts)
 
 
@@ -512,7 +541,8 @@ def test_bases_of_a_sparse_model_are_of_what_it_reads():
 @pytest.mark.parametrize('dense', [False, True])
 @pytest.mark.parametrize('arch, changes', [
     ('gpt2', {}), ('gpt2', {'bias': False}), ('llama', {}), ('llama', {'n_kv_head': 4}),
-    ('gpt2', {'bases': True}), ('llama', {'bases': True}),
+    ('gpt2', {'bases': True}), ('llama', {'bases': True}), ('gpt2', {'shortlist': True}),
+    ('llama', {'bases': True, 'shortlist': True}),
     ('llama', {'n_kv_head': 1, 'rope_scaling': (8.0, 1.0, 4.0, 16), 'norm_eps': 1e-2})])
 def test_forward_against_numpy(arch, changes, dense):
     """
@@ -522,6 +552,8 @@ def test_forward_against_numpy(arch, changes, dense):
     model, tokens = small_model(arch, **changes), random_tokens(2, 12)
     if 'bases' in changes:
         model.basis.copy_(torch.randn(model.basis.shape))
+    if 'shortlist' in changes:
+        model.head.margin.data.fill_(0.1 / cwic.MARGIN_SCALE)       # of logits this small, a few
     logits, active = model(tokens, dense=dense)
     assert active.shape == (9, 2, 12) and len(model.gated()) == 9
     for b in range(2):

@@ -1,12 +1,13 @@
 """decoder.py: the kernel's whole step against the model in PyTorch, token by token."""
 
+import copy
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from cwic import GPT, CWICConfig, Neurons, add_adapters, generate, merge_adapters
+from cwic import GPT, MARGIN_SCALE, CWICConfig, Neurons, add_adapters, generate, merge_adapters
 from decoder import Decoder, PackedMatrix, TorchDecoder, quantise
 
 torch.set_num_threads(1)        # tiny matrices: more threads only wait for each other
@@ -29,6 +30,8 @@ def random_model(arch='gpt2', share=None, **changes):
             model.find_bases(torch.randint(config.vocab_size, (8, config.block_size)))
         for p in model.parameters():
             p.add_(torch.randn_like(p) * 0.05)
+        if config.shortlist:
+            model.head.margin.fill_(0.5 / MARGIN_SCALE)
         for _, layer in model.gated():
             neurons = isinstance(layer, Neurons)
             layer.sigma.fill_(0.05 if neurons and share is None else 1)
@@ -45,17 +48,32 @@ def random_tokens(model, count):
 
 @pytest.mark.parametrize('changes', [dict(arch='gpt2'), dict(arch='gpt2', bias=False), dict(arch='llama'),
                                      dict(arch='llama', n_kv_head=6), dict(arch='llama', n_kv_head=1),
-                                     dict(arch='gpt2', bases=True), dict(arch='llama', bases=True)])
+                                     dict(arch='gpt2', bases=True), dict(arch='llama', bases=True),
+                                     dict(arch='gpt2', shortlist=True), dict(arch='llama', shortlist=True, bases=True)])
 @pytest.mark.parametrize('share', [0, 0.5, 1])
 @pytest.mark.parametrize('dense', [False, True])
 def test_step_equals_the_model(changes, share, dense):
-    """Logits of a prompt and of every step to 1e-4 of the largest, all active counts exactly; prints the largest difference."""
+    """
+    Logits of a prompt and of every step to 1e-4 of the largest, all active counts exactly; prints the largest difference.
+    Of a prompt the kernel computes the last logits only, so there is no shortlist for the tokens before.
+    """
     model = random_model(share=share, **changes)
+    no_list = copy.deepcopy(model)
+    if model.config.shortlist:
+        no_list.head.margin.data.fill_(-1)
+    no_list = TorchDecoder(no_list, dense)
     reference, decoder = TorchDecoder(model, dense), Decoder(model, 'f32', 2, dense)
     tokens, worst = random_tokens(model, 28), 0
     for read in [lambda d: d.prefill(tokens[:5]), lambda d: d.extend(tokens[5:9])] + [
             lambda d, token=token: d.step(token) for token in tokens[9:]]:
         (want, want_active), (logits, active) = read(reference), read(decoder)
+        _, rough_active = read(no_list)
+        if active.ndim > 1:
+            want_active[:-1] = rough_active[:-1]
+        if model.config.shortlist and not dense:
+            listed = (want_active - rough_active).reshape(-1, len(decoder.names))[-1]
+            assert not listed[:-1].any() and 0 < listed[-1] <= decoder.dense[-1] * (1 if share == 0 else 0.99)
+            assert listed[-1] % model.config.n_embd == 0
         assert active.dtype == np.int64 and active.shape == want_active.shape and (active == want_active).all()
         assert not dense or (active == decoder.dense).all()
         worst = max(worst, np.abs(logits - want).max() / np.abs(want).max())
@@ -86,11 +104,12 @@ def test_thresholds_within_rounding(arch):
     assert equal > 10
 
 
-@pytest.mark.parametrize('arch, bases', [('gpt2', False), ('llama', False), ('llama', True)])
+@pytest.mark.parametrize('arch, changes', [('gpt2', {}), ('llama', {}), ('llama', {'bases': True, 'shortlist': True})])
 @pytest.mark.parametrize('dtype', ['f32', 'bf16', 'int8'])
-def test_a_prompt_is_what_its_tokens_are_one_by_one(arch, bases, dtype):
+def test_a_prompt_is_what_its_tokens_are_one_by_one(arch, changes, dtype):
     """The kernel reads many tokens at once to the same bits as one after the other, however many threads there are."""
-    model = random_model(arch, block_size=200, bases=bases)
+    model = random_model(arch, block_size=200, **changes)
+    layers = 4 * model.config.n_layer               # the head has no shortlist where no logits are asked for
     tokens = random_tokens(model, 150)                                  # more than the kernel reads in one go
     steps = Decoder(model, dtype, 1)
     actives = [steps.step(token) for token in tokens]
@@ -98,7 +117,9 @@ def test_a_prompt_is_what_its_tokens_are_one_by_one(arch, bases, dtype):
         decoder = Decoder(model, dtype, threads)
         logits, active = decoder.prefill(tokens[:140])
         assert np.array_equal(logits, actives[139][0])
-        assert np.array_equal(active, [active for _, active in actives[:140]])
+        assert np.array_equal(active[-1], actives[139][1])
+        assert np.array_equal(active[:, :layers], [active[:layers] for _, active in actives[:140]])
+        assert (active[:, layers] <= [active[layers] for _, active in actives[:140]]).all()
         logits, active = decoder.extend(tokens[140:])
         assert np.array_equal(logits, actives[-1][0]) and np.array_equal(active[-1], actives[-1][1])
 

@@ -390,14 +390,14 @@ def test_going_on_from_an_adapter(adapter, data, tmp_path):
 @BOTH
 def test_an_adapter_with_bases(arch, dense, data, tmp_path, monkeypatch):
     """
-    Its file holds the bases, its base none: matrices are changed to them again when it is loaded. It starts as
+    And a shortlist. Its file holds the bases, its base none: matrices are changed to them again when it is loaded. It starts as
     the exact dense model, can be resumed, and another can go on from it; an adapter without bases gets some,
     those of what it reads as it runs.
     """
     find, looked = cwic.GPT.find_bases, []
     monkeypatch.setattr(cwic.GPT, 'find_bases', lambda model, tokens, dense: looked.append(dense) or
                         find(model, tokens, dense))
-    more = ['--rank', 3, '--bases', '--eval_every', 1]
+    more = ['--rank', 3, '--bases', '--shortlist', '--eval_every', 1]
     assert distil(dense[arch], data, tmp_path / 'a', *more).returncode == 0
     with open(tmp_path / 'a' / 'log.csv', encoding='utf-8') as f:
         row = next(csv.DictReader(f))
@@ -421,6 +421,8 @@ def test_an_adapter_with_bases(arch, dense, data, tmp_path, monkeypatch):
     ended = distil(tmp_path / 'without' / 'best.pt', data, tmp_path / 'c', '--bases')
     assert ended.returncode == 0 and not torch.equal(load(tmp_path / 'c')['model']['basis'], cwic.axes(16))
     assert looked == [True, True, False]
+    ended = distil(tmp_path / 'without' / 'best.pt', data, tmp_path / 'e', '--shortlist')
+    assert ended.returncode == 0 and 'head.margin' in load(tmp_path / 'e')['model']
     refused = distil(tmp_path / 'a' / 'best.pt', data, tmp_path / 'd', '--bases', False)
     assert '--bases False' in one_line(refused, 2)
     assert 'say which with --init_from' in one_line(call('--bases', '--data', data, '--out', tmp_path / 'd'), 2)
@@ -442,7 +444,7 @@ def test_compiling_changes_nothing(arch, dense, rank, one_stripe):
     results = []
     for compiled in (False, True):
         torch._dynamo.reset()
-        model, frozen = small_model(arch, **stripes), cwic.dense_copy(small_model(arch, seed=3))
+        model, frozen = small_model(arch, shortlist=bool(rank), **stripes), cwic.dense_copy(small_model(arch, seed=3))
         run = new_run(model, frozen, batch_size=8, teacher=0.5)
         if rank:
             cwic.add_adapters(model, rank)

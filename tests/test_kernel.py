@@ -300,11 +300,12 @@ static int try_matrix(int trial)
 }
 
 // a whole model, as small as can be: a prompt, then a step at each position, and some that must be refused
-static int try_model(int arch, int dtype)
+static int try_model(int arch, int dtype, int shortlist)
 {
     enum { D = 6, V = 11, T = 70, H = 10 };
     size_t kv = arch == GPT2 ? 3 : 1, qkv = D + 2 * kv * 2;
-    float *w = floats(1000), *z = calloc(1000, 4), *tables = floats(T * D), *logits = floats(V);
+    float *numbers = floats(1000), *z = calloc(1000, 4), *tables = floats(T * D), *logits = floats(V);
+    void *w = pack(numbers, 1000, dtype);
     Norm norm = {tables, NULL};
     Layer layer = {norm, norm, {D, qkv, qkv, qkv, 2, w, z, z, z, z, z}, {D, D, 4, 2, 1, w, z, z, z, z, z},
                    {D, H, 7, 7, 1, w, z, z, z, z, z}, {H, D, D, D, 3, w, z, z, z, z, z}};
@@ -313,6 +314,7 @@ static int try_model(int arch, int dtype)
     size_t size = dtype == F32 ? 4 : 2;
     State state = {calloc(kv * 2 * 2 * BLOCK, size), calloc(kv * T * BLOCK, size), floats(BATCH * D), floats(BATCH * D),
                    floats(BATCH * qkv), floats(BATCH * D), floats(BATCH * H)};
+    if (shortlist) { model.embedding = pack(numbers, V * D, dtype == F32 ? F32 : BF16); model.margin = 0.01f; }
     int64_t active[5 * BATCH];
     uint32_t tokens[BATCH] = {3, 1, 4, 1, 5, 9, 2, 6}, unknown = V;
     Team *team = team_new(2, T, 256);
@@ -320,14 +322,18 @@ static int try_model(int arch, int dtype)
     for (size_t position = BATCH; position < T; position++) {
         if (decode(team, &model, &state, tokens, 1, position, logits, active)) return puts("refused");
         for (int i = 0; i < V; i++) if (!isfinite(logits[i])) return puts("logits");
+        if (active[4] % D || (active[4] > V * D) != shortlist) return puts("active");
     }
     if (!decode(team, &model, &state, &unknown, 1, 0, logits, active)) return puts("not refused: a token");
     if (!decode(team, &model, &state, tokens, 1, T, logits, active)) return puts("not refused: a position");
     if (!decode(team, &model, &state, tokens, 0, 0, logits, active)) return puts("not refused: no tokens");
+    free((void *)model.embedding);
+    model.embedding = NULL;
+    if (shortlist && !decode(team, &model, &state, tokens, 1, 0, logits, active)) return puts("not refused: no embedding");
     layer.up.n_out++;
     if (!decode(team, &model, &state, tokens, 1, 0, logits, active)) return puts("not refused: a size");
     team_free(team);
-    free(w); free(z); free(tables); free(logits);
+    free(numbers); free(w); free(z); free(tables); free(logits);
     free(state.k); free(state.v); free(state.x); free(state.h); free(state.qkv); free(state.mixed); free(state.hidden);
     return 0;
 }
@@ -335,7 +341,8 @@ static int try_model(int arch, int dtype)
 int main(void)
 {
     for (int trial = 0; trial < TRIALS; trial++) { srand((unsigned)trial); if (try_matrix(trial)) return 1; }
-    for (int dtype = F32; dtype <= INT8; dtype++) if (try_model(GPT2, dtype) || try_model(LLAMA, dtype)) return 1;
+    for (int dtype = F32; dtype <= INT8; dtype++)
+        for (int list = 0; list < 2; list++) if (try_model(GPT2, dtype, list) || try_model(LLAMA, dtype, list)) return 1;
     puts("fine");
     return 0;
 }
