@@ -229,7 +229,7 @@ def test_the_shipped_adapter_is_as_good_as_adapters_readme_says():
     windows = np.concatenate([evaluate.windows_of_kind(kind, data, meta, spec, encoding, 2, 512)
                               for kind in ('dialogues', 'documents')])
     results = evaluate.measure(model, windows, teacher)
-    expected = dict(val_loss=1.2333, reduction=2.711, kl=0.1568, agreement=0.8278)
+    expected = dict(val_loss=1.2087, reduction=2.851, kl=0.1349, agreement=0.8293)
     # processors round differently, which decides what lies near a threshold: of 2,048 tokens' KL that is 2%
     kl = expected.pop('kl')
     assert {name: results[name] for name in expected} == pytest.approx(expected, rel=0.01)
