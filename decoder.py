@@ -227,6 +227,8 @@ class Decoder(Window):
         size = sum(layer.dense * FORMATS[dtype].itemsize + 6 * 64       # and thresholds, scales, mu and base
                    + 4 * (2 * layer.theta.numel() + layer.n_in + 2 * (layer.dense // layer.n_in))
                    for layer in layers.values())
+        embeds = c.bases or c.shortlist     # else embeddings are read where the head has its columns
+        size += (model.head.dense * FORMATS[dtype].itemsize + 64) * embeds
         empty = Arena(size).empty
         threads = min(os.cpu_count() or 1, 8) if threads is None else threads
         tasks = 2 if threads <= 2 else 4                # no more: what they find has to be added up
@@ -252,10 +254,14 @@ class Decoder(Window):
         else:
             positions = dict(zip(('cos', 'sin'), map(keep, rotary_tables(c, torch.arange(c.block_size)))))
         of_state, more = torch.float32 if dtype == 'f32' else torch.bfloat16, {}
-        if c.bases or c.shortlist:
+        if embeds:
             embedding = model.head.adapter(model.head.weight).t()                               # (vocab, d)
             embedding = along(embedding, model.basis.t()) if c.bases else embedding
-            more = dict(embedding=keep(embedding.to(of_state).contiguous()))
+            if dtype == 'int8':
+                column_scale = largest(embedding, 0)
+                embedding, row_scale = quantise(embedding, column_scale)
+                more = dict(embedding_row_scale=keep(row_scale), embedding_column_scale=keep(column_scale))
+            more['embedding'] = keep(empty(tuple(embedding.shape), dtype=FORMATS[dtype]).copy_(embedding))
         if c.bases:
             more['basis'] = matrix['basis']
         if c.shortlist and not dense:

@@ -69,7 +69,8 @@ typedef struct {
     Norm ln_f;
     Matrix head;                // its columns are also the embeddings of the tokens, unless it has a basis:
     Matrix basis;               // (n_embd, n_embd) what its input is multiplied with first; or n_in is 0
-    const void *embedding;      // (vocab_size, n_embd) f32 where weights are, else bf16; or NULL
+    const void *embedding;      // (vocab_size, n_embd) in the format of weights, or NULL
+    const float *embedding_row_scale, *embedding_column_scale;  // (vocab_size), (n_embd) for INT8, else NULL
     float margin;               // so far below the largest logit the shortlist ends; 0: there is none
 } Model;
 
@@ -635,7 +636,8 @@ static void embed(const Model *m, float *x, size_t token, size_t position)
     const char *tile_start = (const char *)head->weight + tile.start * head->n_in * bytes(m->dtype);
     for (size_t i = 0; i < m->n_embd; i++) {
         if (m->embedding) {
-            x[i] = weight(m->embedding, token * m->n_embd + i, m->dtype == F32 ? F32 : BF16);
+            x[i] = weight(m->embedding, token * m->n_embd + i, m->dtype);
+            if (m->dtype == INT8) x[i] *= m->embedding_row_scale[token] * m->embedding_column_scale[i];
         } else {
             x[i] = weight(tile_start, i * tile.width + token - tile.start, m->dtype);
             if (m->dtype == INT8)
@@ -713,7 +715,7 @@ static void attend_task(const void *argument, Worker *me, size_t task)
 
 typedef struct {
     const Model *model;
-    const float *h;             // (n_embd) what the head reads, not along its basis
+    const float *h;             // (n_embd) what the head reads, not along its basis; scaled, for INT8
     float *logits;              // (vocab_size)
     float largest;              // of the logits, all of which are rough at first
 } Shortlist;
@@ -725,21 +727,22 @@ static void shortlist_task(const void *argument, Worker *me, size_t task)
     const Shortlist *list = argument;
     const Model *m = list->model;
     size_t d = m->n_embd, first = task * d, last = least(first + d, m->vocab_size);
-    int dtype = m->dtype == F32 ? F32 : BF16;
-    Rows rows = {m->embedding, d * bytes(dtype), d, me->index, me->value, 0, NULL, 0};
+    Rows rows = {m->embedding, d * bytes(m->dtype), d, me->index, me->value, 0, NULL, 0};
     for (size_t i = first; i < last; i++) {
         me->index[rows.n] = (uint32_t)i;
-        me->value[rows.n] = 1;
+        me->value[rows.n] = m->dtype == INT8 ? m->embedding_row_scale[i] : 1;
         rows.n += list->largest - list->logits[i] < m->margin;
     }
-    FOR_FORMAT(dtype, dot_rows, rows, list->h);
+    FOR_FORMAT(m->dtype, dot_rows, rows, list->h);
     for (size_t k = 0; k < rows.n; k++) list->logits[me->index[k]] = me->value[k];
     me->active[0] += (int64_t)(rows.n * d);
 }
 
-// What is likely by its rough logit is computed again, with every weight. Returns how many these were
-static int64_t shortlist(Team *team, const Model *m, const float *h, float *logits)
+// What is likely by its rough logit is computed again, with every weight. Returns how many these were. For
+// INT8, h is scaled in place
+static int64_t shortlist(Team *team, const Model *m, float *h, float *logits)
 {
+    for (size_t i = 0; m->dtype == INT8 && i < m->n_embd; i++) h[i] *= m->embedding_column_scale[i];
     float largest = logits[0];
     #pragma omp simd reduction(max:largest)
     for (size_t i = 0; i < m->vocab_size; i++) largest = logits[i] > largest ? logits[i] : largest;
@@ -764,6 +767,7 @@ int decode(Team *team, const Model *m, const State *s, const uint32_t *tokens, s
     if (!m->n_layer || !qkv || d % m->n_head || m->n_head % m->n_kv_head) return -1;
     if (!possible(team, &m->head, dtype, d, m->vocab_size)) return -1;
     if (m->margin != 0 && !m->embedding) return -1;
+    if (m->embedding && dtype == INT8 && !(m->embedding_row_scale && m->embedding_column_scale)) return -1;
     if (m->basis.n_in && (!m->embedding || !possible(team, &m->basis, dtype, d, d))) return -1;
     for (const Layer *l = m->layers; l < m->layers + m->n_layer; l++)
         if (!possible(team, &l->qkv, dtype, d, qkv) || !possible(team, &l->out, dtype, d, d)

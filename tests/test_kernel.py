@@ -314,7 +314,11 @@ static int try_model(int arch, int dtype, int shortlist)
     size_t size = dtype == F32 ? 4 : 2;
     State state = {calloc(kv * 2 * 2 * BLOCK, size), calloc(kv * T * BLOCK, size), floats(BATCH * D), floats(BATCH * D),
                    floats(BATCH * qkv), floats(BATCH * D), floats(BATCH * H)};
-    if (shortlist) { model.embedding = pack(numbers, V * D, dtype == F32 ? F32 : BF16); model.margin = 0.01f; }
+    if (shortlist) {
+        model.embedding = pack(numbers, V * D, dtype);
+        model.margin = 0.01f;
+        if (dtype == INT8) model.embedding_row_scale = model.embedding_column_scale = tables;
+    }
     int64_t active[5 * BATCH];
     uint32_t tokens[BATCH] = {3, 1, 4, 1, 5, 9, 2, 6}, unknown = V;
     Team *team = team_new(2, T, 256);
@@ -327,6 +331,10 @@ static int try_model(int arch, int dtype, int shortlist)
     if (!decode(team, &model, &state, &unknown, 1, 0, logits, active)) return puts("not refused: a token");
     if (!decode(team, &model, &state, tokens, 1, T, logits, active)) return puts("not refused: a position");
     if (!decode(team, &model, &state, tokens, 0, 0, logits, active)) return puts("not refused: no tokens");
+    if (shortlist && dtype == INT8) {
+        model.embedding_column_scale = NULL;
+        if (!decode(team, &model, &state, tokens, 1, 0, logits, active)) return puts("not refused: no scale");
+    }
     free((void *)model.embedding);
     model.embedding = NULL;
     if (shortlist && !decode(team, &model, &state, tokens, 1, 0, logits, active)) return puts("not refused: no embedding");
