@@ -98,7 +98,7 @@ def difference(a, b):
     """
     worst = [float(abs(a[0] - b[0]) / b[0]), 0.0, 0.0]
     for name, gradient in b[1].items():
-        kind = 2 if name.endswith('theta') else 1
+        kind = 2 if cwic.is_threshold(name) else 1
         share = (a[1][name] - gradient).norm() / gradient.norm().clamp_min(1e-30)
         worst[kind] = max(worst[kind], float(share))
     return worst
