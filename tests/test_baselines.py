@@ -104,7 +104,7 @@ def test_quick_comparison_of_all_methods(setting, tmp_path, monkeypatch, capsys)
     assert rows['TEAL + distillation']['val_loss'] != rows['TEAL']['val_loss']
     out = capsys.readouterr().out
     table = (tmp_path / 'out' / 'table.md').read_text(encoding='utf-8')
-    assert table in out and '21/21' in out and ' left' in out
+    assert table in out and '22/22' in out and ' left' in out
     assert f'| Q-Sparse | 2x | {rows["Q-Sparse"]["reduction"]:.2f} | {rows["Q-Sparse"]["kl"]:.4f} |' in table
     assert '| CATS | 2x | cannot: at most' in table
     assert (tmp_path / 'out.png').read_bytes().startswith(b'\x89PNG')
