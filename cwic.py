@@ -264,6 +264,11 @@ class StripedLinear(Thresholds):
 # the LM head: of all tokens roughly how likely they are, of the likeliest exactly
 
 
+def behind(logits):
+    """How far each logit is below the largest of its token, in nats. (N, vocab) -> (N, vocab) f32."""
+    return logits.amax(1, keepdim=True).float() - logits.float()
+
+
 class Shortlist(torch.autograd.Function):
     """
     What is likely by its rough logit is computed again: logits = exact where max(rough) - rough < margin, and
@@ -278,14 +283,14 @@ class Shortlist(torch.autograd.Function):
     def forward(ctx, rough, exact, margin, n_in):
         ctx.save_for_backward(rough, exact, margin)
         ctx.n_in = n_in
-        listed = rough.amax(1, keepdim=True).float() - rough.float() < margin
+        listed = behind(rough) < margin                                         # (N, vocab)
         return torch.where(listed, exact, rough), as_count(listed.sum(1)) * n_in
 
     @staticmethod
     def backward(ctx, g, g_active):
         rough, exact, margin = ctx.saved_tensors
-        behind = rough.amax(1, keepdim=True).float() - rough.float()            # (N, vocab)
-        listed, window = behind < margin, (behind - margin).abs() < MARGIN_WINDOW / 2
+        distance = behind(rough)                                                # (N, vocab)
+        listed, window = distance < margin, (distance - margin).abs() < MARGIN_WINDOW / 2
         price = ctx.n_in * g_active.float()[:, None]
         change = g.float() * (exact.float() - rough.float()) + price
         d_margin = torch.where(window, change, 0.0).sum() / MARGIN_WINDOW

@@ -388,11 +388,11 @@ def test_going_on_from_an_adapter(adapter, data, tmp_path):
 
 
 @BOTH
-def test_an_adapter_with_bases(arch, dense, data, tmp_path, monkeypatch):
+def test_an_adapter_with_bases_and_a_shortlist(arch, dense, data, tmp_path, monkeypatch):
     """
-    And a shortlist. Its file holds the bases, its base none: matrices are changed to them again when it is loaded. It starts as
+    Its file holds the bases, its base none: matrices are changed to them again when it is loaded. It starts as
     the exact dense model, can be resumed, and another can go on from it; an adapter without bases gets some,
-    those of what it reads as it runs.
+    those of what it reads as it runs, or a shortlist.
     """
     find, looked = cwic.GPT.find_bases, []
     monkeypatch.setattr(cwic.GPT, 'find_bases', lambda model, tokens, dense: looked.append(dense) or
