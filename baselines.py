@@ -36,7 +36,8 @@ import evaluate
 import plots
 import train
 import weights
-from cwic import CheckpointError, Thresholds
+from checkpoint import CheckpointError, write_atomically
+from cwic import Thresholds
 from data import common
 from device import choose_device, choose_dtype, keep_memory
 from evaluate import validation_windows
@@ -287,7 +288,7 @@ def compare(config, given):
 
     def keep():
         lines = ''.join(json.dumps(r) + '\n' for r in rows)
-        cwic.write_atomically(path, lambda file: file.write(lines.encode()))
+        write_atomically(path, lambda file: file.write(lines.encode()))
 
     for i, job in enumerate(jobs):
         label = '{:3}/{}  {:19} {:4g}x'.format(i + 1, len(jobs), *job)
@@ -310,7 +311,7 @@ def compare(config, given):
               f'loss {row["val_loss"]:.4f}  {row["seconds"]:.0f} s{left}', flush=True)
     keep()
     text = table(rows)
-    cwic.write_atomically(os.path.join(config.out, 'table.md'), lambda file: file.write(text.encode()))
+    write_atomically(os.path.join(config.out, 'table.md'), lambda file: file.write(text.encode()))
     files = [path, os.path.join(config.out, 'table.md')]
     if plots.frontier(rows, config.picture):        # ablations are in the table only
         files.append(config.picture)

@@ -54,7 +54,8 @@ import evaluate
 import plots
 import weights
 from bench_train import measure_train, progress, start_processes
-from cwic import GPT, CheckpointError, CWICConfig, KVCache
+from checkpoint import CheckpointError, write_atomically
+from cwic import GPT, CWICConfig, KVCache
 from data import common
 from decoder import FORMATS, Decoder, PackedMatrix, pointer
 from device import ProcessGone
@@ -680,7 +681,7 @@ def main():
         table([row for row in rows if row.get('part') == part])
     if config.json:
         text = json.dumps({'machine': machine(), 'rows': rows}, indent=1)
-        cwic.write_atomically(config.json, lambda file: file.write(text.encode()))
+        write_atomically(config.json, lambda file: file.write(text.encode()))
     if picture:
         plots.speed(rows, picture, machine())
 

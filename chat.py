@@ -281,8 +281,8 @@ def load(config):
     # imported here, as torch takes a second: --help and mistakes do not wait for it
     import torch
 
+    from checkpoint import CheckpointError
     from conversation import Conversation
-    from cwic import CheckpointError
     from tokenizer import TokenizerError
     from weights import WeightsError, load
     path = config.ckpt or next((path for path in OWN if os.path.exists(path)), 'smollm2')

@@ -24,7 +24,7 @@ import torch
 
 import plots
 import weights
-from cwic import CheckpointError
+from checkpoint import CheckpointError
 from data.common import load_dataset, run
 from device import choose_device
 from evaluate import rows_at_once, validation_windows, windows_of_kind

@@ -2,9 +2,9 @@
 CWIC, "Compute Where It Counts": a GPT that learns which of its weights each token can do without.
 
 This is the whole model, to be read from top to bottom: the statistics of a layer's input, the gate, the
-striped linear layer, the LM head, bases, GPT-2's block, Llama's block, the losses, adapters, checkpoints,
-and a plain generate().
-The C kernel and everything else is compared with it. To train a model run train.py; to talk to one, chat.py.
+striped linear layer, the LM head, bases, GPT-2's block, Llama's block, the losses, adapters, and a plain
+generate(). The C kernel and everything else is compared with it. To train a model run train.py; to talk to
+one, chat.py.
 
     from cwic import GPT, CWICConfig
     model = GPT(CWICConfig())
@@ -19,7 +19,8 @@ of 2:
 
 8 of the 16 weights are used: active = 2 * 2 + 2 * 2 = 8, a reduction of 2. No row was dropped altogether.
 
-Not here: dropout, padding, beam search, or speed. sparse_kernel.c is what really skips the weights.
+Not here: dropout, padding, beam search, files (see checkpoint.py), or speed. sparse_kernel.c is what really
+skips the weights.
 
 The method is that of "Compute Where It Counts: High Quality Sparsely Activated LLMs" (Crystal AI, 2025,
 github.com/crystal-ai-org/cwic). The blocks are GPT-2's (Radford et al., 2019) and Llama's (Touvron et al.,
@@ -30,9 +31,7 @@ import copy
 import functools
 import itertools
 import math
-import os
-import zipfile
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 
 import torch
 import torch.nn as nn
@@ -808,140 +807,6 @@ def dense_copy(model):
     for layer, adapter, _ in adapters(teacher):
         setattr(layer, adapter, nn.Identity())
     return teacher
-
-
-# -----------------------------------------------------------------------------
-# checkpoints: plain tensors and plain values in one file
-
-
-class CheckpointError(Exception):
-    """A checkpoint that cannot be used, said in one line."""
-
-
-def dead(pid):
-    """Where there is no /proc nobody can tell, and all are taken to be alive."""
-    return os.path.exists('/proc/self') and not os.path.exists(f'/proc/{pid}')
-
-
-def write_atomically(path, write):
-    """
-    Calls write(file) on a temporary file beside path and then gives it that name: a crash at any moment
-    leaves the old file or the new, whole. Removes what processes that were killed have left. Raises OSError.
-    """
-    folder, name = os.path.split(os.path.abspath(path))
-    for other in os.listdir(folder):
-        owner = other.removeprefix(f'{name}.').removesuffix('.partial')
-        if other == f'{name}.{owner}.partial' and owner.isdigit() and dead(owner):
-            os.remove(os.path.join(folder, other))
-    partial = f'{path}.{os.getpid()}.partial'
-    try:
-        with open(partial, 'wb') as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    finally:
-        if os.path.exists(partial):
-            os.remove(partial)
-
-
-def in_int8(name, tensor):
-    """
-    An adapter's A (in, rank) or B (rank, out) as {name: int8, its name + '.scale': a number for each of the
-    rank terms}, a quarter of the bytes. What it is off by is about 1% of the change, itself small.
-    """
-    scale = (tensor.abs().amax(int(name.endswith('.B')), keepdim=True) / 127).clamp_min(1e-30)
-    return {name: (tensor / scale).round().to(torch.int8), f'{name}.scale': scale}
-
-
-def save_checkpoint(path, model, narrow=False, **more):
-    """
-    Writes {'model', 'config', **more} to path, atomically. With base=NAME what is frozen is left out:
-    load_checkpoint takes it from that base. narrow: adapters in int8. Raises CheckpointError where a number
-    is not finite or the disk does not take it.
-    """
-    frozen = {name for name, p in model.named_parameters() if not p.requires_grad and 'base' in more}
-    state = {name: tensor for name, tensor in model.state_dict().items() if name not in frozen}
-    if not all(bool(torch.isfinite(tensor).all()) for tensor in state.values()):
-        raise CheckpointError(f'{path} is not written: the model holds numbers that are not finite')
-    for name in [name for name in state if narrow and '.adapter' in name]:
-        state.update(in_int8(name, state[name]))
-    try:
-        content = {'model': state, 'config': asdict(model.config), **more}
-        write_atomically(path, lambda file: torch.save(content, file))
-    except (OSError, RuntimeError) as error:        # torch says "unexpected pos" of a full disk
-        reason = getattr(error, 'strerror', None) or 'the disk may be full'
-        raise CheckpointError(f'{path} cannot be written ({reason}); what stood there is whole') from None
-
-
-def build(config, state, rank=0):
-    """
-    A model in eval mode made of state, a dict of tensors, without copying them; rank: of its adapters, or 0.
-    Shapes are compared first, on a model that takes no memory: lies about sizes cost nothing. Raises
-    ValueError.
-    """
-    if config.n_layer > len(state):
-        raise ValueError(f'{config.n_layer} layers cannot be made of {len(state)} tensors')
-    with torch.device('meta'):
-        model = GPT(config)
-        if rank:
-            add_adapters(model, rank)
-    expected, found = ({name: (tensor.shape, tensor.dtype, tensor.layout) for name, tensor in tensors.items()}
-                       for tensors in (model.state_dict(), state))
-    for name in expected.keys() | found.keys():
-        if expected.get(name) != found.get(name):
-            raise ValueError(f'{name} is missing, unexpected, or of the wrong shape or type')
-    model.load_state_dict(state, assign=True)
-    return model.eval()
-
-
-def load_checkpoint(path, device='cpu', base=None, merge=True):
-    """
-    (model in eval mode, the checkpoint's dict). Runs no code from the file. Raises CheckpointError, in one
-    line, where the file is missing, truncated, or not one of ours.
-
-    An adapter holds only what differs from its base, named in saved['base']: base(name) must give that model.
-    It is merged, or with merge=False left apart, to be trained on.
-    """
-    damaged = f'{path}: not a CWIC checkpoint, or a damaged one'
-    try:
-        with open(path, 'rb') as file:
-            # a compressed archive could unfold to anything; torch writes none
-            if any(entry.compress_type != zipfile.ZIP_STORED for entry in zipfile.ZipFile(file).infolist()):
-                raise ValueError('compressed')
-            file.seek(0)
-            saved = torch.load(file, map_location=device, weights_only=True)
-        adapts, config, state = saved.get('base', ''), CWICConfig(**saved['config']), dict(saved['model'])
-        # a tensor may be a view that repeats one number for ever, or hold none at all
-        tensors = state.values()
-        if sum(t.nbytes for t in tensors) > os.path.getsize(path) or any(t.is_meta for t in tensors):
-            raise ValueError('more numbers than the file holds')
-        if not isinstance(adapts, str):
-            raise TypeError('a base that is no name')
-        rank = state['head.adapter.A'].shape[1] if adapts else 0
-        scales = {name: state.pop(name) for name in list(state) if name.endswith('.scale')}
-        for name, scale in scales.items():
-            name = name.removesuffix('.scale')
-            state[name] = state[name].float().mul_(scale)
-    except FileNotFoundError:
-        raise CheckpointError(f'{path}: no such checkpoint; train one with: python train.py') from None
-    except OSError as error:
-        raise CheckpointError(f'{path}: cannot be read ({error.strerror})') from None
-    except Exception as error:      # torch.load raises a dozen kinds: truncated, foreign, malicious
-        raise CheckpointError(f'{damaged} ({type(error).__name__})') from None
-    if adapts:
-        if base is None:
-            raise CheckpointError(f'{path}: an adapter, which needs its base {adapts!r}')
-        frozen = base(adapts).to(device).state_dict()
-    try:
-        if adapts:
-            state = {**{name: in_bases(name, x, state, config) for name, x in frozen.items()}, **state}
-        model = build(config, state, rank)
-    except Exception as error:      # as many kinds for sizes that no model has
-        raise CheckpointError(f'{damaged} ({type(error).__name__})') from None
-    if merge:
-        merge_adapters(model)
-    return model, saved
 
 
 # -----------------------------------------------------------------------------

@@ -28,7 +28,8 @@ import numpy as np
 import torch
 
 import weights
-from cwic import CheckpointError, KVCache, sample
+from checkpoint import CheckpointError
+from cwic import KVCache, sample
 from data.common import DataError, load_dataset, run
 from device import choose_device
 from options import fail, option, parse_options

@@ -48,7 +48,8 @@ import torch.distributed as dist
 import cwic
 import plots
 import weights
-from cwic import GPT, CheckpointError, CWICConfig
+from checkpoint import CheckpointError, save_checkpoint, write_atomically
+from cwic import GPT, CWICConfig
 from data import common
 from device import (ProcessGone, Recorded, check_compile, choose_device, choose_dtype,
                     first_on_its_host_first, join_processes, keep_memory, leave, sum_over_processes, together,
@@ -561,7 +562,7 @@ def save(run, name):
         saved.update({name: getattr(run, name) for name in CARRIED},
                      optimizer=run.optimizer.state_dict(), teacher=teacher)
     try:
-        cwic.save_checkpoint(run.path(name), run.model, narrow=name == 'best.pt', **saved)
+        save_checkpoint(run.path(name), run.model, narrow=name == 'best.pt', **saved)
     except CheckpointError as error:
         fail(error, 1)
 
@@ -572,7 +573,7 @@ def save_last(run):
     text = io.StringIO(newline='')
     csv.writer(text).writerows([COLUMNS] + run.log)
     try:
-        cwic.write_atomically(run.path('log.csv'), lambda file: file.write(text.getvalue().encode()))
+        write_atomically(run.path('log.csv'), lambda file: file.write(text.getvalue().encode()))
     except OSError as error:
         fail(f'{run.path("log.csv")} cannot be written ({error.strerror}); the checkpoints are whole', 1)
 

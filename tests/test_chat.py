@@ -36,6 +36,7 @@ import chat
 import cwic
 import plots
 import render
+from checkpoint import load_checkpoint, save_checkpoint
 from conversation import Conversation, Speller, Token
 from tokenizer import PATTERNS, bpe_spec, dialogue_ids, load_tokenizer, stop_ids, tokenizer_spec
 
@@ -294,8 +295,8 @@ def make_checkpoint(path, spec, vocab_size, **sizes):
             model.head.weight[:, id] = -10 * model.head.mu        # never says it
         shares = model.eval()(torch.randint(vocab_size, (4, 48)))[1].sum(0) / model.dense()
     percentiles = {str(p): float(np.percentile(shares, p)) for p in (5, 50, 95)}
-    cwic.save_checkpoint(path, model, tokenizer=spec, val_loss=5.5, reduction=float(1 / shares.mean()),
-                         compute_percentiles=percentiles)
+    save_checkpoint(path, model, tokenizer=spec, val_loss=5.5, reduction=float(1 / shares.mean()),
+                    compute_percentiles=percentiles)
     return str(path)
 
 
@@ -312,7 +313,7 @@ CHAT_SPEC = bpe_spec('tiny', PATTERNS['gpt2'], [bytes([b]) for b in range(256)],
 
 @pytest.fixture
 def conversation(checkpoint):
-    model, saved = cwic.load_checkpoint(checkpoint)
+    model, saved = load_checkpoint(checkpoint)
     return Conversation(model, saved['tokenizer'], chat.ChatConfig(max_tokens=20, threads=1))
 
 
@@ -324,7 +325,7 @@ def chat_checkpoint(tmp_path_factory):
 
 @pytest.fixture
 def dialogue(chat_checkpoint):
-    model, saved = cwic.load_checkpoint(chat_checkpoint)
+    model, saved = load_checkpoint(chat_checkpoint)
     return Conversation(model, saved['tokenizer'], chat.ChatConfig(max_tokens=20, threads=1))
 
 
@@ -514,16 +515,16 @@ def test_dense_of_an_adapter_is_its_base(checkpoint, tmp_path):
     The adapted weights are for use with their thresholds: what is never used may have become anything. With
     every one of them in use SmolLM2 said "bread bread bread" to a question about eggs.
     """
-    model, saved = cwic.load_checkpoint(checkpoint)
+    model, saved = load_checkpoint(checkpoint)
     cwic.add_adapters(model, 4)
     for layer, adapter, _ in cwic.adapters(model):
         getattr(layer, adapter).B.data.normal_()
-    cwic.save_checkpoint(tmp_path / 'adapter.pt', model, base=checkpoint, tokenizer=saved['tokenizer'])
+    save_checkpoint(tmp_path / 'adapter.pt', model, base=checkpoint, tokenizer=saved['tokenizer'])
     config = chat.ChatConfig(max_tokens=20, threads=1, temperature=0)
     conversation, _, _ = chat.load(replace(config, ckpt=str(tmp_path / 'adapter.pt')))
     conversation.say('def', silent)
     said, tokens = conversation.dense(silent).reply, list(b'def')
-    base, _ = cwic.load_checkpoint(checkpoint)
+    base, _ = load_checkpoint(checkpoint)
     for token in said:
         assert token.id == int(base(torch.tensor([tokens]), dense=True)[0][0, -1].argmax()) and token.share == 1
         tokens.append(token.id)
@@ -645,7 +646,7 @@ def test_pipes(checkpoint):
     replies = [json.loads(line) for line in done.stdout.decode().splitlines()]
     assert done.returncode == 0 and [reply['prompt'] for reply in replies] == ['def é', 'second']
     assert plain.stdout.decode().rstrip('\n') == replies[0]['text'].rstrip('\n')
-    model, _ = cwic.load_checkpoint(checkpoint)
+    model, _ = load_checkpoint(checkpoint)
     for reply in replies:
         want = list(cwic.generate(model, list(reply['prompt'].encode()), 13))
         passes = [active for _, active in want[1:]]
@@ -721,22 +722,22 @@ def test_what_a_checkpoint_says_of_itself_is_not_believed(checkpoint, tmp_path, 
     Strings, None and nan for val_loss and percentiles were formatted and compared: tracebacks. So was
     nothing active.
     """
-    model, saved = cwic.load_checkpoint(checkpoint)
+    model, saved = load_checkpoint(checkpoint)
     path = tmp_path / 'odd.pt'
     for odd in ('3', None, float('nan'), [1], True):
         spec = saved['tokenizer']
         percentiles = {'compute_percentiles': {'5': odd, '95': odd}}
-        cwic.save_checkpoint(path, model, tokenizer=spec, val_loss=odd, reduction=odd, **percentiles)
+        save_checkpoint(path, model, tokenizer=spec, val_loss=odd, reduction=odd, **percentiles)
         code, _, lines = main(monkeypatch, capsys, '--ckpt', path, '--max_tokens', '2', '--threads', '1')
         assert code == 0 and 'loss' not in lines[0] and 'reduction' not in lines[0]
         assert chat.scale_ends(percentiles) == (0, 1)
-        cwic.save_checkpoint(path, model, tokenizer=spec, compute_percentiles=odd)
+        save_checkpoint(path, model, tokenizer=spec, compute_percentiles=odd)
         assert main(monkeypatch, capsys, '--ckpt', path, '--max_tokens', '2', '--threads', '1')[0] == 0
     for p in model.parameters():
         p.data.zero_()
     for _, layer in model.gated():
         layer.theta.data.fill_(1)
-    cwic.save_checkpoint(path, model, tokenizer=spec)
+    save_checkpoint(path, model, tokenizer=spec)
     code, out, _ = main(monkeypatch, capsys, '--ckpt', path, '--max_tokens', '2', '--json')
     assert code == 0 and json.loads(out)['share_of_dense'] == 0 and json.loads(out)['reduction'] is None
     assert main(monkeypatch, capsys, '--ckpt', path, '--max_tokens', '2')[2][-1].startswith('2 tokens')
@@ -748,16 +749,16 @@ def test_a_tokenizer_may_be_smaller_than_its_model_but_not_larger(tmp_path, monk
     never drawn.
     """
     path = make_checkpoint(tmp_path / 'odd.pt', tokenizer_spec('bytes'), 300)
-    model, _ = cwic.load_checkpoint(path)
+    model, _ = load_checkpoint(path)
     with torch.no_grad():
         model.head.weight[:, 257:] *= 100
-    cwic.save_checkpoint(path, model, tokenizer=tokenizer_spec('bytes'))
+    save_checkpoint(path, model, tokenizer=tokenizer_spec('bytes'))
     code, out, _ = main(monkeypatch, capsys, '--ckpt', path, '--json', '--max_tokens', '50')
     assert code == 0 and max(json.loads(out)['tokens']) < 257
     tokens = [bytes([b]) for b in range(256)] + [bytes([97, b]) for b in range(100)]
     large = bpe_spec('large', PATTERNS['gpt2'], tokens)
     for more, told in ({'tokenizer': large}, '357 ids'), ({}, 'tokenizer'):
-        cwic.save_checkpoint(path, model, **more)
+        save_checkpoint(path, model, **more)
         code, out, lines = main(monkeypatch, capsys, '--ckpt', path)
         assert (code, out, len(lines)) == (1, '', 1) and told in lines[0]
 
@@ -913,7 +914,7 @@ def test_a_dialogue_on_a_terminal_is_drawn_on_its_colors(chat_checkpoint):
     screen.feed(session.seen)
     line = next(line for line in screen.lines() if ''.join(char for char, _ in line).startswith('a日本b'))
     assert [char for char, _ in line[:7]] == ['a', '日', '', '本', '', 'b', ' '] and line[6][1] is None
-    model, saved = cwic.load_checkpoint(chat_checkpoint)
+    model, saved = load_checkpoint(chat_checkpoint)
     ids = dialogue_ids(CHAT_SPEC, load_tokenizer(CHAT_SPEC), [('user', 'a日本b')])
     with torch.no_grad():
         active = model(torch.tensor([ids]))[1]          # (M, 1, T)

@@ -10,6 +10,7 @@ import torch
 
 import compute
 import cwic
+from checkpoint import load_checkpoint, save_checkpoint
 from data import common
 from test_cwic import BOTH, one_thread, small_model     # noqa: F401  one_thread: a fixture, for all
 from test_selfwritten import SPEC
@@ -151,8 +152,8 @@ def program(tmp_path, monkeypatch):
         ids.tofile(tmp_path / f'{split}.bin')
         meta.update({f'{split}_tokens': ids.size, f'{split}_bytes': ids.size})
     (tmp_path / 'meta.json').write_text(json.dumps(meta), encoding='utf-8')
-    cwic.save_checkpoint(tmp_path / 'sparse.pt', small_model(**SIZES), tokenizer={'kind': 'bytes'},
-                         options={'block_size': 16, 'data': str(tmp_path)})
+    save_checkpoint(tmp_path / 'sparse.pt', small_model(**SIZES), tokenizer={'kind': 'bytes'},
+                    options={'block_size': 16, 'data': str(tmp_path)})
 
     def call(*more):
         monkeypatch.setattr(sys, 'argv', ['compute.py', *more])
@@ -169,7 +170,7 @@ def test_program_reads_windows_without_the_next_ones_first_token(program, tmp_pa
     data = np.fromfile(tmp_path / 'val.bin', np.uint16).reshape(-1, 16)
     assert seen[0].shape == (5, 16) and all(window.tolist() in data.tolist() for window in seen[0])
     out = capsys.readouterr().out
-    model = cwic.load_checkpoint(tmp_path / 'sparse.pt')[0]
+    model = load_checkpoint(tmp_path / 'sparse.pt')[0]
     _, active = model(torch.from_numpy(seen[0][:, :-1]))
     assert f'75 tokens, which use {float(active.sum()) / 75 / model.dense():.1%} of the weights' in out
     assert (tmp_path / 'p.png').read_bytes().startswith(b'\x89PNG')
@@ -184,8 +185,8 @@ def test_only_dialogues(tmp_path, monkeypatch, capsys):
         ids.tofile(tmp_path / f'{split}.bin')
         meta.update({f'{split}_tokens': ids.size, f'{split}_bytes': ids.size})
     (tmp_path / 'meta.json').write_text(json.dumps(meta), encoding='utf-8')
-    cwic.save_checkpoint(tmp_path / 'chat.pt', small_model(**{**SIZES, 'vocab_size': 259}), tokenizer=SPEC,
-                         options={'block_size': 16, 'data': str(tmp_path)})
+    save_checkpoint(tmp_path / 'chat.pt', small_model(**{**SIZES, 'vocab_size': 259}), tokenizer=SPEC,
+                    options={'block_size': 16, 'data': str(tmp_path)})
     seen, measure = [], compute.measure
     monkeypatch.setattr(compute, 'measure', lambda model, teacher, windows: seen.append(windows) or
                         measure(model, teacher, windows))
@@ -199,12 +200,12 @@ def test_only_dialogues(tmp_path, monkeypatch, capsys):
 def test_an_adapter_is_compared_with_its_base(program, tmp_path, monkeypatch):
     """Its own matrices with every weight in use are no model that anybody trained."""
     base = small_model(thresholds=0.0, **SIZES)
-    cwic.save_checkpoint(tmp_path / 'base.pt', base, tokenizer={'kind': 'bytes'})
+    save_checkpoint(tmp_path / 'base.pt', base, tokenizer={'kind': 'bytes'})
     cwic.add_adapters(base, 2)
     for layer, adapter, _ in cwic.adapters(base):
         torch.nn.init.normal_(getattr(layer, adapter).B)
-    cwic.save_checkpoint(tmp_path / 'adapter.pt', base, base=str(tmp_path / 'base.pt'), tokenizer={'kind': 'bytes'},
-                         options={'block_size': 16, 'data': str(tmp_path)})
+    save_checkpoint(tmp_path / 'adapter.pt', base, base=str(tmp_path / 'base.pt'), tokenizer={'kind': 'bytes'},
+                    options={'block_size': 16, 'data': str(tmp_path)})
     teachers, measure = [], compute.measure
     monkeypatch.setattr(compute, 'measure', lambda model, teacher, windows: teachers.append((model, teacher)) or
                         measure(model, teacher, windows))

@@ -15,6 +15,7 @@ import torch
 import cwic
 import evaluate
 import train
+from checkpoint import load_checkpoint, save_checkpoint
 from options import parse_options
 import test_train
 from test_cwic import BOTH, one_thread, small_model         # noqa: F401  one_thread is a fixture
@@ -42,7 +43,7 @@ def dense(tmp_path_factory):
     """{arch: the path of such a model}"""
     folder = tmp_path_factory.mktemp('dense')
     for arch in ('gpt2', 'llama'):
-        cwic.save_checkpoint(folder / f'{arch}.pt', dense_model(arch), tokenizer={'kind': 'bytes'})
+        save_checkpoint(folder / f'{arch}.pt', dense_model(arch), tokenizer={'kind': 'bytes'})
     return {arch: str(folder / f'{arch}.pt') for arch in ('gpt2', 'llama')}
 
 
@@ -89,7 +90,7 @@ def test_the_first_step_of_the_program(dense, data, tmp_path):
         row = next(csv.DictReader(f))
     assert abs(float(row['loss'])) < 1e-8 and abs(float(row['reduction']) - 1) < 1e-6
     assert float(row['target']) > 1
-    model, saved = cwic.load_checkpoint(tmp_path / 'last.pt')
+    model, saved = load_checkpoint(tmp_path / 'last.pt')
     assert saved['step'] == 1 and saved['options']['dense_steps'] == 0 and saved['options']['teacher'] == 1
     for _, layer in model.gated():
         in_sigmas = layer.theta.detach() * layer.scale
@@ -229,7 +230,7 @@ def test_an_adapter_goes_on_with_finer_stripes(adapter):
     and uses the same weights; it may then learn to use others.
     """
     out, _ = adapter
-    old = cwic.load_checkpoint(out / 'best.pt', base=base_of)[0]
+    old = load_checkpoint(out / 'best.pt', base=base_of)[0]
     model, config = starting(init_from=str(out / 'best.pt'), stripe_qkv=8, stripe_up=8, stripe_head=50)
     assert (config.stripe_qkv, config.stripe_head, config.rank) == (8, 50, 3)
     assert len(model.head.theta) == 6 and len(old.head.theta) == 3
@@ -263,7 +264,7 @@ def test_what_a_run_cannot_start_from(dense, data, tmp_path):
             ({'kind': 'bytes'}, 1, 'is a layer all 0?'),
             ({'kind': 'bpe', 'name': 'other'}, 2, 'the model has other'),
             (None, 2, 'the model has None'), (7, 2, 'the model has 7'))):
-        cwic.save_checkpoint(tmp_path / 'zeros.pt', zeros, tokenizer=tokenizer)
+        save_checkpoint(tmp_path / 'zeros.pt', zeros, tokenizer=tokenizer)
         assert words in one_line(distil(tmp_path / 'zeros.pt', data, tmp_path / str(i)), code)
 
 
@@ -271,7 +272,7 @@ def test_no_step_at_all(dense, tmp_path):
     """--max_steps 0 saves what was read, without any data; and does nothing to a run that is resumed."""
     ended = call('--init_from', dense['gpt2'], '--max_steps', 0, '--data', 'nowhere', '--out', tmp_path)
     assert ended.returncode == 0 and 'no step to do' in ended.stdout
-    model, saved = cwic.load_checkpoint(tmp_path / 'best.pt')
+    model, saved = load_checkpoint(tmp_path / 'best.pt')
     assert equal(model.state_dict(), dense_model().state_dict()) and saved['tokenizer'] == {'kind': 'bytes'}
 
 
@@ -295,7 +296,7 @@ def test_a_run_of_ours_can_be_distilled_to_less_compute(data, tmp_path):
 
 
 def base_of(name):
-    return cwic.load_checkpoint(name)[0]
+    return load_checkpoint(name)[0]
 
 
 @pytest.fixture(scope='session', params=['gpt2', 'llama'])
@@ -322,7 +323,7 @@ def test_an_adapter_holds_what_was_trained(adapter):
     optimizer = [x['exp_avg'].shape for x in saved['optimizer']['state'].values()]
     assert sorted(optimizer) == sorted(sizes) and saved['teacher'] is None
     assert load(out, 'best.pt')['model']['head.adapter.A'].dtype == torch.int8
-    model, _ = cwic.load_checkpoint(out / 'last.pt', base=base_of, merge=False)
+    model, _ = load_checkpoint(out / 'last.pt', base=base_of, merge=False)
     frozen = {name: p for name, p in model.named_parameters() if not p.requires_grad}
     original = base_of(base).state_dict()
     assert len(frozen) >= 9 and all(torch.equal(p, original[name]) for name, p in frozen.items())
@@ -335,8 +336,8 @@ def test_a_merged_adapter_is_the_full_model(adapter):
     """
     out, base = adapter
     saved, original = load(out)['model'], base_of(base).state_dict()
-    merged, _ = cwic.load_checkpoint(out / 'last.pt', base=base_of)
-    apart, _ = cwic.load_checkpoint(out / 'last.pt', base=base_of, merge=False)
+    merged, _ = load_checkpoint(out / 'last.pt', base=base_of)
+    apart, _ = load_checkpoint(out / 'last.pt', base=base_of, merge=False)
     changed = 0
     for name, p in merged.named_parameters():
         layer, _, matrix = name.rpartition('.')
@@ -402,7 +403,7 @@ def test_an_adapter_with_bases_and_a_shortlist(arch, dense, data, tmp_path, monk
     with open(tmp_path / 'a' / 'log.csv', encoding='utf-8') as f:
         row = next(csv.DictReader(f))
     assert abs(float(row['loss'])) < 1e-6
-    model, saved = cwic.load_checkpoint(tmp_path / 'a' / 'last.pt', base=base_of)
+    model, saved = load_checkpoint(tmp_path / 'a' / 'last.pt', base=base_of)
     assert saved['config']['bases'] and not torch.equal(model.basis, cwic.axes(16))
     tokens = batch(vocab=257)[0]
     begun, _ = train.begin(*parse_options(train.TrainConfig, 'train', argv=[
@@ -414,7 +415,7 @@ def test_an_adapter_with_bases_and_a_shortlist(arch, dense, data, tmp_path, monk
         torch.testing.assert_close(teacher, base_of(dense[arch])(tokens, dense=True)[0], rtol=1e-4, atol=1e-4)
     assert distil(dense[arch], data, tmp_path / 'b', *more, '--max_steps', 3).returncode == 0
     assert resume(tmp_path / 'b').returncode == 0
-    again = cwic.load_checkpoint(tmp_path / 'b' / 'last.pt', base=base_of)[0]
+    again = load_checkpoint(tmp_path / 'b' / 'last.pt', base=base_of)[0]
     for x, y in zip(model.parameters(), again.parameters()):
         torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-5)
     assert distil(dense[arch], data, tmp_path / 'without', '--rank', 3).returncode == 0

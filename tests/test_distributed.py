@@ -22,6 +22,7 @@ import cwic
 import device
 import test_bench
 import train
+from checkpoint import save_checkpoint
 from test_cwic import one_thread, small_model        # noqa: F401  one_thread: a fixture
 from test_train import ROOT, SCHEDULE, SIZES, Ended, call, equal, files, flags, load, one_line, resume
 
@@ -132,7 +133,7 @@ def test_processes_start_from_the_same_bases(data, tmp_path):
     dense = small_model('llama', thresholds=0.0, vocab_size=257, n_layer=1)
     for _, layer in dense.gated():
         layer.sigma.zero_()
-    cwic.save_checkpoint(tmp_path / 'dense.pt', dense, tokenizer={'kind': 'bytes'})
+    save_checkpoint(tmp_path / 'dense.pt', dense, tokenizer={'kind': 'bytes'})
     options = ['--init_from', tmp_path / 'dense.pt', '--rank', 3, '--bases', '--block_size', 16, '--batch_size', 4,
                '--ramp_steps', 2, '--hold_steps', 4, '--dtype', 'float32', '--device', 'cpu', '--data', data]
     assert call(*options, '--out', tmp_path / 'one').returncode in (0, 1)       # its target met or not

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 import cwic
 import evaluate
 import weights
+from checkpoint import save_checkpoint
 from data.common import DataError, load_dataset
 from tokenizer import PATTERNS, bpe_spec, end_id, load_tokenizer, tokenizer_spec
 
@@ -138,7 +139,7 @@ def test_answers_are_compared_as_one_token_after_the_other():
 
 def test_questions_that_cannot_be_asked_are_one_line(tmp_path, monkeypatch, capsys):
     spec, model, _ = chat_models()
-    cwic.save_checkpoint(str(tmp_path / 'plain.pt'), model, tokenizer=spec)
+    save_checkpoint(str(tmp_path / 'plain.pt'), model, tokenizer=spec)
     (tmp_path / 'empty.txt').write_text('\n\n', encoding='utf-8')
     monkeypatch.setattr(sys, 'argv', ['evaluate.py', str(tmp_path / 'plain.pt'), '--questions', 'x.txt'])
     with pytest.raises(SystemExit):

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import cwic
+from checkpoint import load_checkpoint, save_checkpoint
 from tokenizer import PATTERNS, bpe_spec, load_tokenizer
 
 ROOT = os.path.dirname(os.path.abspath(cwic.__file__))
@@ -33,7 +34,7 @@ def chat_model(tmp_path_factory):
     for id in (0, 2):
         model.head.weight.data[:, id] += 4 * hidden.detach() / hidden.norm() ** 2
     path = str(tmp_path_factory.mktemp('chat') / 'model.pt')
-    cwic.save_checkpoint(path, model, tokenizer=SPEC)
+    save_checkpoint(path, model, tokenizer=SPEC)
     return path
 
 
@@ -109,7 +110,7 @@ def test_half_of_the_windows_are_drawn_from_all_that_is_possible_but_answers(cha
         return plain_sample(logits, point, temperature, min_p=min_p)
 
     monkeypatch.setattr(script, 'sample', sample)
-    model, saved = cwic.load_checkpoint(chat_model)
+    model, saved = load_checkpoint(chat_model)
     config = script.SelfWrittenConfig(window=64, dialogues=0.25)
     windows = script.write_windows(model, SPEC, load_tokenizer(SPEC), 400, config, 'cpu',
                                    torch.Generator().manual_seed(1))
@@ -158,7 +159,7 @@ def test_what_a_user_gets_wrong_is_one_line(chat_model, written, tmp_path):
              (prepare(tmp_path / 'b', chat_model, '--window', '20'), 'window')]
     torch.manual_seed(0)
     plain = cwic.GPT(cwic.CWICConfig(vocab_size=257, block_size=96, n_layer=1, n_head=1, n_embd=8))
-    cwic.save_checkpoint(str(tmp_path / 'plain.pt'), plain, tokenizer={'kind': 'bytes'})
+    save_checkpoint(str(tmp_path / 'plain.pt'), plain, tokenizer={'kind': 'bytes'})
     cases.append((prepare(tmp_path / 'c', str(tmp_path / 'plain.pt')), 'chat template'))
     (tmp_path / 'd').mkdir()            # this one ended in a traceback
     (tmp_path / 'd' / 'progress.json').write_text('{"batches"', encoding='utf-8')

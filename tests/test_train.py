@@ -28,6 +28,7 @@ import cwic
 import device
 import evaluate
 import train
+from checkpoint import load_checkpoint
 from options import parse_options
 from test_cwic import BOTH, one_thread, small_model     # noqa: F401  one_thread is a fixture
 
@@ -397,14 +398,14 @@ def test_llama_from_scratch(data, tmp_path):
     ended = tiny(data, tmp_path,
                  *flags({'arch': 'llama', 'n_head': 4, 'n_kv_head': 2, 'n_hidden': 24}))
     assert ended.returncode == 0 and '1.2x' in ended.stdout, ended
-    model, saved = cwic.load_checkpoint(tmp_path / 'best.pt')
+    model, saved = load_checkpoint(tmp_path / 'best.pt')
     assert (model.config.arch, model.config.n_kv_head, model.config.n_hidden) == ('llama', 2, 24)
     assert saved['reduction'] > 1.1 and float(model.blocks[0].mlp.neurons.theta.detach().min()) > 0
 
 
 def test_target_1_trains_a_dense_model(data, tmp_path):
     assert call(*TINY, '--data', data, '--target_reduction', 1, '--out', tmp_path).returncode == 0
-    model, saved = cwic.load_checkpoint(tmp_path / 'best.pt')
+    model, saved = load_checkpoint(tmp_path / 'best.pt')
     assert saved['reduction'] == 1
     assert all(float(layer.theta.detach().abs().max()) == 0 for _, layer in model.gated())
 

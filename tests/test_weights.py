@@ -26,7 +26,7 @@ import torch
 import cwic
 import tokenizer
 import weights
-from cwic import CheckpointError
+from checkpoint import CheckpointError, save_checkpoint
 from test_tokenizer import GPT2_MERGES, LLAMA3_SPECIAL, SMOLLM_SPECIAL, write_gpt2_dir, write_tokenizer_json
 from weights import WeightsError
 
@@ -868,18 +868,18 @@ def test_an_adapter_finds_its_base_but_no_other_adapter(llama, tmp_path):
     for layer in (model.blocks[1].attn.qkv, model.head):
         torch.nn.init.normal_(layer.adapter.B)
     path = tmp_path / 'adapter.pt'
-    cwic.save_checkpoint(path, model, base=str(llama), rank=2, **saved)
+    save_checkpoint(path, model, base=str(llama), rank=2, **saved)
     merged, again = weights.load(str(path))
     expected = base.head.weight + model.head.adapter.A @ model.head.adapter.B
     assert torch.allclose(merged.head.weight, expected) and again['tokenizer'] == saved['tokenizer']
     apart, _ = weights.load(str(path), merge=False)
     assert torch.equal(apart.head.adapter.B, model.head.adapter.B) and not apart.head.weight.requires_grad
     for name in (str(path), str(tmp_path / 'other.pt')):        # itself, and one more
-        cwic.save_checkpoint(tmp_path / 'other.pt', model, base=name, rank=2, **saved)
+        save_checkpoint(tmp_path / 'other.pt', model, base=name, rank=2, **saved)
         with pytest.raises((WeightsError, CheckpointError), match='an adapter, which needs its base'):
             weights.load(str(tmp_path / 'other.pt'))
     for name in (3, ['x'], 'nowhere', str(tmp_path / 'none.pt')):
-        cwic.save_checkpoint(tmp_path / 'other.pt', model, base=name, rank=2, **saved)
+        save_checkpoint(tmp_path / 'other.pt', model, base=name, rank=2, **saved)
         with pytest.raises((WeightsError, CheckpointError)):
             weights.load(str(tmp_path / 'other.pt'))
 

@@ -31,7 +31,8 @@ import torch
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))    # the repository, for the imports below
 import weights
-from cwic import CheckpointError, KVCache, sample
+from checkpoint import CheckpointError
+from cwic import KVCache, sample
 from data.common import DataError, load_progress, make_meta, publish, run, save_progress, token_dtype
 from device import choose_device
 from options import option, parse_options
