@@ -36,7 +36,7 @@ from dataclasses import dataclass, fields
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.utils.checkpoint import checkpoint
+import torch.utils.checkpoint
 
 BANDWIDTH = 0.1         # width of the window in which a threshold feels its inputs, in sigmas
 FLOOR = 1e-3            # thresholds never fall below this, in sigmas
@@ -633,8 +633,9 @@ class GPT(nn.Module):
         active = []
         for block in self.blocks:
             if recompute:
-                x, active_block = checkpoint(block, x, rotary, cache, dense, use_reentrant=False,
-                                             preserve_rng_state=False)      # nothing in it is random
+                # torch's checkpoints are inputs that are kept, to begin anew from; nothing here is random
+                x, active_block = torch.utils.checkpoint.checkpoint(
+                    block, x, rotary, cache, dense, use_reentrant=False, preserve_rng_state=False)
             else:
                 x, active_block = block(x, rotary, cache, dense)
             active += active_block
