@@ -295,11 +295,18 @@ INLINE Floats load(const char *row, size_t j, int dtype)
 }
 
 // Asks for a cache line of weights: into the first-level cache, past the others, as nobody will need it again
-// soon; or, where eight rows would fill that, into the second
+// soon; or, where eight rows would fill that, into the second. On processors other than AMD's (SSE4A is theirs
+// alone) always into the second: an Intel Xeon fetches few lines at a time into the first, 10 GB/s where it
+// had 25 into the second, while with AMD the detour costs 5%
+#if defined(__SSE4A__)
+enum { INTO_FIRST = 1 };
+#else
+enum { INTO_FIRST = 0 };
+#endif
 INLINE void request(const char *address, int dtype)
 {
-    if (dtype == F32) __builtin_prefetch(address, 0, 2);
-    else __builtin_prefetch(address, 0, 0);
+    if (INTO_FIRST && dtype != F32) __builtin_prefetch(address, 0, 0);
+    else __builtin_prefetch(address, 0, 2);
 }
 
 typedef struct {                // n rows of weights, and what each is multiplied with
