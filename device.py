@@ -73,7 +73,7 @@ def choose_dtype(name, device):
         return torch.float32, 'the safe choice on an Apple GPU'
     ratio = product_seconds(torch.float32) / product_seconds(torch.bfloat16)
     dtype = torch.bfloat16 if ratio > 1.3 else torch.float32
-    return dtype, f'measured: a product in bfloat16 is {ratio:.1f}x as fast here'
+    return dtype, f'measured: a product in bfloat16 is {ratio:.2g}x as fast here'
 
 
 def why_no_compile(device):
