@@ -283,14 +283,15 @@ INLINE Floats load(const char *row, size_t j, int dtype)
         return (Floats)_mm512_slli_epi32(
             _mm512_cvtepu16_epi32(_mm256_loadu_si256((const void *)(row + 2 * j))), 16);
     return (Floats)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const void *)(row + j))));
-#else
-    if (dtype == BF16) return (Floats)(__builtin_convertvector(*(const Halves *)(row + 2 * j), Ints) << 16);
-#if defined(__AVX2__)
+#elif defined(__AVX2__)
+    if (dtype == BF16)
+        return (Floats)_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const void *)(row + 2 * j))),
+                                         16);
     return (Floats)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const void *)(row + j))));
 #else
+    if (dtype == BF16) return (Floats)(__builtin_convertvector(*(const Halves *)(row + 2 * j), Ints) << 16);
     Shorts wider = __builtin_convertvector(*(const Bytes *)(row + j), Shorts);
     return __builtin_convertvector(__builtin_convertvector(wider, Ints), Floats);
-#endif
 #endif
 }
 
