@@ -82,7 +82,7 @@ def test_matrices_and_heads_against_a_loop(arch):
         for name in ('qkv', 'out'):
             getattr(block.attn, name).register_forward_pre_hook(
                 lambda gate, args, key=(i, name): inputs.update({key: args[0].detach().flatten(0, 1).numpy()}))
-    _, active = model(torch.from_numpy(windows[:, :-1]))
+    active = model(torch.from_numpy(windows[:, :-1]))[1].detach()
     for i, block in enumerate(model.blocks):
         gate, shares = block.attn.qkv, found['matrices'][6 * i:6 * i + 6]
         t, mu, used = gate.thresholds().detach().numpy(), gate.mu.numpy(), np.zeros(gate.n_out)
@@ -172,7 +172,7 @@ def test_program_reads_windows_without_the_next_ones_first_token(program, tmp_pa
     out = capsys.readouterr().out
     model = load_checkpoint(tmp_path / 'sparse.pt')[0]
     _, active = model(torch.from_numpy(seen[0][:, :-1]))
-    assert f'75 tokens, which use {float(active.sum()) / 75 / model.dense():.1%} of the weights' in out
+    assert f'75 tokens, which use {float(active.detach().sum()) / 75 / model.dense():.1%} of the weights' in out
     assert (tmp_path / 'p.png').read_bytes().startswith(b'\x89PNG')
 
 
