@@ -107,12 +107,13 @@ int multiply_alone(Team *team, const Matrix *matrix, int dtype, size_t count, fl
 // end of interface
 
 enum { COLUMNS = 2 * BLOCK };   // that are computed together for many tokens
+enum { SHARING = 4 };           // heads that read keys and values together, at most
 
 typedef struct {                // what each thread has for itself
     Team *team;
     pthread_t thread;
     uint32_t *index;            // (longest) rows that are active
-    float *value;               // (longest) what they are multiplied with; or attention's scores
+    float *value;               // (longest) what they are multiplied with; or (SHARING, longest) scores
     float (*sums)[SPLITS][COLUMNS];     // (BATCH)
     int64_t active[BATCH];      // weights that each token used
 } Worker;
@@ -295,19 +296,19 @@ INLINE Floats load(const char *row, size_t j, int dtype)
 #endif
 }
 
-// Asks for a cache line of weights: into the first-level cache, past the others, as nobody will need it again
-// soon; or, where eight rows would fill that, into the second. On processors other than AMD's (SSE4A is theirs
-// alone) always into the second: on an Intel Xeon bf16 and int8 came into the first at 10 GB/s, f32 into the
-// second at 25, while on an AMD EPYC the detour cost narrow weights 2 to 8%
+// Asks for a cache line of weights. Eight rows of f32 would fill the first-level cache, so they go into the
+// second; narrower ones into the first: on AMD's processors (SSE4A is theirs alone) past the others, as no one
+// will need them again soon, and through them elsewhere. On an AMD EPYC that detour costs 2 to 8%; on an Intel
+// Xeon what goes past comes at half the speed
 #if defined(__SSE4A__)
-enum { INTO_FIRST = 1 };
+enum { NARROW = 0 };            // as __builtin_prefetch counts
 #else
-enum { INTO_FIRST = 0 };
+enum { NARROW = 3 };
 #endif
 INLINE void request(const char *address, int dtype)
 {
-    if (INTO_FIRST && dtype != F32) __builtin_prefetch(address, 0, 0);
-    else __builtin_prefetch(address, 0, 2);
+    if (dtype == F32) __builtin_prefetch(address, 0, 2);
+    else __builtin_prefetch(address, 0, NARROW);
 }
 
 typedef struct {                // n rows of weights, and what each is multiplied with
@@ -489,17 +490,15 @@ INLINE void widen(float *restrict block, const char *from, size_t stride, size_t
         for (size_t j = 0; j < columns; j++) block[r * BLOCK + j] = weight(from + r * stride, j, dtype);
 }
 
-// sums (BLOCK) += value[k] * row index[k] - first, or row k without an index; of f32 or bf16, `stride`
-// numbers apart
-INLINE void add_block(float *restrict sums, const char *restrict block, size_t stride,
-                      const uint32_t *restrict index, size_t first, const float *restrict value, size_t n,
-                      int dtype)
+// sums (BLOCK) += value[k] * row index[k] - first of the block
+INLINE void add_block(float *restrict sums, const float *restrict block, const uint32_t *restrict index,
+                      size_t first, const float *restrict value, size_t n)
 {
     Floats sum[BLOCK / LANES];
     memcpy(sum, sums, sizeof sum);
     for (size_t k = 0; k < n; k++) {
-        const char *row = block + (index ? index[k] - first : k) * stride * bytes(dtype);
-        for (size_t j = 0; j < BLOCK / LANES; j++) sum[j] += value[k] * load(row, LANES * j, dtype);
+        const float *row = block + (index[k] - first) * BLOCK;
+        for (size_t j = 0; j < BLOCK / LANES; j++) sum[j] += value[k] * *(const Floats *)(row + LANES * j);
     }
     memcpy(sums, sum, sizeof sum);
 }
@@ -530,8 +529,7 @@ static void multiply_many_task(const void *argument, Worker *me, size_t task)
                 FOR_FORMAT(p->dtype, widen, block, from, rows.stride, last - first,
                            least(BLOCK, columns - c));
                 for (size_t token = 0; token < p->count; token++)
-                    add_block(me->sums[token][split] + c, (char *)block, BLOCK, index[token], first,
-                              value[token], n[token], F32);
+                    add_block(me->sums[token][split] + c, block, index[token], first, value[token], n[token]);
             }
         }
     for (size_t token = 0; token < p->count; token++) {
@@ -695,29 +693,69 @@ static void remember(const Attention *now, float *qkv, size_t position)
     }
 }
 
-// One head of one token: its query is compared with all keys up to its position, and gathers their values.
-// Several heads may share keys and values
+// sums (heads, BLOCK) += value[head][k] * row k, for n rows, each widened once for all heads; the values of one
+// head begin `apart` numbers after those of the last
+INLINE void add_shared(size_t heads, float (*restrict sums)[BLOCK], const char *restrict rows, size_t stride,
+                       const float *restrict value, size_t apart, size_t n, int dtype)
+{
+    enum { WIDE = REGISTER == 64 ? 4 : 2 };     // registers for each head at once: there are 32, or 16
+    for (size_t start = 0; start < BLOCK; start += WIDE * LANES) {
+        Floats sum[SHARING][WIDE];
+        for (size_t h = 0; h < heads; h++) memcpy(sum[h], sums[h] + start, sizeof sum[h]);
+        for (size_t k = 0; k < n; k++)
+            for (size_t j = 0; j < WIDE; j++) {
+                Floats numbers = load(rows + k * stride * bytes(dtype), start + j * LANES, dtype);
+                for (size_t h = 0; h < heads; h++) sum[h][j] += value[h * apart + k] * numbers;
+            }
+        for (size_t h = 0; h < heads; h++) memcpy(sums[h] + start, sum[h], sizeof sum[h]);
+    }
+}
+
+// add_shared with constants, so that each number of heads and each format gets a loop of its own
+static void add_heads(size_t heads, float (*sums)[BLOCK], const char *rows, size_t stride, const float *value,
+                      size_t apart, size_t n, int dtype)
+{
+#define ADD_SHARED(heads) \
+    if (dtype == F32) add_shared(heads, sums, rows, stride, value, apart, n, F32); \
+    else add_shared(heads, sums, rows, stride, value, apart, n, BF16);
+    switch (heads) {
+    case 1: ADD_SHARED(1) break;
+    case 2: ADD_SHARED(2) break;
+    case 3: ADD_SHARED(3) break;
+    default: ADD_SHARED(SHARING)
+    }
+}
+
+// Heads of one token that share keys and values, SHARING at most: each query is compared with all keys up to
+// its position, and gathers their values
 static void attend_task(const void *argument, Worker *me, size_t task)
 {
     const Attention *now = argument;
     const Model *m = now->model;
-    size_t size = m->n_embd / m->n_head, head = task / now->count, token = task % now->count;
-    size_t shared = head / (m->n_head / m->n_kv_head), length = now->position + token + 1;
-    size_t width = pieces(size, BLOCK) * BLOCK;
+    size_t size = m->n_embd / m->n_head, sharing = m->n_head / m->n_kv_head, parts = pieces(sharing, SHARING);
+    size_t shared = task / now->count / parts, part = task / now->count % parts, token = task % now->count;
+    size_t head = shared * sharing + part * SHARING, heads = least(SHARING, sharing - part * SHARING);
+    size_t length = now->position + token + 1, width = pieces(size, BLOCK) * BLOCK;
+    size_t longest = me->team->longest;
     const float *q = now->state->qkv + (token * (m->n_head + 2 * m->n_kv_head) + head) * size;
-    float *y = now->state->mixed + (token * m->n_head + head) * size, *scores = me->value, sums[BLOCK];
+    float *y = now->state->mixed + (token * m->n_head + head) * size, *scores = me->value;
+    float sums[SHARING][BLOCK];
     for (size_t t = 0; t < length; t += BLOCK) {
         memset(sums, 0, sizeof sums);
-        FOR_FORMAT(now->dtype, add_block, sums, cached_key(now, shared, t), BLOCK, NULL, 0, q, size);
-        memcpy(scores + t, sums, least(BLOCK, length - t) * sizeof *scores);
+        add_heads(heads, sums, cached_key(now, shared, t), BLOCK, q, size, size, now->dtype);
+        for (size_t h = 0; h < heads; h++)
+            memcpy(scores + h * longest + t, sums[h], least(BLOCK, length - t) * sizeof *scores);
     }
-    for (size_t t = 0; t < length; t++) scores[t] /= sqrtf((float)size);
-    softmax(scores, length);
+    for (size_t h = 0; h < heads; h++) {
+        for (size_t t = 0; t < length; t++) scores[h * longest + t] /= sqrtf((float)size);
+        softmax(scores + h * longest, length);
+    }
     for (size_t j = 0; j < size; j += BLOCK) {
         const char *values = cached_value(now, shared, 0) + j * bytes(now->dtype);
         memset(sums, 0, sizeof sums);
-        FOR_FORMAT(now->dtype, add_block, sums, values, width, NULL, 0, scores, length);
-        memcpy(y + j, sums, least(BLOCK, size - j) * sizeof *y);
+        add_heads(heads, sums, values, width, scores, longest, length, now->dtype);
+        for (size_t h = 0; h < heads; h++)
+            memcpy(y + h * size + j, sums[h], least(BLOCK, size - j) * sizeof *y);
     }
 }
 
@@ -784,6 +822,7 @@ int decode(Team *team, const Model *m, const State *s, const uint32_t *tokens, s
     for (size_t i = 0; i < count; i++) if (tokens[i] >= m->vocab_size) return -1;
 
     Attention now = {m, s, count, position, 0, dtype == F32 ? F32 : BF16};
+    size_t groups = m->n_kv_head * pieces(m->n_head / m->n_kv_head, SHARING);       // of heads
     for (size_t i = 0; i < count; i++) embed(m, s->x + i * d, tokens[i], position + i);
     for (; now.layer < m->n_layer; now.layer++) {
         const Layer *l = &m->layers[now.layer];
@@ -791,7 +830,7 @@ int decode(Team *team, const Model *m, const State *s, const uint32_t *tokens, s
         for (size_t i = 0; i < count; i++) normalise(s->h + i * d, s->x + i * d, l->ln_1, m);
         multiply((Product){team, &l->qkv, dtype, STORE, count, s->h, NULL, s->qkv, &l->out}, used, row);
         for (size_t i = 0; i < count; i++) remember(&now, s->qkv + i * qkv, position + i);
-        run_tasks(team, m->n_head * count, attend_task, &now);
+        run_tasks(team, groups * count, attend_task, &now);
         multiply((Product){team, &l->out, dtype, ADD, count, s->mixed, NULL, s->x, &l->up}, used + 1, row);
         for (size_t i = 0; i < count; i++) normalise(s->h + i * d, s->x + i * d, l->ln_2, m);
         int then = gpt2 ? GELU : SILU;
@@ -920,11 +959,12 @@ Team *team_new(int threads, size_t longest, size_t sums)
     team->workers = calloc((size_t)threads, sizeof *team->workers);
     for (; team->sums && team->workers && team->size < threads; team->size++) {
         Worker *w = &team->workers[team->size];
-        w->sums = malloc(BATCH * sizeof *w->sums + longest * (sizeof *w->value + sizeof *w->index));
+        w->sums = malloc(BATCH * sizeof *w->sums
+                         + longest * (SHARING * sizeof *w->value + sizeof *w->index));
         if (!w->sums) break;
         w->team = team;
         w->value = (float *)(w->sums + BATCH);
-        w->index = (uint32_t *)(w->value + longest);
+        w->index = (uint32_t *)(w->value + SHARING * longest);
         if (team->size > 0 && pthread_create(&w->thread, NULL, thread_main, w)) {
             free(w->sums);              // a system short of threads gives fewer
             break;
