@@ -454,14 +454,9 @@ class Attention(nn.Module):
             k, v = (z[self.layer, :, :, :now].to(q.dtype) for z in (cache.k, cache.v))
             if past and x.shape[1] > 1:
                 mask = torch.ones(x.shape[1], now, dtype=torch.bool, device=x.device).tril(past)
-        if x.shape[1] == 1:     # heads that share keys stand like tokens, to read them once for all
-            q = q.unflatten(1, (k.shape[1], -1)).squeeze(3)             # (B, kv heads, sharing, head_dim)
-            y = F.scaled_dot_product_attention(q, k, v).flatten(1)[:, None]
-        else:
-            grouped = k.shape[1] < q.shape[1]
-            y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=not past, enable_gqa=grouped)
-            y = y.transpose(1, 2).flatten(2)
-        y, active_out = self.out(y, dense)                              # of (B, T, d)
+        grouped = k.shape[1] < q.shape[1]
+        y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=not past, enable_gqa=grouped)
+        y, active_out = self.out(y.transpose(1, 2).flatten(2), dense)
         return y, [active_qkv, active_out]
 
 
