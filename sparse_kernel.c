@@ -698,16 +698,17 @@ static void remember(const Attention *now, float *qkv, size_t position)
 INLINE void add_shared(size_t heads, float (*restrict sums)[BLOCK], const char *restrict rows, size_t stride,
                        const float *restrict value, size_t apart, size_t n, int dtype)
 {
-    enum { WIDE = REGISTER == 64 ? 4 : 2 };     // registers for each head at once: there are 32, or 16
-    for (size_t start = 0; start < BLOCK; start += WIDE * LANES) {
-        Floats sum[SHARING][WIDE];
-        for (size_t h = 0; h < heads; h++) memcpy(sum[h], sums[h] + start, sizeof sum[h]);
+    // registers for each head at once: there are 32 with AVX-512, else 16
+    const size_t wide = REGISTER == 64 ? 4 : heads == 1 ? 8 : heads == 2 ? 4 : 2;
+    for (size_t start = 0; start < BLOCK; start += wide * LANES) {
+        Floats sum[SHARING][8];
+        for (size_t h = 0; h < heads; h++) memcpy(sum[h], sums[h] + start, wide * sizeof *sum[h]);
         for (size_t k = 0; k < n; k++)
-            for (size_t j = 0; j < WIDE; j++) {
+            for (size_t j = 0; j < wide; j++) {
                 Floats numbers = load(rows + k * stride * bytes(dtype), start + j * LANES, dtype);
                 for (size_t h = 0; h < heads; h++) sum[h][j] += value[h * apart + k] * numbers;
             }
-        for (size_t h = 0; h < heads; h++) memcpy(sums[h] + start, sum[h], sizeof sum[h]);
+        for (size_t h = 0; h < heads; h++) memcpy(sums[h] + start, sum[h], wide * sizeof *sum[h]);
     }
 }
 
