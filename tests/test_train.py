@@ -317,9 +317,10 @@ def test_data_made_of_windows_is_read_window_by_window():
 
 
 def test_the_target_is_met_and_not_by_far(data, tmp_path):
+    """With 150 steps at the full target, not 400, a Xeon with AVX-512 ended at 7.59x, where an EPYC had met it."""
     ended = tiny(data, tmp_path, *flags({
         'n_embd': 32, 'block_size': 32, 'stripe_head': 64, 'dense_steps': 100, 'ramp_steps': 50,
-        'hold_steps': 150, 'warmup_steps': 20, 'eval_every': 300, 'eval_windows': 16,
+        'hold_steps': 400, 'warmup_steps': 20, 'eval_every': 550, 'eval_windows': 16,
         'target_reduction': 8, 'threshold_lr': 0.5}))
     assert ended.returncode == 0 and 0.97 * 8 < load(tmp_path)['reduction'] < 1.1 * 8, ended
 
