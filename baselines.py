@@ -36,11 +36,12 @@ import evaluate
 import plots
 import train
 import weights
-from checkpoint import CheckpointError, write_atomically
+from checkpoint import CheckpointError
 from cwic import Thresholds
 from data import common
 from device import choose_device, choose_dtype, keep_memory
 from evaluate import validation_windows
+from files import write_atomically
 from methods import LEARNED, METHODS, Cannot, Changed, Method, uncompiled
 from options import fail, option, parse_options
 from tokenizer import end_id, load_tokenizer

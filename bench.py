@@ -54,11 +54,12 @@ import evaluate
 import plots
 import weights
 from bench_train import measure_train, progress, start_processes
-from checkpoint import CheckpointError, write_atomically
+from checkpoint import CheckpointError
 from cwic import GPT, CWICConfig, KVCache
 from data import common
 from decoder import FORMATS, Decoder, PackedMatrix, pointer
 from device import ProcessGone
+from files import write_atomically
 from methods import calibrate, gates, hooked
 from options import fail, option, parse_options, printable
 from tokenizer import end_id, load_tokenizer

@@ -24,37 +24,11 @@ from dataclasses import asdict
 import torch
 
 from cwic import GPT, CWICConfig, add_adapters, in_bases, merge_adapters
+from files import write_atomically
 
 
 class CheckpointError(Exception):
     """A checkpoint that cannot be used, said in one line."""
-
-
-def dead(pid):
-    """Where there is no /proc nobody can tell, and all are taken to be alive."""
-    return os.path.exists('/proc/self') and not os.path.exists(f'/proc/{pid}')
-
-
-def write_atomically(path, write):
-    """
-    Calls write(file) on a temporary file beside path and then gives it that name: a crash at any moment
-    leaves the old file or the new, whole. Removes what processes that were killed have left. Raises OSError.
-    """
-    folder, name = os.path.split(os.path.abspath(path))
-    for other in os.listdir(folder):
-        owner = other.removeprefix(f'{name}.').removesuffix('.partial')
-        if other == f'{name}.{owner}.partial' and owner.isdigit() and dead(owner):
-            os.remove(os.path.join(folder, other))
-    partial = f'{path}.{os.getpid()}.partial'
-    try:
-        with open(partial, 'wb') as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    finally:
-        if os.path.exists(partial):
-            os.remove(partial)
 
 
 def in_int8(name, tensor):

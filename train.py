@@ -48,13 +48,14 @@ import torch.distributed as dist
 import cwic
 import plots
 import weights
-from checkpoint import CheckpointError, save_checkpoint, write_atomically
+from checkpoint import CheckpointError, save_checkpoint
 from cwic import GPT, CWICConfig
 from data import common
 from device import (ProcessGone, Recorded, check_compile, choose_device, choose_dtype,
                     first_on_its_host_first, join_processes, keep_memory, leave, sum_over_processes, together,
                     why_no_compile)
 from evaluate import measure, rows_at_once, validation_windows
+from files import write_atomically
 from options import fail, option, parse_options
 
 COLUMNS = ['step', 'seconds', 'loss', 'val_loss', 'reduction', 'target', 'lr']      # of log.csv

@@ -35,8 +35,9 @@ from pathlib import Path
 
 import torch
 
-from checkpoint import load_checkpoint, write_atomically
+from checkpoint import load_checkpoint
 from cwic import GPT, CWICConfig, rotary_tables
+from files import write_atomically
 from tokenizer import TokenizerError, load_tokenizer, spec_from_gguf, tokenizer_spec
 
 GPT2_RELEASES = ('gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl')

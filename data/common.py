@@ -21,6 +21,7 @@ from pathlib import Path
 
 import numpy as np
 
+from files import write_atomically
 from options import fail
 from tokenizer import TokenizerError, end_id
 
@@ -79,12 +80,6 @@ def utf8_bytes(documents):
     return sum(len(document.encode('utf-8')) for document in documents)
 
 
-def replace_file(path, data):
-    """Writes bytes or an array to path, which at any moment is the old file or the new one, whole."""
-    from checkpoint import write_atomically  # late: torch takes a second to import, and --help need not wait
-    write_atomically(path, lambda file: file.write(data))
-
-
 def make_meta(encoding, spec, source, tokens, size):
     """tokens, size: dicts of tokens and bytes of text in 'train' and 'val' -> contents of meta.json"""
     for split in ('train', 'val'):
@@ -102,7 +97,7 @@ def publish(folder, meta):
     by a call that was cut short. meta: contents of meta.json. That one is removed first and comes back last,
     so that where there is one, train.bin and val.bin are its own, wherever a kill falls.
     """
-    replace_file(folder / 'meta.json.part', json.dumps(meta).encode('ascii'))
+    write_atomically(folder / 'meta.json.part', lambda file: file.write(json.dumps(meta).encode('ascii')))
     (folder / 'meta.json').unlink(missing_ok=True)
     for name in ('train.bin', 'val.bin', 'meta.json'):
         if (folder / f'{name}.part').exists():
@@ -136,7 +131,7 @@ def load_progress(folder, fresh):
 
 
 def save_progress(folder, progress):
-    replace_file(folder / 'progress.json', json.dumps(progress).encode('ascii'))
+    write_atomically(folder / 'progress.json', lambda file: file.write(json.dumps(progress).encode('ascii')))
 
 
 def write_dataset(folder, encoding, spec, train, val, source):
@@ -152,7 +147,7 @@ def write_dataset(folder, encoding, spec, train, val, source):
     folder.mkdir(parents=True, exist_ok=True)
     try:
         for split in splits:
-            replace_file(folder / f'{split}.bin.part', ids[split])
+            write_atomically(folder / f'{split}.bin.part', lambda file: file.write(ids[split]))
         publish(folder, meta)
     finally:
         for name in ('train.bin', 'val.bin', 'meta.json'):

@@ -23,7 +23,8 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))    # the repository, for the imports below
-from data.common import DataError, in_val, replace_file, run
+from data.common import DataError, in_val, run
+from files import write_atomically
 from data.python.prepare import VAL_FRACTION, find_sources
 from options import parse_options
 from tokenizer import PYTHON4K_FILE, PYTHON_PATTERN, bpe_spec, gpt2_byte_of, load_tokenizer
@@ -70,7 +71,7 @@ def main():
         size, count = size + len(text.encode('utf-8')), count + len(ours)
 
     lines = [base64.b64encode(token) + b' %d\n' % rank for rank, token in enumerate(tokens)]
-    replace_file(PYTHON4K_FILE, b''.join(lines))
+    write_atomically(PYTHON4K_FILE, lambda file: file.write(b''.join(lines)))
     print(f'{PYTHON4K_FILE}: {len(tokens):,} tokens, {size / count:.3f} bytes per token; '
           f'all {len(sources)} files cut alike by tiktoken and tokenizers')
 

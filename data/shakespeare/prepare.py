@@ -16,7 +16,8 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))    # the repository, for the imports below
-from data.common import DataError, replace_file, run, write_dataset
+from data.common import DataError, run, write_dataset
+from files import write_atomically
 from data.text.prepare import cut, read_documents
 from options import option, parse_options
 from tokenizer import load_tokenizer, tokenizer_spec
@@ -42,7 +43,7 @@ def download(path):
     except (OSError, http.client.HTTPException) as e:
         raise DataError(f'cannot download Tiny Shakespeare ({e}): fetch {URL} elsewhere, '
                         f'and put it at {path}') from e
-    replace_file(path, data)
+    write_atomically(path, lambda file: file.write(data))
 
 
 def main():

@@ -1,0 +1,94 @@
+"""
+Files as people have them: text read with care, and writes that are whole or not at all.
+
+    text = read_text('notes.txt')           # UTF-8 or UTF-16, from Windows or not; refuses what is not text
+    for line in read_lines(sys.stdin.buffer): ...                   # the same for a stream, as it arrives
+    write_atomically('out/log.csv', lambda file: file.write(data))
+
+Not here: guessing of other encodings.
+"""
+
+import codecs
+import errno
+import io
+import os
+import stat
+
+LONGEST_JSON = 64 * 2 ** 20     # bytes: a tokenizer.json has some 10 MB
+
+
+def encoding_of(start):
+    """The encoding of a text whose first bytes are `start`: what its byte order mark says, else UTF-8."""
+    if start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        return 'utf-16'
+    return 'utf-8-sig' if start.startswith(codecs.BOM_UTF8) else 'utf-8'
+
+
+def check_text(text, name):
+    """text, with \\n at the end of each line. Raises ValueError if it holds a NUL, so is not text."""
+    if '\0' in text:
+        raise ValueError(f'{name}: holds a NUL byte, so it is not text; save it as UTF-8')
+    return text.replace('\r\n', '\n').replace('\r', '\n')
+
+
+def open_regular(path):
+    """Opens a file for reading bytes. Raises OSError also for a pipe or a device, which may never end."""
+    # without O_NONBLOCK the open itself waits for somebody to write to a pipe
+    file = open(os.open(path, os.O_RDONLY | getattr(os, 'O_NONBLOCK', 0) | getattr(os, 'O_BINARY', 0)), 'rb')
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise OSError(errno.EINVAL, 'not a regular file', str(path))
+    return file
+
+
+def read_text(path, most=None):
+    """
+    The text of a file; most: bytes it may have. Raises OSError, and ValueError, in one line that names the
+    file, if it is too large or not text.
+    """
+    with open_regular(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        if most is not None and size > most:
+            raise ValueError(f'{path}: {size:,} bytes where at most {most:,} are expected')
+        data = file.read()
+    try:
+        return check_text(data.decode(encoding_of(data[:3])), path)
+    except UnicodeDecodeError as error:
+        raise ValueError(f'{path}: not UTF-8 (byte {error.start:,}); save it as UTF-8') from None
+
+
+def read_lines(stream, name='stdin'):
+    """
+    Yields the lines of a binary stream as they arrive, without their ends. A byte that is not UTF-8 becomes
+    U+FFFD. Raises ValueError if it is not text.
+    """
+    text = io.TextIOWrapper(stream, encoding=encoding_of(stream.peek(3)), errors='replace')
+    for line in text:
+        yield check_text(line, name).rstrip('\n')
+
+
+def is_dead(pid):
+    """Whether no such process runs. Without /proc nobody can tell, and every process is taken to be alive."""
+    return os.path.exists('/proc/self') and not os.path.exists(f'/proc/{pid}')
+
+
+def write_atomically(path, write):
+    """
+    Calls write(file) on a temporary file beside path, then gives it that name: a crash at any moment leaves
+    the old file or the new one, whole. Removes what killed processes have left. Raises OSError.
+    """
+    folder, name = os.path.split(os.path.abspath(path))
+    for other in os.listdir(folder):
+        owner = other.removeprefix(f'{name}.').removesuffix('.partial')
+        if other == f'{name}.{owner}.partial' and owner.isdigit() and is_dead(owner):
+            os.remove(os.path.join(folder, other))
+    partial = f'{path}.{os.getpid()}.partial'
+    try:
+        with open(partial, 'wb') as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    finally:
+        if os.path.exists(partial):
+            os.remove(partial)
