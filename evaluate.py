@@ -20,9 +20,13 @@ Not here: benchmarks in which what a model writes is judged.
 import json
 import lzma
 import math
+import os
 import sys
 import time
 from dataclasses import dataclass
+
+if __name__ == '__main__':
+    os.environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE')     # of torch's threads, as in train.py
 
 import numpy as np
 import torch

@@ -68,7 +68,7 @@ class Ended(NamedTuple):
 def call(*args):
     """What train.py does with these arguments, in this process."""
     out, err = (io.TextIOWrapper(io.BytesIO(), encoding='utf-8', write_through=True) for _ in range(2))
-    argv, handlers = sys.argv, {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+    argv, handlers = sys.argv, {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     sys.argv, code = ['train.py', *map(str, args)], 0
     try:
         with redirect_stdout(out), redirect_stderr(err):
@@ -497,6 +497,26 @@ def test_resumed_equals_uninterrupted(finished, data, tmp_path, stop_after, numb
     assert equal(trained(tmp_path), trained(finished[0]))
 
 
+@pytest.mark.parametrize('nohup', [False, True])
+def test_the_end_of_the_terminal(nohup, data, tmp_path, monkeypatch):
+    """A dropped ssh lost all steps since the last evaluation. Under nohup, which ignores it, a run goes on."""
+    before, train_step = signal.getsignal(signal.SIGHUP), train.train_step
+
+    def step(run, *args, **more):
+        if run.step == 5:
+            os.kill(os.getpid(), signal.SIGHUP)
+        return train_step(run, *args, **more)
+
+    monkeypatch.setattr(train, 'train_step', step)
+    try:
+        signal.signal(signal.SIGHUP, signal.SIG_IGN if nohup else signal.SIG_DFL)
+        ended = tiny(data, tmp_path, '--max_steps', 8)
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert ended.returncode == (0 if nohup else 130), ended
+    assert load(tmp_path)['step'] == (8 if nohup else 7) and ('terminal' in ended.stderr) != nohup
+
+
 def test_a_stopped_run_keeps_its_results(finished, data, tmp_path):
     """
     A run resumed, then stopped before its next evaluation, wrote a last.pt without results and an empty
@@ -657,6 +677,17 @@ def test_a_file_that_cannot_be_written(finished, data, tmp_path, name):
     shutil.rmtree(tmp_path / name)
     assert resume(tmp_path).returncode == 0 and equal(trained(tmp_path), trained(finished[0]))
     assert list(files(tmp_path)) == list(files(finished[0]))
+
+
+def test_a_picture_that_cannot_be_drawn(again, monkeypatch):
+    """A matplotlibrc that asks for LaTeX ended a run in a traceback, and its results were never said."""
+    def no_latex(figure, *args, **more):
+        raise RuntimeError('latex could not\nbe found')
+
+    monkeypatch.setattr('matplotlib.figure.Figure.savefig', no_latex)
+    ended = resume(again)
+    assert 'training.png' in one_line(ended, 1) and 'latex could not' in ended.stderr
+    assert 'best.pt, of step' in ended.stdout
 
 
 def test_what_is_not_finite_is_not_saved(data, tmp_path, monkeypatch):
