@@ -17,6 +17,8 @@ import build_kernel
 ROOT = Path(__file__).parent.parent
 SOURCES = ('sparse_kernel.c', 'build_kernel.py', 'files.py', 'options.py')
 
+WRITES = b'[ -z "$out" ] || echo module > "$out"\n'        # a compiler that is done at once
+
 
 @pytest.fixture
 def copy(tmp_path, monkeypatch):
@@ -40,11 +42,9 @@ def fake(copy, tmp_path, monkeypatch):
     return use
 
 
-WRITES = b'[ -z "$out" ] || echo module > "$out"\n'        # a compiler that is done at once
-
-
-def test_builds_once_and_again_when_something_changed(copy, monkeypatch):
+def test_builds_once_and_again_when_something_changed(fake, monkeypatch):
     """A module that was built from older source, or with other flags, must not be taken for the present one."""
+    copy = fake(WRITES)
     first = copy.build()
     written = first.stat().st_mtime_ns
     assert copy.build() == first and first.stat().st_mtime_ns == written
