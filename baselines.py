@@ -43,7 +43,7 @@ from device import choose_device, choose_dtype, keep_memory
 from evaluate import validation_windows
 from files import write_atomically
 from methods import LEARNED, METHODS, Cannot, Changed, Method, uncompiled
-from options import fail, option, parse_options
+from options import fail, option, parse_options, progress
 from tokenizer import end_id, load_tokenizer
 
 EVERY = 10              # optimiser steps between calibrations, where weights are trained
@@ -278,7 +278,7 @@ def compare(config, given):
     common_to_all = {'subject': config.subject, 'settings': settings}
     rows = earlier_rows(path, config, settings) + [{**common_to_all, **row} for row in cannot]
     finished = {(r['method'], r['target'], r.get('seed')) for r in rows if r['subject'] == config.subject}
-    jobs, left, on_terminal = [job for job in jobs if job not in finished], '', sys.stdout.isatty()
+    jobs, left = [job for job in jobs if job not in finished], ''
     dtype, why = choose_dtype(recipe.dtype, recipe.device)
     recipe.dtype = str(dtype).removeprefix('torch.')
     print(f'{len(jobs)} runs to do on {recipe.device}; {recipe.dtype} ({why})', flush=True)
@@ -299,13 +299,11 @@ def compare(config, given):
             nonlocal left
             pace = (time.perf_counter() - began) / step
             left = f', {train.clock(pace * (of - step + later * steps))} left'
-            if on_terminal:
-                print(f'\r{label}  step {step} of {of}{left}\033[K', end='', flush=True)
+            progress(f'{label}  step {step} of {of}{left}')
 
-        try:
-            row = run_method(job, config, recipe, of_recipe, model, saved, pairs, report)
-        finally:
-            print('\r\033[K' * on_terminal, end='', flush=True)
+        progress(f'{label}{left}')
+        row = run_method(job, config, recipe, of_recipe, model, saved, pairs, report)
+        progress()
         rows.append({**common_to_all, **row})
         keep()
         print(f'{label}  reduction {row["reduction"]:.2f}x  kl {row["kl"]:.4f}  '

@@ -53,7 +53,7 @@ import cwic
 import evaluate
 import plots
 import weights
-from bench_train import measure_train, progress, start_processes
+from bench_train import measure_train, start_processes
 from checkpoint import CheckpointError
 from cwic import GPT, CWICConfig, KVCache
 from data import common
@@ -61,7 +61,7 @@ from decoder import FORMATS, Decoder, PackedMatrix, pointer
 from device import ProcessGone
 from files import write_atomically
 from methods import calibrate, gates, hooked
-from options import fail, option, parse_options, printable
+from options import counted, fail, option, parse_options, printable, progress
 from tokenizer import end_id, load_tokenizer
 
 PROMPT = 16                     # tokens in the cache when decoding begins
@@ -155,7 +155,7 @@ def texts_to_read(config, model, saved, count):
         return [data[start:start + count].tolist() for start in starts]
     decoder, spec = Decoder(model, 'int8'), saved['tokenizer']
     texts = [[end_id(spec, load_tokenizer(spec))] for _ in range(config.rounds)]
-    for text in texts:
+    for text in counted(texts, 'texts written'):
         logits, _ = decoder.prefill(text)       # begins anew
         while len(text) < count:
             point = torch.rand(1, generator=generator)
@@ -200,7 +200,7 @@ def make_settings(model, saved, reductions, prompt):
         sparse = any(float(layer.theta.detach().max()) > 0 for _, layer in model.gated())
         return [Setting(model, dense, prompt) for dense in (True, False) if dense or sparse]
     settings, tokens = [], torch.randint(model.config.vocab_size, (24, PROMPT + 32))
-    for reduction in reductions:
+    for reduction in counted(reductions, 'reductions calibrated'):
         calibrate(model, (tokens,), dict.fromkeys(gates(model), 1 / reduction), centred=True)
         settings.append(Setting(model, reduction == 1, prompt))
     return settings
@@ -415,7 +415,9 @@ def measure_speed(config):
         settings = make_settings(model, saved, reductions, texts[0][:PROMPT])
         labels = {'stripe': 'matrix' if stripe == WIDEST else stripe} if stripe else {}
         for dtype in config.dtypes.split(','):
+            progress(f'packing the model in {dtype}')
             decoder = Decoder(model, dtype, max(threads))
+            progress()
             print(f'{dtype}: {on_huge_pages(decoder)} of the packed weights on huge pages', flush=True)
             engines += [(dict(labels, engine='cwic', dtype=dtype), partial(run_kernel, decoder, setting))
                         for setting in settings]
@@ -535,6 +537,7 @@ def measure_probe(config):
     memory = torch.from_numpy(np.full(PROBE_BYTES, 0x3c, np.uint8))         # .0115 as f32 and as bf16
     cases, columns = [], {}
     for dtype in config.dtypes.split(','):
+        progress(f'packing the model in {dtype}')
         decoder, narrow = Decoder(model, dtype, max(threads)), Decoder(small, dtype, max(threads))
         for name, layer in model.gated():       # a row of neurons is one of up and one of down
             sizes = decoder.packed[name].sizes
@@ -592,14 +595,13 @@ def measure_loss(config):
     windows = evaluate.validation_windows(text, meta, config.windows, length)       # (windows, T + 1)
     base = weights.load(saved['base'])[0] if saved.get('base') else None
     for dtype in config.dtypes.split(','):
-        progress(f'{dtype}: {len(windows)} windows of {length} tokens')
+        progress(f'packing the model in {dtype}')
         decoder = Decoder(model, dtype, threads)
         model.forward = through(decoder)
         found = evaluate.measure(model, windows, base)
         rows.append(dict(engine='cwic', dtype=dtype, threads=decoder.threads, loss=found['val_loss'],
                          **{key: found[key] for key in ('reduction', 'kl', 'agreement') if key in found}))
         rows[-1]['loss_over_first'] = rows[-1]['loss'] - rows[0]['loss']
-    progress()
     return rows
 
 

@@ -31,16 +31,10 @@ from cwic import GPT, CWICConfig
 from device import (check_compile, choose_device, choose_dtype, join_processes, keep_memory, meet,
                     sum_over_processes, together)
 from methods import calibrate, gates
-from options import fail, parse_options
+from options import fail, parse_options, progress
 
 PRESETS = {'gpt2-shape': 'gpt2_124m_scratch.toml', 'smollm2-shape': 'smollm2_distill.toml'}     # of train.py
 WARM_UP = 4         # rounds that are not counted: they compile, take memory, and are recorded
-
-
-def progress(text=''):
-    """On a terminal, a line that the next one takes the place of."""
-    if sys.stderr.isatty():
-        print(f'\r\033[K{text}', end='', file=sys.stderr, flush=True)
 
 
 def make_run(config, shape=None):
@@ -228,12 +222,14 @@ def measure_train(config, shape):
     """
     keep_memory()
     device, rank, world = join_processes(choose_device(config.device))
+    progress('making the model')
     run = make_run(config, shape)
     batch, length, model, choice = run.config.batch_size, run.config.block_size, run.model, [run.dtype]
     together(dist.broadcast_object_list, choice)                    # on a CPU, measured by each
     run.dtype = choice[0]
     tokens = torch.randint(model.config.vocab_size, (max(batch, 4) * world, length + 1)).to(device)
     checks, check = {}, world == 1 and run.device != 'cpu'
+    progress('checking gradients and setting thresholds')
     if check:
         _, checks['all active'], _ = disagreement(run, tokens)      # there are no statistics yet
     calibrate(model, (tokens[:1, :-1],), dict.fromkeys(gates(model), 1 / 3), centred=True)
@@ -245,6 +241,7 @@ def measure_train(config, shape):
     name = torch.cuda.get_device_name() if run.device == 'cuda' else f'{torch.get_num_threads()} threads'
     about = dict(device=f'{run.device} ({name})', dtype=str(run.dtype).removeprefix('torch.'), batch=batch,
                  compiled=config.compile, micro_batch=run.config.micro_batch, block_size=length)
+    progress()
     if rank == 0:
         print(', '.join(f'{key} {value}' for key, value in (about | checks).items()), flush=True)
     about['differences'] = compare_with_one(run, tokens[:4 * world], rank, world) if world > 1 else checks

@@ -31,6 +31,9 @@ import sys
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
+if __name__ == '__main__':
+    os.environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE')     # of torch's threads, as in train.py
+
 import plots
 import render
 from options import fail, option, parse_options, printable, read_value

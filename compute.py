@@ -29,7 +29,7 @@ from data.common import load_dataset, run
 from device import choose_device
 from evaluate import rows_at_once, validation_windows, windows_of_kind
 from methods import hooked
-from options import fail, option, parse_options
+from options import counted, fail, option, parse_options
 from tokenizer import load_tokenizer
 
 
@@ -126,7 +126,8 @@ def measure(model, teacher, windows):
     counts = [(gate, partial(count, i)) for i, block in enumerate(blocks)
               for gate, count in ((block.attn.qkv, count_inputs), (block.attn.out, count_heads))]
     tokens, active_sum = [], 0
-    for batch in torch.from_numpy(windows).split(rows_at_once(model, windows.shape[1])):
+    batches = torch.from_numpy(windows).split(rows_at_once(model, windows.shape[1]))
+    for batch in counted(batches, f'batches of {len(batches[0])} windows read'):
         batch = batch.to(model.head.weight.device)
         with hooked(counts):
             logits, active = model(batch[:, :-1])

@@ -31,6 +31,7 @@ import copy
 import functools
 import itertools
 import math
+import sys
 from dataclasses import dataclass, fields
 
 import torch
@@ -177,10 +178,28 @@ def through_the_step(c, t, bw, d, price):
     return d.sum(0, dtype=c.dtype) + (price * window).sum(0) * torch.sign(c) * per_bw, dt
 
 
-@functools.cache
-def fused(function):
-    """One of these two functions in one pass over memory, not a dozen: compiled when it is first called."""
-    return torch.compile(function, dynamic=True)
+class Fused:
+    """
+    A function in one pass over memory, not a dozen: compiled when it is first called, and for other dtypes
+    when they come. If that fails, for want of memory say, all are called as they are from then on.
+    """
+    compiler_works = True
+
+    def __init__(self, function):
+        self.function, self.compiled = function, torch.compile(function, dynamic=True)
+
+    def __call__(self, *args):
+        if Fused.compiler_works:
+            try:
+                return self.compiled(*args)
+            except torch._dynamo.exc.TorchDynamoException as error:     # that of every compiler among them
+                Fused.compiler_works = False
+                reason = str(error).strip().splitlines()[0]
+                print(f'the gates are not compiled any more, so slower: {reason}', file=sys.stderr)
+        return self.function(*args)
+
+
+fused = functools.cache(Fused)      # fused(gate), fused(through_the_step)
 
 
 class GatedProduct(torch.autograd.Function):

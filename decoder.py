@@ -16,6 +16,8 @@ Not here: several sequences at once, GPUs. TorchDecoder needs no compiler, and i
 
 import math
 import os
+import re
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -202,13 +204,34 @@ class TorchDecoder(Window):
         return logits[0, -1].numpy(), active[:, 0].t().numpy().astype(np.int64)
 
 
+def usable_cores(root='/'):
+    """
+    How many cores this process may keep busy: those it may run on, or fewer if its cgroup, a container's say,
+    gives it less of their time. Threads beyond that make each other wait. root: of the file system.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
+    try:
+        groups = Path(root, 'proc/self/cgroup').read_text(encoding='utf-8', errors='replace')
+    except OSError:
+        return cores
+    for group in re.findall('^0::/(.*)', groups, re.M):
+        folder = Path(root, 'sys/fs/cgroup', group)
+        for folder in (folder, *folder.parents):        # each may set a limit for all below it
+            try:
+                quota, period = (folder / 'cpu.max').read_text(encoding='utf-8').split()
+                cores = min(cores, max(round(int(quota) / int(period)), 1))
+            except (OSError, ValueError):               # 'max 100000': no limit
+                pass
+    return cores
+
+
 class Decoder(Window):
     """
-    dtype: of the weights, 'f32', 'bf16' or 'int8'; threads: default, every core up to 8. With dense=True
-    every weight is used. Sums are taken in two parts, for more than two threads in four, so that logits may
-    differ in their last bits. Of a prompt it computes the logits of the last token alone, so for those before
-    no shortlist is counted. Raises build_kernel.KernelUnavailable, and ValueError for a dtype or a number
-    of threads that cannot be.
+    dtype: of the weights, 'f32', 'bf16' or 'int8'; threads: default, every usable core up to 8. With
+    dense=True every weight is used. Sums are taken in two parts, for more than two threads in four, so that
+    logits may differ in their last bits. Of a prompt it computes the logits of the last token alone, so for
+    those before no shortlist is counted. Raises build_kernel.KernelUnavailable, and ValueError for a dtype or
+    a number of threads that cannot be.
     """
 
     def __init__(self, model, dtype='f32', threads=None, dense=False):
@@ -230,7 +253,7 @@ class Decoder(Window):
         embeds = c.bases or c.shortlist     # else embeddings are read where the head has its columns
         size += (model.head.dense * FORMATS[dtype].itemsize + 64) * embeds
         empty = Arena(size).empty
-        threads = min(os.cpu_count() or 1, 8) if threads is None else threads
+        threads = min(usable_cores(), 8) if threads is None else threads
         tasks = 2 if threads <= 2 else 4                # no more: what they find has to be added up
         self.packed = {name: PackedMatrix(layer, dtype, dense or name == 'basis', empty, tasks)
                        for name, layer in layers.items()}

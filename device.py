@@ -18,7 +18,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from options import fail
+from options import fail, printable
 
 if torch.__version__ < '2.13':
     # for torch.compile: where older ones sum over tokens and over inputs in one kernel, the gradient of a
@@ -94,42 +94,77 @@ def check_compile(device):
              'out, or turn it off: --compile no', 1)
 
 
+def compilations():
+    """How many parts of torch.compile's work are done, those of a first backward or a first call included."""
+    return sum(map(len, torch._dynamo.utils.compilation_time_metrics.values()))
+
+
+class CudaGraphs:
+    """Runs functions on a stream of their own, and records them there: nothing of the default one can be."""
+
+    def __init__(self):
+        self.stream = torch.cuda.Stream()
+
+    def run(self, function, arguments):
+        self.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.stream):
+            results = function(*arguments)
+        torch.cuda.current_stream().wait_stream(self.stream)
+        return results
+
+    def record(self, function, arguments):
+        """-> what the function returns at each replay; what replays it. Raises RuntimeError."""
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.stream(torch.cuda.current_stream()):    # which a failed recording does not restore
+            # thread_local: NCCL has a thread that asks the GPU things meanwhile
+            with torch.cuda.graph(graph, stream=self.stream, capture_error_mode='thread_local'):
+                results = function(*arguments)
+        return results, graph.replay
+
+
 class Recorded:
     """
     function(*arguments), recorded after some calls and from then on replayed (a CUDA graph): a GPU is done
-    with a thousand small kernels sooner than Python has asked for them one by one.
+    with a thousand small kernels sooner than Python has asked for them one by one. Nothing can be compiled
+    while recording, so a call in which nothing was has to come first. What cannot be recorded is called.
 
     A replay reads and writes the memory it was recorded with. So of the arguments only what tensors hold may
     differ from call to call (else it is recorded anew), the function must do the same whatever they hold, and
     what it returns, and the gradients it leaves, stand until the next call.
     """
-    WARM_UP = 3         # calls in which torch.compile compiles, and memory is taken
+    WARM_UP = 3         # calls, at least, in which torch.compile compiles, and memory is taken
 
-    def __init__(self, function):
-        self.function, self.kind, self.stream = function, None, torch.cuda.Stream()
+    def __init__(self, function, graphs=None):
+        self.function, self.graphs = function, graphs or CudaGraphs()
+        self.kind, self.recordable = None, True
 
     def __call__(self, *arguments):
         tensors = [x for x in arguments if torch.is_tensor(x)]
         kind = [(x.shape, x.dtype) if torch.is_tensor(x) else x for x in arguments]
         if kind != self.kind:
-            self.kind, self.calls, self.graph = kind, 0, None
+            self.kind, self.calls, self.settled, self.replay = kind, 0, False, None
+        if self.recordable and self.settled and not self.replay:
+            self.record(arguments)
+        if self.replay:
+            for copy, tensor in zip(self.tensors, tensors):
+                copy.copy_(tensor)
+            self.replay()
+            return self.results
+        before = compilations()
+        results = self.graphs.run(self.function, arguments)
         self.calls += 1
-        if self.calls <= self.WARM_UP:
-            self.stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(self.stream):        # nothing of the default one can be recorded
-                results = self.function(*arguments)
-            torch.cuda.current_stream().wait_stream(self.stream)
-            return results
-        if self.graph is None:
-            self.graph, self.tensors = torch.cuda.CUDAGraph(), [x.clone() for x in tensors]
-            copies = iter(self.tensors)
-            # thread_local: NCCL has a thread that asks the GPU things meanwhile
-            with torch.cuda.graph(self.graph, stream=self.stream, capture_error_mode='thread_local'):
-                self.results = self.function(*(next(copies) if torch.is_tensor(x) else x for x in arguments))
-        for copy, tensor in zip(self.tensors, tensors):
-            copy.copy_(tensor)
-        self.graph.replay()
-        return self.results
+        self.settled = self.calls >= self.WARM_UP and compilations() == before
+        return results
+
+    def record(self, arguments):
+        copies = [x.clone() if torch.is_tensor(x) else x for x in arguments]
+        try:
+            self.results, self.replay = self.graphs.record(self.function, copies)
+            self.tensors = [x for x in copies if torch.is_tensor(x)]
+        except RuntimeError as error:       # what CUDA does not allow while it records; too little memory
+            self.recordable = False
+            line = str(error).splitlines()[0]
+            print(printable(f'{self.function.__name__} is not recorded, so slower: {line}'), file=sys.stderr)
 
 
 # -----------------------------------------------------------------------------
@@ -151,16 +186,28 @@ def reach(others, *args, **more):
         raise ProcessGone(str(error).split('\n')[0].split('] ', 1)[-1].split('. ')[0]) from None
 
 
+TORCHRUN = 'RANK', 'LOCAL_RANK', 'WORLD_SIZE', 'MASTER_ADDR', 'MASTER_PORT'    # in a process's environment
+
+
 def join_processes(device):
     """
     (device, rank, world): one process alone, or what torchrun says of this one among many. Raises
-    ProcessGone.
+    ProcessGone. Ends the program if torchrun cannot have said it: a cluster's jobs leave a part of it behind.
     """
-    rank, world = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
+    said = {name: os.environ[name] for name in TORCHRUN if name in os.environ}
+    try:
+        rank, world = int(said.get('RANK', 0)), int(said.get('WORLD_SIZE', 1))
+        local, _ = int(said.get('LOCAL_RANK', 0)), int(said.get('MASTER_PORT', 0))
+        right = 0 <= rank < world and (world == 1 or len(said) == len(TORCHRUN))
+    except ValueError:
+        right = False
+    if not right:
+        values = ' '.join(f'{name}={value}' for name, value in said.items())
+        fail(f'{values}, in the environment, is not what torchrun would say: unset {" ".join(said)}, or '
+             'start this with torchrun')
     if world > 1:
         backend = 'gloo'
         if device == 'cuda':
-            local = int(os.environ['LOCAL_RANK'])
             if local >= torch.cuda.device_count():
                 fail(f'process {local + 1} of this host has no GPU, there being {torch.cuda.device_count()}; '
                      'start fewer: --nproc_per_node')

@@ -20,9 +20,13 @@ Not here: benchmarks in which what a model writes is judged.
 import json
 import lzma
 import math
+import os
 import sys
 import time
 from dataclasses import dataclass
+
+if __name__ == '__main__':
+    os.environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE')     # of torch's threads, as in train.py
 
 import numpy as np
 import torch
@@ -32,7 +36,7 @@ from checkpoint import CheckpointError
 from cwic import KVCache, sample
 from data.common import DataError, load_dataset, run
 from device import choose_device
-from options import fail, option, parse_options
+from options import counted, fail, option, parse_options, progress
 from tokenizer import TokenizerError, dialogue_ids, end_id, load_tokenizer, stop_ids
 
 # no more logits than this, or one sequence's, exist at a time: what a CPU's cache likes, what a GPU needs
@@ -77,7 +81,8 @@ def measure(model, tokens, teacher=None, dense=False):
     device, training = model.head.weight.device, model.training
     model.eval()
     sums, shares, entropies, surprises = {'loss': 0, 'active': 0, 'kl': 0, 'agreement': 0}, [], [], []
-    for batch in np.array_split(tokens, math.ceil(len(tokens) / rows_at_once(model, tokens.shape[1]))):
+    batches = np.array_split(tokens, math.ceil(len(tokens) / rows_at_once(model, tokens.shape[1])))
+    for batch in counted(batches, f'batches of {len(batches[0])} windows read'):
         batch = torch.from_numpy(batch).to(device)
         logits, active = model(batch[:, :-1], dense=dense)              # (B, T, vocab), (matrices, B, T)
         logp, active = logits.log_softmax(-1), active.cpu().double()    # not every GPU has doubles
@@ -111,7 +116,7 @@ def measure(model, tokens, teacher=None, dense=False):
 
 
 @torch.no_grad()
-def blimp(model, encoding, start, pairs, dense=False, progress=lambda done: None):
+def blimp(model, encoding, start, pairs, dense=False):
     """
     pairs: [(paradigm, good sentence, bad sentence)] -> (accuracy of each paradigm, a dict; dense / active
     weights over all tokens read). start: the id that comes before each sentence. Sentences of one length are
@@ -122,6 +127,7 @@ def blimp(model, encoding, start, pairs, dense=False, progress=lambda done: None
                         for bad, text in enumerate(texts)), key=lambda sentence: len(sentence[0]))
     scores, active_sum, count, done = np.zeros((len(pairs), 2)), 0.0, 0, 0
     while done < len(sentences):
+        progress(f'BLiMP: {done} of {len(sentences)} sentences read')
         length = len(sentences[done][0])
         batch = sentences[done:done + min(rows_at_once(model, length), 256)]
         batch = [sentence for sentence in batch if len(sentence[0]) == length]
@@ -131,7 +137,7 @@ def blimp(model, encoding, start, pairs, dense=False, progress=lambda done: None
         scores[[pair for _, pair, _ in batch], [bad for _, _, bad in batch]] = logp
         active_sum, count = active_sum + float(active.sum()), count + tokens[:, 1:].numel()
         done += len(batch)
-        progress(done / len(sentences))
+    progress()
     right = {}
     for (paradigm, *_), (good, bad) in zip(pairs, scores):
         right.setdefault(paradigm, []).append(float(good > bad))
@@ -154,7 +160,7 @@ def answer(teacher, prompt, stops, generator):
 
 
 @torch.no_grad()
-def compare_answers(model, teacher, spec, encoding, questions, progress=lambda done: None):
+def compare_answers(model, teacher, spec, encoding, questions):
     """
     What a chat is for: the dense teacher answers each question, and both models read its answers. -> a dict
     of kl, KL(teacher || student) in nats, agreement and reduction, all over the tokens of answers, and of how
@@ -162,10 +168,10 @@ def compare_answers(model, teacher, spec, encoding, questions, progress=lambda d
     """
     generator, device = torch.Generator().manual_seed(1), model.head.weight.device
     kl, same, active_sum, count = 0.0, 0, 0.0, 0
-    for done, question in enumerate(questions):
+    for number, question in enumerate(counted(questions, 'questions answered'), 1):
         prompt = dialogue_ids(spec, encoding, [('user', question)])
         if len(prompt) + LONGEST_ANSWER > model.config.block_size:
-            raise DataError(f'question {done + 1} has {len(prompt)} tokens, with an answer more than the '
+            raise DataError(f'question {number} has {len(prompt)} tokens, with an answer more than the '
                             f'{model.config.block_size} of the context; shorten it')
         tokens = torch.tensor([answer(teacher, prompt, stop_ids(spec, encoding), generator)], device=device)
         logits, active = model(tokens[:, :-1])
@@ -175,20 +181,14 @@ def compare_answers(model, teacher, spec, encoding, questions, progress=lambda d
         kl += float((teacher_logp.exp() * (teacher_logp - logp)).sum())
         same += int((teacher_logp.argmax(-1) == logp.argmax(-1)).sum())
         active_sum, count = active_sum + float(active[:, 0, len(prompt) - 1:].sum()), count + len(logp)
-        progress((done + 1) / len(questions))
     return dict(kl=kl / count, agreement=same / count, reduction=model.dense() * count / active_sum,
                 questions=len(questions), tokens=count)
-
-
-def show_progress(done):
-    """done: from 0 to 1."""
-    if sys.stderr.isatty():
-        print(f'\r{100 * done:.0f}%' + '\n' * (done == 1), end='', file=sys.stderr, flush=True)
 
 
 def read_blimp(path, most):
     """[(paradigm, good, bad)], the first `most` of each paradigm. Raises DataError."""
     try:
+        progress(f'reading {path}')
         with (lzma.open if path.endswith('.xz') else open)(path, 'rt', encoding='utf-8') as f:
             rows = [json.loads(line) for line in f if line.strip()]
         seen, pairs = {}, []
@@ -221,6 +221,7 @@ def text_windows(path, encoding, count, length):
     """np.int64 (windows, length + 1): `count` windows of a text file, evenly spread. Raises DataError."""
     try:
         with open(path, encoding='utf-8') as f:
+            progress(f'tokenizing {path}')
             ids = np.array(encoding.encode_ordinary(f.read()), np.int64)
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f'{path}: cannot be read ({error})') from None
@@ -285,12 +286,10 @@ def main():
         if config.questions and (teacher is None or 'template' not in spec):
             fail(f'--questions: {path} is no adapter of a chat model; give one, such as adapters/smollm2.pt')
         if config.questions:
-            results = compare_answers(model, teacher, spec, encoding, read_questions(config.questions),
-                                      show_progress)
+            results = compare_answers(model, teacher, spec, encoding, read_questions(config.questions))
         elif config.blimp:
             pairs = read_blimp(config.blimp, config.blimp_pairs)
-            by_paradigm, reduction = blimp(model, encoding, end_id(spec, encoding), pairs, config.dense,
-                                           show_progress)
+            by_paradigm, reduction = blimp(model, encoding, end_id(spec, encoding), pairs, config.dense)
             results = dict(blimp=float(np.mean(list(by_paradigm.values()))), reduction=reduction,
                            pairs=len(pairs), by_paradigm=by_paradigm)
         else:

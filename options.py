@@ -14,12 +14,15 @@ which override it. `given` is the set of names that the flags or the preset gave
 Words that belong to no option are the preset, or else go to the field of type tuple, if there is one.
 Whatever a user gets wrong ends in one line and exit code 2.
 
+Also what every program says on stderr: fail(), and progress() while it works.
+
 Not here: sub-commands, short flags, environment variables, code in presets.
 """
 
 import difflib
 import math
 import os
+import shutil
 import sys
 import textwrap
 import tomllib
@@ -43,8 +46,29 @@ def printable(text):
     return ''.join(c if c.isprintable() else c.encode('unicode_escape').decode('ascii') for c in line)
 
 
+def progress(text=''):
+    """
+    On a terminal, shows text as a line of stderr that the next call overwrites; without text, clears it. For
+    all work that may take longer than five seconds.
+    """
+    if sys.stderr is not None and sys.stderr.isatty():
+        columns = shutil.get_terminal_size().columns        # a longer line could not be overwritten
+        print(f'\r\033[K{text[:columns - 1]}', end='', file=sys.stderr, flush=True)
+
+
+def counted(items, what):
+    """Yields the items of a list, and shows how many are done: counted(windows, 'windows')."""
+    try:
+        for done, item in enumerate(items):
+            progress(f'{what}: {done} of {len(items)}')
+            yield item
+    finally:
+        progress()
+
+
 def fail(message, code=2):
     """Ends the program with one line on stderr."""
+    progress()
     print(printable(f'{os.path.basename(sys.argv[0])}: {message}'), file=sys.stderr)
     sys.exit(code)
 

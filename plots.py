@@ -10,14 +10,16 @@ Every picture, in one style: as wide as a README, readable in grey. The suffix o
     plots.tokens(kinds, positions, surprise, shares, matrices, 'assets/tokens.png')     # compute.py
     plots.conversation(turns, palette, 'talk.png')                  # chat.py, /save; plots.reply is its /plot
 
-matplotlib is imported when a picture is drawn, not before: it takes a while. Errors: OSError, where the path
-cannot be written, and ValueError, where the format is unknown.
+matplotlib is imported when a picture is drawn, not before: it takes a while. Whatever fails in drawing or
+saving becomes an OSError, with the reason in .strerror and the path in .filename.
 
 Not here: windows on a screen, anything that moves.
 """
 
 import csv
+import errno
 import json
+import os
 import warnings
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,6 +27,7 @@ from pathlib import Path
 
 import numpy as np
 
+from files import read_text
 from options import fail, option, parse_options
 from render import COUNTED, flow, mean_shares, scale_color, summary, text_color, text_width
 
@@ -50,12 +53,18 @@ def check_picture(path):
 @contextmanager
 def picture(path, width=9.0, height=3.2, columns=1, rows=1, **more):
     """A figure and its axes, row by row; saved to path at the end. Sizes in inches, 150 pixels each."""
-    import matplotlib
-    from matplotlib.figure import Figure
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(width, height), layout='constrained')
-        yield figure, figure.subplots(rows, columns, **more)
-        figure.savefig(path, dpi=150)
+    os.environ['MPLBACKEND'] = 'agg'        # a notebook's, which may not be there, fails when imported
+    try:
+        import matplotlib.style
+        from matplotlib.figure import Figure
+        with matplotlib.style.context(STYLE, after_reset=True):         # not those of a user's matplotlibrc
+            figure = Figure(figsize=(width, height), layout='constrained')
+            yield figure, figure.subplots(rows, columns, **more)
+            figure.savefig(path, dpi=150)
+    # matplotlib, its fonts, formats and settings fail in a dozen ways: callers, with work to lose, know one
+    except Exception as error:
+        reason = getattr(error, 'strerror', None) or f'{type(error).__name__}: {error}'
+        raise OSError(getattr(error, 'errno', None) or errno.EIO, reason, str(path)) from error
 
 
 def heat_map(axes, shares, matrices, highest=1.0):
@@ -324,9 +333,12 @@ class PlotConfig:
 
 
 def read_log(path):
-    """log.csv -> its rows, numbers or None where nothing stands."""
-    with open(path, newline='', encoding='utf-8') as file:
-        return [[float(text) if text else None for text in row] for row in list(csv.reader(file))[1:]]
+    """log.csv -> its rows, numbers, or None for nothing. Raises OSError, ValueError and IndexError."""
+    rows = [[float(text) if text else None for text in row]
+            for row in list(csv.reader(read_text(path).splitlines()))[1:]]
+    if all(row[3] is None for row in rows):
+        raise ValueError('it has no validation loss yet')
+    return rows
 
 
 def draw_assets():
@@ -337,11 +349,11 @@ def draw_assets():
         pictures.append(str(assets / name))
         return pictures[-1]
 
-    rows = (assets / 'comparison.jsonl').read_text(encoding='utf-8').splitlines()
+    rows = read_text(assets / 'comparison.jsonl').splitlines()
     frontier([json.loads(row) for row in rows], to('frontier.png'))
-    decoding = json.loads((assets / 'decode.json').read_text(encoding='utf-8'))
+    decoding = json.loads(read_text(assets / 'decode.json'))
     speed(decoding['rows'], to('speed.png'), decoding['machine'])
-    stripes(json.loads((assets / 'stripes.json').read_text(encoding='utf-8')), to('stripes.png'))
+    stripes(json.loads(read_text(assets / 'stripes.json')), to('stripes.png'))
     twins(read_log(assets / 'training.csv'), read_log(assets / 'training_dense.csv'), to('training.png'))
     return pictures
 
@@ -357,7 +369,7 @@ def main():
     except OSError as error:
         fail(f'{error.filename}: {error.strerror}', 1)
     except (ValueError, IndexError) as error:
-        fail(f'no log.csv of a run, or no format of a picture: {error}', 1)
+        fail(f'no log.csv of a run: {error}', 1)
 
 
 if __name__ == '__main__':

@@ -48,7 +48,8 @@ typedef struct {                // a matrix with thresholds: a StripedLinear, or
     const float *row_scale;     // (n, n_in) and (n_out) for INT8, where a weight is row_scale * column_scale
     const float *column_scale;  //   * byte; otherwise NULL
     const float *base;          // (n_out) mu @ W + b: the output when every input is as usual
-} Matrix;                       // thresholds to base are best side by side: they are asked for together
+} Matrix;                       // for decode(), thresholds to base must be side by side, in this order: they
+                                // are prefetched together
 
 typedef struct {
     const float *gain, *bias;   // (n_embd) each; bias may be NULL
@@ -605,19 +606,30 @@ static int64_t count_active(const Matrix *m, const float *x, Worker *me)
     return (int64_t)active;
 }
 
-static int possible(const Team *team, const Matrix *m, int dtype, size_t n_in, size_t n_out)
+// whether the sizes of a matrix agree with each other and with the team. Divisions cannot overflow, and each
+// size is known to be small when it is multiplied
+static int fits(const Team *team, const Matrix *m, int dtype, size_t n_in, size_t n_out)
 {
     return n_in && n_out && m->n_in == n_in && m->n_out == n_out && n_in <= team->longest
-        && m->stripe && m->stripe <= n_out && m->tile && m->tile <= m->stripe
+        && n_out <= team->n_sums && m->stripe && m->stripe <= n_out && m->tile && m->tile <= m->stripe
         && m->splits && m->splits <= least(n_in, SPLITS)
-        && count_tiles(m) * m->splits * m->tile <= team->n_sums
+        && count_tiles(m) <= team->n_sums / m->splits / m->tile
         && (dtype == F32 || dtype == BF16 || (dtype == INT8 && m->row_scale && m->column_scale));
+}
+
+// and whether what is prefetched is side by side: at most 63 bytes between one and the next, to align them
+static int possible(const Team *team, const Matrix *m, int dtype, size_t n_in, size_t n_out)
+{
+    if (!fits(team, m, dtype, n_in, n_out)) return 0;
+    size_t most = sizeof(float) * (2 * pieces(n_out, m->stripe) * n_in + n_in + n_out) + 4 * 63;
+    uintptr_t thresholds = (uintptr_t)m->thresholds, base = (uintptr_t)m->base;
+    return thresholds <= base && base - thresholds <= most;
 }
 
 int multiply_alone(Team *team, const Matrix *m, int dtype, size_t count, float *x, const float *h, float *y,
                    int64_t *active)
 {
-    if (!count || count > BATCH || !possible(team, m, dtype, m->n_in, m->n_out)) return -1;
+    if (!count || count > BATCH || !fits(team, m, dtype, m->n_in, m->n_out)) return -1;
     if (h && m->tile < m->n_out) return -1;
     multiply((Product){team, m, dtype, STORE, count, x, h, y, NULL}, active, 1);
     return 0;

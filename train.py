@@ -38,7 +38,7 @@ import io
 import math
 import sys
 import time
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 
 import numpy as np
@@ -654,11 +654,11 @@ def finish(run, meta):
                   f"with the entropy of what follows {best['entropy_correlation']:+.2f}"]
     lines += ['files: ' + ', '.join(map(run.path, FILES)),
               f'talk to it: python chat.py --ckpt {run.path("best.pt")}']
+    print('\n'.join(lines), flush=True)
     try:
         plots.training(run.log, best, run.model.config.matrices, run.path('training.png'))
     except OSError as error:
         fail(f'{run.path("training.png")} cannot be written ({error.strerror}); --resume draws it again', 1)
-    print('\n'.join(lines), flush=True)
     if reduction < MET * config.target_reduction:
         fail(f'target not met: {reduction:.2f}x where {config.target_reduction:g}x was asked for; give it '
              'more --hold_steps, or a higher --threshold_lr', 1)
@@ -668,7 +668,7 @@ def finish(run, meta):
 
 
 def wishes_to_stop():
-    """A list to which Ctrl-C and SIGTERM add. A second Ctrl-C ends at once."""
+    """A list to which Ctrl-C, SIGTERM and the end of a terminal add. A second Ctrl-C ends at once."""
     wishes = []
 
     def interrupted(*_):
@@ -677,6 +677,9 @@ def wishes_to_stop():
 
     signal.signal(signal.SIGINT, interrupted)
     signal.signal(signal.SIGTERM, lambda *_: wishes.append('terminated'))
+    # Windows has no such signal; nohup ignores it
+    if hasattr(signal, 'SIGHUP') and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+        signal.signal(signal.SIGHUP, lambda *_: wishes.append('terminal gone'))
     return wishes
 
 
@@ -782,9 +785,10 @@ def main():
         return
     wish = train(run, data, rank, world)
     if rank == 0 and (wish or run.step < config.steps()):
-        print(f'\n{wish or "stopped"} at step {run.step}, which is saved; go on with: '
-              f'python train.py --resume --out {config.out}', flush=True,
-              file=sys.stderr if wish else sys.stdout)
+        with suppress(OSError):             # a terminal that is gone
+            print(f'\n{wish or "stopped"} at step {run.step}, which is saved; go on with: '
+                  f'python train.py --resume --out {config.out}', flush=True,
+                  file=sys.stderr if wish else sys.stdout)
     elif rank == 0:
         finish(run, data[2])
     sys.exit(130 if wish else 0)

@@ -1,17 +1,23 @@
 """build_kernel.py: building once, building again when something changed, and saying in one line why it cannot."""
 
+import errno
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 import build_kernel
 
 ROOT = Path(__file__).parent.parent
+SOURCES = ('sparse_kernel.c', 'build_kernel.py', 'files.py', 'options.py')
+
+WRITES = b'[ -z "$out" ] || echo module > "$out"\n'        # a compiler that is done at once
 
 
 @pytest.fixture
@@ -19,12 +25,26 @@ def copy(tmp_path, monkeypatch):
     """build_kernel, made to work on a copy of the source in a directory of its own."""
     monkeypatch.setattr(build_kernel, 'SOURCE', tmp_path / 'sparse_kernel.c')
     monkeypatch.setattr(build_kernel, 'CACHE', tmp_path / '.kernel')
+    monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path / 'cache'))
     build_kernel.SOURCE.write_text((ROOT / 'sparse_kernel.c').read_text(encoding='utf-8'), encoding='utf-8')
     return build_kernel
 
 
-def test_builds_once_and_again_when_something_changed(copy, monkeypatch):
+@pytest.fixture
+def fake(copy, tmp_path, monkeypatch):
+    """fake(lines): from now on a shell script of these lines is the compiler; $out is the file it is to write."""
+    def use(lines):
+        script = tmp_path / 'fake-cc'
+        script.write_bytes(b'#!/bin/sh\nwhile [ "$#" -gt 0 ]; do [ "$1" = -o ] && out=$2; shift; done\n' + lines)
+        script.chmod(0o755)
+        monkeypatch.setenv('CC', str(script))
+        return copy
+    return use
+
+
+def test_builds_once_and_again_when_something_changed(fake, monkeypatch):
     """A module that was built from older source, or with other flags, must not be taken for the present one."""
+    copy = fake(WRITES)
     first = copy.build()
     written = first.stat().st_mtime_ns
     assert copy.build() == first and first.stat().st_mtime_ns == written
@@ -47,7 +67,7 @@ def test_half_a_module_is_built_anew(copy):
 
 def test_two_processes_at_once(tmp_path):
     """Two processes that build at the same time: both load a whole module."""
-    for name in ('sparse_kernel.c', 'build_kernel.py'):
+    for name in SOURCES:
         (tmp_path / name).write_text((ROOT / name).read_text(encoding='utf-8'), encoding='utf-8')
     code = 'import build_kernel; k = build_kernel.load(); print(k.lib.team_size(k.lib.team_new(1, 8, 8)))'
     both = [subprocess.Popen([sys.executable, '-c', code], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
@@ -84,10 +104,98 @@ def test_broken_compiler_and_broken_source(copy, monkeypatch):
         copy.build()
 
 
-def test_cache_that_cannot_be_written(copy):
-    copy.CACHE.write_text('a file where the directory should be', encoding='utf-8')
-    with pytest.raises(copy.KernelUnavailable, match='cannot build in'):
-        copy.build()
+def test_a_compiler_that_does_not_write_utf8(fake):
+    """A German compiler in a Latin-1 locale wrote 0xfc for a letter, and chat.py ended with exit code 2."""
+    kernel = fake(b"printf 'cc: error: \\374bel\\n' >&2; exit 1\n")
+    with pytest.raises(kernel.KernelUnavailable, match='fake-cc failed: cc: error: \ufffdbel$'):
+        kernel.load()
+
+
+def test_the_compiler_speaks_english(fake):
+    """Of its messages only the lines that say error are shown: of a Fehler, it was the first line, 'In function'."""
+    kernel = fake(b"""[ "$LC_ALL" = C ] && word=error || word=Fehler
+                  echo "In function: $word" >&2; exit 1
+                  """)
+    with pytest.raises(kernel.KernelUnavailable, match='In function: error$'):
+        kernel.load()
+
+
+@pytest.mark.parametrize('lines', [b'exit 0\n', WRITES, b'kill -9 $$\n', b'exit 1\n'])
+def test_a_failed_build_of_any_kind_is_one_line(lines, fake):
+    """It says it is done and has written nothing, or no module; it is killed; it fails and says nothing."""
+    kernel = fake(lines)
+    with pytest.raises(kernel.KernelUnavailable) as caught:
+        kernel.load()
+    assert '\n' not in str(caught.value) and ('fake-cc failed' in str(caught.value) or 'cannot be loaded' in str(caught.value))
+
+
+def test_nobody_else_can_write_to_what_is_loaded(fake):
+    """Under umask 0 the folder and the module could be written to by all: who did ran code in the next chat."""
+    kernel, umask = fake(WRITES), os.umask(0)
+    try:
+        path = kernel.build()
+    finally:
+        os.umask(umask)
+    assert path.parent.stat().st_mode & 0o777 == 0o700 and path.stat().st_mode & 0o022 == 0
+    built = path.stat().st_ino
+    assert kernel.build() == path and path.stat().st_ino == built
+    path.chmod(0o722)
+    path.parent.chmod(0o777)
+    assert kernel.build() == path and path.stat().st_ino != built               # built anew
+    assert path.parent.stat().st_mode & 0o777 == 0o700 and path.stat().st_mode & 0o022 == 0
+
+
+@pytest.mark.parametrize('unusable', ['not a folder', 'noexec', 'of another user', 'read-only'])
+def test_a_checkout_in_which_nothing_can_be_built(unusable, fake, tmp_path, monkeypatch):
+    """
+    A read-only mount, a noexec one, another user's: it decoded in PyTorch, a hundred times slower. Built is in the
+    user's cache folder then; if that is no better, one line says why of both.
+    """
+    kernel, statvfs, stat, mkdir = fake(WRITES), os.statvfs, Path.stat, Path.mkdir
+    bad = [kernel.CACHE]
+
+    def status(path, **more):
+        found = stat(path, **more)
+        return os.stat_result([*found[:4], os.getuid() + 1, *found[5:]]) if path in bad else found
+
+    def refuse(path, *args, **more):
+        if path in bad:
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
+        mkdir(path, *args, **more)
+
+    if unusable == 'not a folder':
+        kernel.CACHE.write_text('a file', encoding='utf-8')
+    if unusable == 'noexec':
+        monkeypatch.setattr(os, 'statvfs', lambda path: SimpleNamespace(f_flag=os.ST_NOEXEC) if path in bad else statvfs(path))
+    if unusable == 'of another user':
+        monkeypatch.setattr(Path, 'stat', status)
+    if unusable == 'read-only':
+        monkeypatch.setattr(Path, 'mkdir', refuse)
+    path = kernel.build()
+    assert path.parent == tmp_path / 'cache' / 'cwic' and path.parent.stat().st_mode & 0o777 == 0o700
+    bad.append(path.parent)
+    if unusable == 'not a folder':
+        shutil.rmtree(path.parent)
+        path.parent.write_text('a file', encoding='utf-8')
+    why = {'not a folder': 'File exists', 'noexec': 'noexec', 'of another user': 'another user', 'read-only': 'Read-only'}
+    with pytest.raises(kernel.KernelUnavailable) as caught:
+        kernel.build()
+    assert str(caught.value).startswith('cannot build in ') and str(caught.value).count(why[unusable]) == 2
+
+
+def test_the_cpu_of_a_mac(tmp_path, monkeypatch):
+    """platform.processor() is arm on all of Apple's chips: what was built for an M4 crashed an M1."""
+    (tmp_path / 'sysctl').write_text('#!/bin/sh\necho "Apple M1: $*"\n', encoding='utf-8')
+    (tmp_path / 'sysctl').chmod(0o755)
+    monkeypatch.setenv('PATH', str(tmp_path), prepend=':')
+    monkeypatch.setattr(sys, 'platform', 'darwin')
+    assert build_kernel.cpu() == 'Apple M1: -n machdep.cpu.brand_string\n'
+
+
+def test_windows_is_told_what_to_do(monkeypatch):
+    monkeypatch.setattr(sys, 'platform', 'win32')
+    with pytest.raises(build_kernel.KernelUnavailable, match='Windows.*PyTorch.*WSL'):
+        build_kernel.load()
 
 
 def test_command_line():
@@ -106,7 +214,7 @@ def test_ctrl_c(tmp_path, seconds):
 
     (Not after 0.02 seconds, when a slow Python has not begun with the file, and may swallow it itself.)
     """
-    for name in ('sparse_kernel.c', 'build_kernel.py'):
+    for name in SOURCES:
         (tmp_path / name).write_text((ROOT / name).read_text(encoding='utf-8'), encoding='utf-8')
     process = subprocess.Popen([sys.executable, str(tmp_path / 'build_kernel.py')], stdout=subprocess.PIPE,
                                stderr=subprocess.PIPE, text=True, start_new_session=True)

@@ -839,8 +839,12 @@ class Session:
 
 
 def test_a_session_at_a_terminal(checkpoint, tmp_path):
-    """A prompt, commands, Ctrl-C in the middle of a reply, and Ctrl-D, as keys in a pseudo-terminal."""
-    session = Session('--ckpt', checkpoint, '--max-tokens', '30', '--threads', '1', COLORTERM='truecolor')
+    """
+    A prompt, commands, Ctrl-C in the middle of a reply, and Ctrl-D, as keys in a pseudo-terminal. With a backend of
+    matplotlib's that is not there, /save ended in a traceback, and the conversation was gone.
+    """
+    session = Session('--ckpt', checkpoint, '--max-tokens', '30', '--threads', '1', COLORTERM='truecolor',
+                      MPLBACKEND='module://matplotlib_inline.backend_inline')
     session.keys('', r' >\d+\.\d\r\n.*> ')
     summary = r'30 tokens, \d+/s, first \d+ ms; used [\d.]+%, reduction [\d.]+; f32, 1 thread[\s\S]*> '
     shown = session.keys('def f(n):\r', summary)
@@ -854,6 +858,7 @@ def test_a_session_at_a_terminal(checkpoint, tmp_path):
     assert (tmp_path / 'a.html').stat().st_size > 1000
     assert all((tmp_path / name).read_bytes()[:4] == b'\x89PNG' for name in ('a.png', 'b.png'))
     session.keys('/save /nowhere/a.html\r', r'No such file[\s\S]*> ')
+    session.keys('/plot /nowhere/a.png\r', r'No such file[\s\S]*> ')
     session.keys('/plot\r', r'FILE.png[\s\S]*> ')
     session.keys('/ret\t\r', r'/retry[\s\S]*30 tokens[\s\S]*> ')
     session.keys('/help\r', r'/quit[\s\S]*> ')

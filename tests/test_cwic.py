@@ -4,6 +4,7 @@ again.
 """
 
 import copy
+import functools
 import math
 
 import numpy as np
@@ -222,6 +223,36 @@ def test_compiled_gates_compute_the_same(arch):
     assert torch.equal(logits, fused_logits) and torch.equal(active, fused_active)
     for a, b in zip(gradients, fused_gradients, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6 * float(a.abs().max()))
+
+
+def test_a_compiler_that_fails_later_costs_nothing_but_time(monkeypatch, capsys):
+    """
+    It had worked, and then, with no memory left, it failed on a backward: 40 lines of torch, and the steps since the
+    last save lost, though nobody had asked for a compiler. The same gradients come without, and one line says so.
+    """
+    graphs, compile = [], torch.compile
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        if len(graphs) > 1:
+            raise MemoryError('Killed\nsignal terminated program cc1plus')
+        return graph.forward
+
+    monkeypatch.setattr(torch, 'compile', lambda function, **options: compile(function, backend=backend))
+    monkeypatch.setattr(cwic, 'fused', functools.cache(cwic.Fused))
+    monkeypatch.setattr(cwic.Fused, 'compiler_works', True)
+    gradients = []
+    for fuse in (False, True):
+        model = small_model().train()
+        if fuse:
+            model.fuse_gates()
+        logits, active = model(random_tokens(2, 16))
+        (logits.square().mean() + 1e-4 * active.sum(0).mean()).backward()
+        gradients.append([p.grad for p in model.parameters()])
+    for a, b in zip(*gradients, strict=True):
+        assert torch.equal(a, b)
+    error = capsys.readouterr().err
+    assert len(graphs) == 2 and error.count('\n') == 1 and 'gates are not compiled' in error
 
 
 @BOTH

@@ -1,6 +1,7 @@
 """decoder.py: the kernel's whole step against the model in PyTorch, token by token."""
 
 import copy
+import os
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +9,7 @@ import pytest
 import torch
 
 from cwic import GPT, MARGIN_SCALE, CWICConfig, Neurons, add_adapters, generate, merge_adapters
-from decoder import Decoder, PackedMatrix, TorchDecoder, quantise
+from decoder import Decoder, PackedMatrix, TorchDecoder, quantise, usable_cores
 
 torch.set_num_threads(1)        # tiny matrices: more threads only wait for each other
 
@@ -300,3 +301,19 @@ def test_many_decoders_and_more_threads_than_cores():
         decoder.step(2)
         del decoder
     assert threads() == before
+
+
+@pytest.mark.parametrize('group, limits, cores', [
+    ('0::/', {}, 6), ('0::/', {'': 'max 100000'}, 6), ('0::/', {'': '50000 100000'}, 1), ('0::/', {'': '900000 100000'}, 6),
+    ('12:cpu:/old\n0::/a/b', {'a': '200000 100000', 'a/b': 'max 100000'}, 2),
+    ('0::/a/b', {'a': '400000 100000', 'a/b': '250000 100000', 'c': '100000 100000'}, 2), ('12:cpu:/old', {'': '50000 100000'}, 6)])
+def test_no_more_threads_than_a_container_has_time_for(group, limits, cores, tmp_path, monkeypatch):
+    """Two threads under a quota of half a core ran at .69 of the speed of one."""
+    monkeypatch.setattr(os, 'sched_getaffinity', lambda pid: set(range(6)))
+    assert usable_cores(tmp_path) == 6                      # no cgroups
+    (tmp_path / 'proc' / 'self').mkdir(parents=True)
+    (tmp_path / 'proc' / 'self' / 'cgroup').write_text(group + '\n', encoding='utf-8')
+    for name, text in limits.items():
+        (tmp_path / 'sys' / 'fs' / 'cgroup' / name).mkdir(parents=True, exist_ok=True)
+        (tmp_path / 'sys' / 'fs' / 'cgroup' / name / 'cpu.max').write_text(text + '\n', encoding='utf-8')
+    assert usable_cores(tmp_path) == cores

@@ -203,7 +203,9 @@ def test_impossible_sizes_are_refused(kernel):
     """Every entry point looks at what it is given: sizes that would reach outside a buffer give -1, and nothing is read."""
     layer, x = random_linear(64, 32, 16, True, 1), torch.zeros(1, 64)
     for wrong in (dict(n_in=0), dict(n_in=65), dict(n_out=0), dict(stripe=0), dict(stripe=33), dict(tile=0), dict(tile=17),
-                  dict(splits=0), dict(splits=5), dict(stripe=32, tile=32, splits=4)):
+                  dict(splits=0), dict(splits=5), dict(stripe=32, tile=32, splits=4),
+                  # tiles * splits * tile is 2 ** 64, which is 0
+                  dict(n_out=2 ** 62, stripe=1, tile=1, splits=4), dict(n_out=2 ** 63 + 2, stripe=2 ** 63 - 1, tile=1)):
         assert multiply(kernel, layer, x, **wrong) is None, wrong
     assert multiply(kernel, layer, x, 'int8', row_scale=kernel.ffi.NULL) is None
     assert multiply(kernel, layer, x, 'int8', column_scale=kernel.ffi.NULL) is None
@@ -338,6 +340,13 @@ static int try_model(int arch, int dtype, int shortlist)
     free((void *)model.embedding);
     model.embedding = NULL;
     if (shortlist && !decode(team, &model, &state, tokens, 1, 0, logits, active)) return puts("not refused: no embedding");
+    // what is prefetched from thresholds to base: a size below 0, then one of petabytes, each took for ever
+    layer.up.thresholds = z + 100;
+    if (!decode(team, &model, &state, tokens, 1, 0, logits, active)) return puts("not refused: base before thresholds");
+    layer.up.thresholds = z;
+    layer.up.base = (const float *)((uintptr_t)z + ((uintptr_t)1 << 50));
+    if (!decode(team, &model, &state, tokens, 1, 0, logits, active)) return puts("not refused: base far from thresholds");
+    layer.up.base = z;
     layer.up.n_out++;
     if (!decode(team, &model, &state, tokens, 1, 0, logits, active)) return puts("not refused: a size");
     team_free(team);

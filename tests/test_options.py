@@ -1,13 +1,15 @@
 """options.py: what is given is what arrives, however it is written; what is wrong is one line naming it."""
 
+import io
 import random
+import re
 import sys
 import unicodedata
 from dataclasses import asdict, dataclass
 
 import pytest
 
-from options import fail, option, parse_options, printable
+from options import counted, fail, option, parse_options, printable, progress
 
 
 @dataclass
@@ -197,3 +199,26 @@ def test_help_shows_every_option_with_its_default(capsys):
 def test_the_command_line_is_read_where_no_argv_is_given(monkeypatch):
     monkeypatch.setattr(sys, 'argv', ['program.py', '--lr', '7'])
     assert parse_options(Config, 'python program.py')[0].lr == 7
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_progress_is_a_line_that_goes_away_again(monkeypatch, capsys):
+    """Programs were silent for minutes. On a terminal stderr says how far they are, never wider than that; in a file, nothing."""
+    monkeypatch.setenv('COLUMNS', '30')
+    assert list(counted([1, 2], 'windows')) == [1, 2] and capsys.readouterr().err == ''
+    monkeypatch.setattr(sys, 'stderr', Terminal())
+    assert list(counted([1, 2], 'windows')) == [1, 2]
+    assert sys.stderr.getvalue() == '\r\x1b[Kwindows: 0 of 2\r\x1b[Kwindows: 1 of 2\r\x1b[K'
+    sys.stderr = Terminal()
+    progress('x' * 50)
+    assert sys.stderr.getvalue() == '\r\x1b[K' + 'x' * 29
+    with pytest.raises(SystemExit):
+        for item in counted([1, 2], 'windows'):
+            fail('no such window')
+    assert re.search(r'windows: 0 of 2\r\x1b\[K[^\r]*: no such window\n\r\x1b\[K$', sys.stderr.getvalue())
+    monkeypatch.setattr(sys, 'stderr', None)                # closed, as 2>&- has it
+    progress('x')

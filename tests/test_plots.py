@@ -2,7 +2,9 @@
 
 import csv
 import json
+import os
 import shutil
+import subprocess
 import sys
 
 import numpy as np
@@ -177,3 +179,33 @@ def test_tokens_draws_what_it_is_given(drawn, tmp_path):
     assert {tuple(point) for point in np.round(band, 6)} == {(0.01, 10), (0.01, 30), (0.5, 20), (0.5, 35), (4, 25), (4, 40)}
     assert np.allclose(by_matrix.images[0].get_array().compressed(), 100 * np.array(shares))
     assert [label.get_text() for label in by_matrix.get_xticklabels()] == list(matrices)
+
+
+def test_settings_of_a_notebook_and_of_a_user(tmp_path):
+    """
+    The backend of a notebook that is not there ended train.py in a traceback, as did text.usetex without LaTeX; other
+    settings of a matplotlibrc made our pictures look like theirs.
+    """
+    (tmp_path / 'matplotlibrc').write_text('text.usetex: True\nlines.color: nonsense\naxes.facecolor: red\n', encoding='utf-8')
+    draw = 'import plots; rows = [[1, 1, 5, 4.5, 1, 1, 1]]; plots.twins(rows, rows, "twins.png")'
+    pictures = []
+    for settings in ({}, {'MPLBACKEND': 'module://matplotlib_inline.backend_inline', 'MATPLOTLIBRC': str(tmp_path)}):
+        subprocess.run([sys.executable, '-c', draw], cwd=tmp_path, check=True, stderr=subprocess.DEVNULL,
+                       env={**os.environ, 'PYTHONPATH': str(plots.HERE), **settings})
+        pictures.append((tmp_path / 'twins.png').read_bytes())
+    assert pictures[0] == pictures[1]
+
+
+def test_whatever_fails_in_drawing_is_an_os_error(tmp_path, monkeypatch):
+    """So that train.py, chat.py and others can say it in a line: a missing font, a format, a folder, the drawing itself."""
+    def fail(*args):
+        raise RuntimeError('no font\nat all')
+
+    rows = [[1, 1, 5, 4.5, 1, 1, 1]]
+    for path, word in ((tmp_path / 'a.xyz', 'xyz'), (tmp_path / 'no' / 'a.png', 'No such file')):
+        with pytest.raises(OSError, match=word) as caught:
+            plots.twins(rows, rows, path)
+        assert caught.value.filename == str(path) and word in caught.value.strerror
+    monkeypatch.setattr(plots, 'draw_reduction', fail)
+    with pytest.raises(OSError, match='RuntimeError: no font'):
+        plots.twins(rows, rows, tmp_path / 'a.png')

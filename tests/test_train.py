@@ -16,8 +16,7 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
-from types import SimpleNamespace
+from contextlib import redirect_stderr, redirect_stdout
 from typing import NamedTuple
 
 import numpy as np
@@ -68,7 +67,7 @@ class Ended(NamedTuple):
 def call(*args):
     """What train.py does with these arguments, in this process."""
     out, err = (io.TextIOWrapper(io.BytesIO(), encoding='utf-8', write_through=True) for _ in range(2))
-    argv, handlers = sys.argv, {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+    argv, handlers = sys.argv, {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     sys.argv, code = ['train.py', *map(str, args)], 0
     try:
         with redirect_stdout(out), redirect_stderr(err):
@@ -183,52 +182,43 @@ def test_a_step_is_the_same_however_it_is_cut(arch, teacher_share):
             torch.testing.assert_close(x, whole, rtol=1e-4, atol=1e-5 * float(whole.abs().max()))
 
 
-def test_what_a_gpu_replays_is_what_would_have_been_computed(monkeypatch):
+def test_what_a_gpu_replays_is_what_would_have_been_computed():
     """
     A CUDA graph stood in for by one that, like it, knows only the tensors it was recorded with: steps on other
     text, at another price and learning rate, dense and then sparse, must come out as they do without. Gradients
     and the optimiser's work are recorded twice each.
     """
-    graphs = []
+    recorded, models = [], []
 
-    class Graph:
-        def replay(self):
-            for old, new in zip(self.recorded.results, self.function(*self.arguments), strict=True):
-                old.copy_(new)
+    class Graphs:
+        def run(self, function, arguments):
+            return function(*arguments)
 
-    @contextmanager
-    def record(graph, stream, capture_error_mode):
-        graphs.append(graph)
-        graph.recorded = next(work for work in (run.gradients, run.update) if work.graph is graph)
-        graph.function = graph.recorded.function
+        def record(self, function, arguments):
+            recorded.append(function)
+            results = torch.tensor(math.nan), torch.tensor(math.nan)            # nothing is computed yet
+            if function.__name__ == 'gradients':
+                function(*arguments)            # makes the memory that gradients are written to
+                results = torch.tensor(math.nan), torch.full_like(run.active, math.nan)
 
-        def not_computed(*arguments):
-            graph.arguments = arguments
-            if graph.recorded is run.gradients:
-                graph.function(*arguments)              # makes the memory that gradients are written to
-                return torch.tensor(math.nan), torch.full_like(run.active, math.nan)
-            return torch.tensor(math.nan), torch.tensor(math.nan)
+            def replay():
+                for old, new in zip(results, function(*arguments), strict=True):
+                    old.copy_(new)
 
-        graph.recorded.function = not_computed
-        yield
-        graph.recorded.function = graph.function
+            return results, replay
 
-    stream = SimpleNamespace(wait_stream=lambda other: None)
-    for name, stand_in in dict(Stream=lambda: stream, current_stream=lambda: stream, CUDAGraph=Graph,
-                               stream=lambda stream: nullcontext(), graph=record).items():
-        monkeypatch.setattr(torch.cuda, name, stand_in)
-    models = []
     for recording in (False, True):
         run, losses = new_run(small_model(), batch_size=4, micro_batch=2, clip=0.5), []
         run.update = lambda run, rates, dense: train.update(run, torch.tensor(rates), dense)
         if recording:
-            run.gradients, run.update = device.Recorded(train.gradients), device.Recorded(train.update)
+            run.gradients = device.Recorded(train.gradients, Graphs())
+            run.update = device.Recorded(train.update, Graphs())
         for step in range(14):
             for group in run.optimizer.param_groups:
                 group['lr'] = 1e-2 / (step + 1)
             losses.append(train.train_step(run, *batch(seed=step), target=1.5, dense=step < 6)[0])
         models.append([torch.tensor(losses), run.active, *run.model.parameters()])
-    assert len(graphs) == 4
+    assert recorded == [train.gradients, train.update] * 2
     for ours, theirs in zip(*models, strict=True):
         assert torch.equal(ours, theirs)
 
@@ -497,6 +487,26 @@ def test_resumed_equals_uninterrupted(finished, data, tmp_path, stop_after, numb
     assert equal(trained(tmp_path), trained(finished[0]))
 
 
+@pytest.mark.parametrize('nohup', [False, True])
+def test_the_end_of_the_terminal(nohup, data, tmp_path, monkeypatch):
+    """A dropped ssh lost all steps since the last evaluation. Under nohup, which ignores it, a run goes on."""
+    before, train_step = signal.getsignal(signal.SIGHUP), train.train_step
+
+    def step(run, *args, **more):
+        if run.step == 5:
+            os.kill(os.getpid(), signal.SIGHUP)
+        return train_step(run, *args, **more)
+
+    monkeypatch.setattr(train, 'train_step', step)
+    try:
+        signal.signal(signal.SIGHUP, signal.SIG_IGN if nohup else signal.SIG_DFL)
+        ended = tiny(data, tmp_path, '--max_steps', 8)
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert ended.returncode == (0 if nohup else 130), ended
+    assert load(tmp_path)['step'] == (8 if nohup else 7) and ('terminal' in ended.stderr) != nohup
+
+
 def test_a_stopped_run_keeps_its_results(finished, data, tmp_path):
     """
     A run resumed, then stopped before its next evaluation, wrote a last.pt without results and an empty
@@ -657,6 +667,17 @@ def test_a_file_that_cannot_be_written(finished, data, tmp_path, name):
     shutil.rmtree(tmp_path / name)
     assert resume(tmp_path).returncode == 0 and equal(trained(tmp_path), trained(finished[0]))
     assert list(files(tmp_path)) == list(files(finished[0]))
+
+
+def test_a_picture_that_cannot_be_drawn(again, monkeypatch):
+    """A matplotlibrc that asks for LaTeX ended a run in a traceback, and its results were never said."""
+    def no_latex(figure, *args, **more):
+        raise RuntimeError('latex could not\nbe found')
+
+    monkeypatch.setattr('matplotlib.figure.Figure.savefig', no_latex)
+    ended = resume(again)
+    assert 'training.png' in one_line(ended, 1) and 'latex could not' in ended.stderr
+    assert 'best.pt, of step' in ended.stdout
 
 
 def test_what_is_not_finite_is_not_saved(data, tmp_path, monkeypatch):

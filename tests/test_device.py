@@ -1,0 +1,84 @@
+"""device.py: what the environment says of processes, and when work on a GPU is recorded. On a CPU, with a stand-in."""
+
+import pytest
+import torch
+
+import device
+
+
+@pytest.mark.parametrize('said, words', [
+    (dict(WORLD_SIZE='2', RANK='0'), 'unset RANK WORLD_SIZE'), (dict(RANK=''), 'RANK=, in the environment'),
+    (dict(RANK='1'), 'RANK=1'), (dict(RANK='-1', WORLD_SIZE='1'), 'RANK=-1'), (dict(WORLD_SIZE='two'), 'WORLD_SIZE=two'),
+    (dict(RANK='0', LOCAL_RANK='0', WORLD_SIZE='2', MASTER_ADDR='localhost', MASTER_PORT='http'), 'MASTER_PORT=http')])
+def test_an_environment_that_torchrun_did_not_make(said, words, monkeypatch, capsys):
+    """A cluster left WORLD_SIZE=2 RANK=0 behind, or an empty RANK: a traceback."""
+    for name in device.TORCHRUN:
+        monkeypatch.delenv(name, raising=False)
+    assert device.join_processes('cpu') == ('cpu', 0, 1)
+    for name, value in said.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(SystemExit) as ended:
+        device.join_processes('cpu')
+    error = capsys.readouterr().err
+    assert ended.value.code == 2 and error.count('\n') == 1 and words in error and 'torchrun' in error
+
+
+class Graphs:
+    """In place of a GPU's: knows what was run, and what was recorded."""
+
+    def __init__(self, fails=False):
+        self.fails, self.done = fails, []
+
+    def run(self, function, arguments):
+        self.done.append('run')
+        return function(*arguments)
+
+    def record(self, function, arguments):
+        self.done.append('record')
+        if self.fails:
+            raise RuntimeError('CUDA error: operation not permitted when stream is capturing\nand more')
+        results = function(*arguments)
+        return results, lambda: (self.done.append('replay'), results.copy_(function(*arguments)))
+
+
+@pytest.mark.parametrize('compiling_in, recorded_in', [([1], 4), ([1, 3], 5), ([1, 2, 3, 4, 6], 6), ([3, 4, 5], 7)])
+def test_nothing_is_recorded_before_a_call_that_compiles_nothing(compiling_in, recorded_in, monkeypatch):
+    """
+    The fourth call was recorded whatever the third had done: a step of Llama's size, in which something was still
+    compiled, ended in a traceback. Call 6 of the third case would compile, but it is recorded: nothing did in call 5.
+    """
+    times, calls, graphs = {'what was timed': []}, [], Graphs()
+    monkeypatch.setattr(torch._dynamo.utils, 'compilation_time_metrics', times)
+
+    def twice(x):
+        calls.append(x)
+        if len(calls) in compiling_in:
+            times['what was timed'].append(0.5)
+        return 2 * x
+
+    recorded = device.Recorded(twice, graphs)
+    for call in range(1, 10):
+        assert float(recorded(torch.tensor(float(call)))) == 2 * call
+    assert graphs.done == ['run'] * (recorded_in - 1) + ['record'] + ['replay'] * (10 - recorded_in)
+
+
+def test_torch_says_when_something_was_compiled():
+    """A forward, the backward that is compiled when it first runs, and both again for another dtype; but no call after."""
+    function, counts = torch.compile(lambda x: (x.sin() * 2).sum(), backend='aot_eager'), []
+    for dtype in (torch.float32, torch.float32, torch.float64, torch.float64):
+        before = device.compilations()
+        loss = function(torch.ones(3, dtype=dtype, requires_grad=True))
+        between = device.compilations()
+        loss.backward()
+        counts.append((between > before, device.compilations() > between))
+    assert counts == [(True, True), (False, False)] * 2
+
+
+def test_what_cannot_be_recorded_is_called(capsys):
+    """And that is said once, in a line: it is slower, but it is no reason to end."""
+    graphs = Graphs(fails=True)
+    recorded = device.Recorded(torch.neg, graphs)
+    assert [float(recorded(torch.tensor(float(i)))) for i in range(8)] == [-i for i in range(8)]
+    assert graphs.done == ['run'] * 3 + ['record'] + ['run'] * 5
+    error = capsys.readouterr().err
+    assert error == 'neg is not recorded, so slower: CUDA error: operation not permitted when stream is capturing\n'
