@@ -4,6 +4,7 @@ Trains a CWIC model: first dense, then ever sparser, then sparse for good; or ma
     python train.py                                     # a small model of Python code, on any laptop
     python train.py --target_reduction 1                # the same run without sparsity, to compare with
     python train.py config/NAME.toml --lr 5e-4          # a preset, with one option changed
+    python train.py --data selfwritten:0.5,people:0.5   # a mix, by shares of each batch
     python train.py --resume                            # goes on from out/last.pt as if it had never stopped
     python train.py --init_from gpt2 --max_steps 0      # no training: out/best.pt is GPT-2 as released
     torchrun --nproc_per_node 2 train.py                # several processes share each step's batch
