@@ -40,7 +40,7 @@ from checkpoint import CheckpointError
 from cwic import Thresholds
 from data import common
 from device import choose_device, choose_dtype, keep_memory
-from evaluate import validation_windows
+from evaluate import mix_windows
 from files import write_atomically
 from methods import LEARNED, METHODS, Cannot, Changed, Method, uncompiled
 from options import fail, option, parse_options, progress
@@ -152,12 +152,12 @@ def plan(config, model, saved):
     return sorted(jobs, key=lambda job: ALL_METHODS[job[0]].trained), cannot
 
 
-def distil(run, data, method, calibration, report):
+def distil(run, mix, method, calibration, report):
     """Trains run.model, which method.change() has made of a dense model; report(steps done, steps in all)."""
-    config, model, (train_data, _, meta) = run.config, run.model, data
+    config, model = run.config, run.model
     if method.learned:
         with uncompiled():
-            train.observe(run, train_data, meta)
+            train.observe(run, mix)
         train.fuse_gates(run)
     for run.step in range(config.steps()):
         target, lr = train.target_at(run.step, config), train.lr_at(run.step, config)
@@ -166,8 +166,8 @@ def distil(run, data, method, calibration, report):
                 method.follow(model, target, config.target_reduction, calibration[:8])
         for group, share in zip(run.optimizer.param_groups, (1, 1, config.threshold_lr), strict=True):
             group['lr'] = share * lr
-        starts = train.step_starts(train_data, meta, config, run.step)
-        method.step(run, *train.windows(train_data, starts, config.block_size, run.device), target)
+        starts = train.step_starts(mix, config, run.step)
+        method.step(run, *train.windows(mix, starts, config.block_size, run.device), target)
         report(run.step + 1, config.steps())
 
 
@@ -176,9 +176,9 @@ def run_method(job, config, recipe, given, teacher, saved, pairs, report):
     name, target, seed = job
     started, method, device = time.perf_counter(), ALL_METHODS[name], recipe.device
     torch.compiler.reset()      # it compiles a block only so many times, and the last method had other layers
-    run, data = method.start(teacher, saved, replace(recipe, target_reduction=target, seed=seed), given)
+    run, mix = method.start(teacher, saved, replace(recipe, target_reduction=target, seed=seed), given)
     run.teacher, run.dtype = teacher, getattr(torch, recipe.dtype)
-    model, options, (train_data, val_data, meta) = run.model, run.config, data
+    model, options = run.model, run.config
     method.change(model)
     for layer in model.modules() if not method.learned else ():
         if isinstance(layer, Thresholds):       # a step of train.py leaves to the method what is not learned
@@ -186,11 +186,11 @@ def run_method(job, config, recipe, given, teacher, saved, pairs, report):
     run.optimizer = torch.optim.AdamW(model.parameter_groups(options.lr, options.lr, options.weight_decay),
                                       betas=(0.9, options.beta2), fused=device != 'mps')
     # thresholds are set on training text, results are for validation text: windows, evenly spread
-    calibration = validation_windows(train_data, meta, CALIBRATION, options.block_size)[:, :-1]
+    calibration = mix_windows(mix, 'train', CALIBRATION, options.block_size)[:, :-1]
     calibration = torch.from_numpy(calibration).to(device)
-    validation = validation_windows(val_data, meta, config.windows, options.block_size)
+    validation = mix_windows(mix, 'val', config.windows, options.block_size)
     if method.trained:
-        distil(run, data, method, calibration, report)
+        distil(run, mix, method, calibration, report)
     with uncompiled():
         if not (method.learned or method.dense):
             method.limit(model, target, calibration)

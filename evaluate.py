@@ -34,7 +34,7 @@ import torch
 import weights
 from checkpoint import CheckpointError
 from cwic import KVCache, sample
-from data.common import DataError, load_dataset, run
+from data.common import DataError, load_dataset, load_mix, run
 from device import choose_device
 from options import counted, fail, option, parse_options, progress
 from tokenizer import TokenizerError, dialogue_ids, end_id, load_tokenizer, stop_ids
@@ -51,7 +51,8 @@ class EvaluateConfig:
     checkpoint: tuple = option((), 'what weights.load takes: a checkpoint, an adapter, a name (out/best.pt)')
     json: bool = option(False, 'print one JSON object')
     dense: bool = option(False, 'use every weight')
-    data: str = option('', 'folder in data/ whose validation split is read; else the one it was trained with')
+    data: str = option('', 'folder in data/, or a mix of several, whose validation split is read; else what '
+                       'it was trained with')
     only: str = option('', "of a chat model's text: dialogues, or documents; else both")
     text: str = option('', 'a UTF-8 text file to read instead')
     questions: str = option('', 'a file of questions, one on each line: an adapter is compared with its '
@@ -242,6 +243,18 @@ def validation_windows(data, meta, count, length):
     return np.stack([data[start:start + length + 1] for start in starts]).astype(np.int64)
 
 
+def mix_windows(mix, split, count, length):
+    """
+    validation_windows() of each data set of a mix, as many as its share: np.int64 (count, T + 1). split:
+    'train' or 'val'. T is that of the data set whose windows are the shortest.
+    """
+    counts = np.diff(np.rint(count * np.cumsum([0] + [part.share for part in mix])).astype(int))
+    found = [validation_windows(getattr(part, split), part.meta, n, length)
+             for part, n in zip(mix, counts) if n]
+    shortest = min(windows.shape[1] for windows in found)
+    return np.concatenate([windows[:, :shortest] for windows in found])
+
+
 def windows_of_kind(kind, data, meta, spec, encoding, count, length):
     """
     As validation_windows(), of a chat model's text only 'dialogues', which begin with its template, or only
@@ -295,10 +308,12 @@ def main():
         else:
             if config.text:
                 tokens = text_windows(config.text, encoding, config.windows, length)
-            else:
+            elif config.only:
                 _, data, meta = load_dataset(config.data or options.get('data', 'python'), length)
-                tokens = (windows_of_kind(config.only, data, meta, spec, encoding, config.windows, length)
-                          if config.only else validation_windows(data, meta, config.windows, length))
+                tokens = windows_of_kind(config.only, data, meta, spec, encoding, config.windows, length)
+            else:
+                mix = load_mix(config.data or options.get('data', 'python'), length)
+                tokens = mix_windows(mix, 'val', config.windows, length)
             results = dict(measure(model, tokens, teacher, config.dense),
                            windows=len(tokens), length=tokens.shape[1] - 1)
     except (CheckpointError, weights.WeightsError, TokenizerError) as error:

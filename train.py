@@ -4,6 +4,7 @@ Trains a CWIC model: first dense, then ever sparser, then sparse for good; or ma
     python train.py                                     # a small model of Python code, on any laptop
     python train.py --target_reduction 1                # the same run without sparsity, to compare with
     python train.py config/NAME.toml --lr 5e-4          # a preset, with one option changed
+    python train.py --data selfwritten:0.5,people:0.5   # a mix, by shares of each batch
     python train.py --resume                            # goes on from out/last.pt as if it had never stopped
     python train.py --init_from gpt2 --max_steps 0      # no training: out/best.pt is GPT-2 as released
     torchrun --nproc_per_node 2 train.py                # several processes share each step's batch
@@ -54,7 +55,7 @@ from data import common
 from device import (ProcessGone, Recorded, check_compile, choose_device, choose_dtype,
                     first_on_its_host_first, join_processes, keep_memory, leave, sum_over_processes, together,
                     why_no_compile)
-from evaluate import measure, rows_at_once, validation_windows
+from evaluate import measure, mix_windows, rows_at_once
 from files import write_atomically
 from options import fail, option, parse_options
 
@@ -68,7 +69,8 @@ FUSE_FROM = 2 ** 18         # tokens of sparse training that pay for compiling t
 @dataclass
 class TrainConfig:
     """Trains a CWIC model: from scratch, dense and then sparse, or from a pretrained model."""
-    data: str = option('python', 'folder in data/ that holds train.bin, val.bin and meta.json')
+    data: str = option('python', 'folder in data/ that holds train.bin, val.bin and meta.json; or a mix of '
+                       'several, with shares of the windows: selfwritten:0.5,people:0.5')
     out: str = option('out', 'where checkpoints, the log and the picture go')
     overwrite: bool = option(False, 'start anew in an --out that holds another run, which is deleted')
     init_from: str = option('', 'model to start from: smollm2, gpt2, ..., a folder or GGUF file with such '
@@ -175,21 +177,31 @@ CARRIED = ('active', 'step', 'seconds', 'results', 'best', 'log')       # of a R
 # data and schedules
 
 
-def windows(data, starts, block_size, device):
-    """Inputs and targets (len(starts), block_size); targets are the inputs one token later."""
-    tokens = np.stack([data[start:start + block_size + 1] for start in starts]).astype(np.int64)
-    tokens = torch.from_numpy(tokens).to(device)
+def windows(mix, starts, block_size, device):
+    """
+    The training sequences that begin at starts (B, 2), see step_starts(): inputs and targets (B, block_size);
+    targets are the inputs one token later.
+    """
+    tokens = np.stack([mix[part].train[start:start + block_size + 1] for part, start in starts])
+    tokens = torch.from_numpy(tokens.astype(np.int64)).to(device)
     return tokens[:, :-1], tokens[:, 1:]
 
 
-def step_starts(data, meta, config, step):
+def step_starts(mix, config, step):
     """
-    Where the sequences of one step begin, those of all processes: a function of the seed and the step alone.
-    At any token, or in data that is made of windows, where one of them begins.
+    Where the sequences of one step begin, those of all processes: np.int64 (batch_size, 2), the index of a
+    data set in the mix and of a token in it, a function of the seed and the step alone. It is any token, or
+    in data that is made of windows, the first of one.
     """
-    stride = meta.get('window', 1)
-    count = (len(data) - config.block_size - 1) // stride + 1
-    return stride * np.random.default_rng([config.seed, step]).integers(0, count, size=config.batch_size)
+    rng, parts = np.random.default_rng([config.seed, step]), np.zeros(config.batch_size, np.int64)
+    if len(mix) > 1:
+        # points evenly spread over [0, 1), all moved by one random number: each data set gets its share of
+        # the batch, rounded up or down at random, and exact on average
+        points = (np.arange(config.batch_size) + rng.random()) / config.batch_size
+        parts = np.searchsorted(np.cumsum([part.share for part in mix[:-1]]), points, side='right')
+    strides = np.array([part.meta.get('window', 1) for part in mix])
+    counts = (np.array([len(part.train) for part in mix]) - config.block_size - 1) // strides + 1
+    return np.stack([parts, strides[parts] * rng.integers(0, counts[parts])], 1)
 
 
 def target_at(step, config):
@@ -332,14 +344,14 @@ def observed(model):
     return all(float(layer.sigma.max()) > 0 for _, layer in model.gated())
 
 
-def observe(run, train_data, meta):
+def observe(run, mix):
     """
     Finds the bases, if the model is to have some, and sets the statistics of all layers that have none yet;
     then every process has the first one's model. Raises ProcessGone.
     """
     config = replace(run.config, batch_size=OBSERVED)
-    starts = step_starts(train_data, meta, config, 2 ** 31)             # of a step that never comes
-    tokens, _ = windows(train_data, starts, config.block_size, run.device)
+    starts = step_starts(mix, config, 2 ** 31)                          # of a step that never comes
+    tokens, _ = windows(mix, starts, config.block_size, run.device)
     with run.autocast():
         if run.config.bases:
             sparse = any(layer.sigma.any() for _, layer in run.model.gated())       # an adapter, from before
@@ -476,11 +488,11 @@ def restore(run, saved):
 
 def begin(config, given, device):
     """
-    -> Run: a new one, one from a pretrained model, or a resumed one; and its data (train tokens, validation
-    tokens, meta), or None where none is needed.
+    -> Run: a new one, one from a pretrained model, or a resumed one; and its data, a list of common.Part, or
+    None where none is needed.
     """
     torch.manual_seed(config.seed)
-    model, saved, data = None, {}, None
+    model, saved, mix = None, {}, None
     if config.resume:
         model, saved, config = resumed_model(config, given)
     elif config.init_from:
@@ -489,16 +501,15 @@ def begin(config, given, device):
         config = replace(config, teacher=max(config.teacher, 0.0))
     tokenizer = saved.get('tokenizer')
     if config.max_steps or config.resume or model is None:
-        data = common.load_dataset(config.data, config.block_size)
-        meta = data[2]
+        mix = common.load_mix(config.data, config.block_size)
+        meta = mix[0].meta
         if model is None:
             names = asdict(config).keys() & CWICConfig.__dataclass_fields__.keys()
             sizes = {name: getattr(config, name) for name in names}
             model, tokenizer = new_model({**sizes, 'vocab_size': meta['vocab_size']}), meta['tokenizer']
         if tokenizer != meta['tokenizer']:
-            theirs, ours = (spec.get('name', spec.get('kind')) if isinstance(spec, dict) else spec
-                            for spec in (meta['tokenizer'], tokenizer))
-            fail(f'data/{config.data} was made with the tokenizer {theirs}, but the model has {ours} (or '
+            theirs, ours = map(common.tokenizer_name, (meta['tokenizer'], tokenizer))
+            fail(f'data/{mix[0].name} was made with the tokenizer {theirs}, but the model has {ours} (or '
                  'another of that name); choose other --data, or prepare some: python data/text/prepare.py '
                  f'--tokenizer {ours} FILE... and then --data text')
     model.to(device).train()
@@ -518,7 +529,7 @@ def begin(config, given, device):
         restore(run, saved)
     elif type(shares) is list and [type(x) is float and 0 < x < 2 for x in shares] == [True] * len(active):
         run.active *= torch.tensor(shares).to(active)       # of an adapter, which is sparse already
-    return run, data
+    return run, mix
 
 
 # -----------------------------------------------------------------------------
@@ -584,7 +595,7 @@ def clock(seconds):
     return f'{int(seconds) // 60}:{int(seconds) % 60:02d}'
 
 
-def announce(run, data, world, why):
+def announce(run, mix, world, why):
     """What will be done, on what, in a few lines."""
     config = run.config
     total = sum(p.numel() for p in run.model.parameters())
@@ -592,13 +603,15 @@ def announce(run, data, world, why):
     lines = [f'model   {total:,} parameters' + (f', {trained:,} of them trained' if trained < total else '')
              + f'; {run.model.dense():,} dense weights per token'
              + (f'; from {config.init_from}' if config.init_from else '')]
-    if data is not None:
-        (train_data, val_data, meta), tokens = data, config.batch_size * config.block_size
+    if mix is not None:
+        tokens = config.batch_size * config.block_size
         threads = f', {torch.get_num_threads()} threads' if run.device == 'cpu' else ''
         processes = f', {world} processes' if world > 1 else ''
-        lines += [f'data    data/{config.data}: {len(train_data):,} tokens to train on, {len(val_data):,} to '
-                  f'validate; vocabulary of {meta["vocab_size"]:,}',
-                  f'plan    {config.dense_steps} steps dense, {config.ramp_steps} towards '
+        for part in mix:
+            share = f'{100 * part.share:.3g}% from ' if len(mix) > 1 else ''
+            lines.append(f'data    {share}data/{part.name}: {len(part.train):,} tokens to train on, '
+                         f'{len(part.val):,} to validate; vocabulary of {part.meta["vocab_size"]:,}')
+        lines += [f'plan    {config.dense_steps} steps dense, {config.ramp_steps} towards '
                   f'{config.target_reduction:g}x less compute, {config.hold_steps} there; {tokens:,} tokens '
                   f'each, {tokens * config.steps():,} in all',
                   f'device  {run.device}{threads}{processes}; {config.dtype} ({why})']
@@ -635,11 +648,13 @@ class Progress:
                 + f'{clock(left)} left')
 
 
-def finish(run, meta):
+def finish(run, mix):
     """The picture and the closing lines, both of best.pt. Ends with an error where its target was not met."""
     config, best = run.config, run.best
     loss, reduction = best['val_loss'], best['reduction']
-    bits = loss / math.log(2) * meta['val_tokens'] / meta['val_bytes']
+    # each part of a mix has its share of the tokens
+    bytes_per_token = sum(part.share * part.meta['val_bytes'] / part.meta['val_tokens'] for part in mix)
+    bits = loss / math.log(2) / bytes_per_token
     lines = [f'\ndone in {clock(run.seconds)}: best.pt, of step {best["step"]}: validation loss {loss:.4f} '
              f'nats per token ({bits:.3f} bits per byte), reduction {reduction:.2f}x '
              f'(target {config.target_reduction:g}x)']
@@ -683,18 +698,18 @@ def wishes_to_stop():
     return wishes
 
 
-def train(run, data, rank, world):
+def train(run, mix, rank, world):
     """The loop, until the last step or a wish to stop before it. Returns that: 'interrupted', ..., or ''."""
-    config, model, (train_data, val_data, meta) = run.config, run.model, data
-    val_tokens = validation_windows(val_data, meta, config.eval_windows, config.block_size)
+    config, model = run.config, run.model
+    val_tokens = mix_windows(mix, 'val', config.eval_windows, config.block_size)
     uncompiled = (lambda: torch.compiler.set_stance('force_eager')) if config.compile else nullcontext
     wishes, stop, progress = wishes_to_stop(), False, Progress(run)
     run.gradients, run.update = recorded(run)
 
     def batch(step):
         """This process's share of a step: inputs, targets (B, T)."""
-        starts = np.array_split(step_starts(train_data, meta, config, step), world)[rank]
-        return windows(train_data, starts, config.block_size, run.device)
+        starts = np.array_split(step_starts(mix, config, step), world)[rank]
+        return windows(mix, starts, config.block_size, run.device)
 
     def say(line):
         if rank:
@@ -716,7 +731,7 @@ def train(run, data, rank, world):
                     say('sparse from here on; the gates are compiled first, for ten seconds or less')
                 if not observed(model):             # unlike most adapters
                     with uncompiled():
-                        observe(run, train_data, meta)
+                        observe(run, mix)
                 run.teacher = frozen_teacher(run) if config.teacher else None
             loss, active, stop = train_step(run, *batch(run.step), target, dense, stop=bool(wishes))
         except ProcessGone as why:
@@ -765,7 +780,7 @@ def main():
     keep_memory()
     device, rank, world = join_processes(choose_device(config.device))
     lock = claim_folder(config) if rank == 0 else None      # noqa: F841  kept until the program ends
-    run, data = first_on_its_host_first(lambda: begin(config, given, device))
+    run, mix = first_on_its_host_first(lambda: begin(config, given, device))
     config = run.config
     if config.batch_size < world:
         fail(f'--batch_size {config.batch_size} is too small to be shared by {world} processes')
@@ -774,7 +789,7 @@ def main():
     run.dtype, why = choice[0]
     config.dtype = str(run.dtype).removeprefix('torch.')            # a resumed run does not measure again
     if rank == 0:
-        announce(run, data, world, why)
+        announce(run, mix, world, why)
         for name in FILES if config.overwrite and not config.resume else ():
             if os.path.exists(run.path(name)):
                 os.remove(run.path(name))
@@ -783,14 +798,14 @@ def main():
             save(run, 'best.pt')
             print(f'no step to do: saved as it is; talk to it: python chat.py --ckpt {run.path("best.pt")}')
         return
-    wish = train(run, data, rank, world)
+    wish = train(run, mix, rank, world)
     if rank == 0 and (wish or run.step < config.steps()):
         with suppress(OSError):             # a terminal that is gone
             print(f'\n{wish or "stopped"} at step {run.step}, which is saved; go on with: '
                   f'python train.py --resume --out {config.out}', flush=True,
                   file=sys.stderr if wish else sys.stdout)
     elif rank == 0:
-        finish(run, data[2])
+        finish(run, mix)
     sys.exit(130 if wish else 0)
 
 

@@ -1,6 +1,6 @@
 """
 What every data/NAME/prepare.py shares: errors, encoding documents, writing a data set, going on where a call
-was stopped. And load_dataset(), with which train.py and bench.py read one.
+was stopped. And load_dataset() and load_mix(), with which train.py and others read one, or several.
 
 A data set is a folder with
     train.bin, val.bin    raw token ids, uint16, or uint32 where the vocabulary needs it; the tokenizer's end
@@ -18,6 +18,7 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -191,6 +192,8 @@ def load_dataset(name, block_size):
     data/NAME -> train tokens, val tokens (memory maps), meta. Prepares data/python if it is not there. Raises
     DataError where it is damaged, or too short for windows of block_size tokens and their targets.
     """
+    if is_mix(name):
+        raise DataError(f'{name} is a mix of data sets; name one of them: --data NAME')
     folder = DATA / name
     if not (folder / 'meta.json').exists():
         prepare(name)
@@ -214,3 +217,56 @@ def load_dataset(name, block_size):
         raise DataError(f'data/{name} is made of windows of {meta["window"]} tokens, too short for '
                         f'--block_size {block_size}')
     return train, val, meta
+
+
+class Part(NamedTuple):
+    """One data set of a mix."""
+    name: str
+    share: float            # of the windows
+    train: np.ndarray       # token ids
+    val: np.ndarray
+    meta: dict
+
+
+def is_mix(text):
+    """Whether --data is a mix, such as 'selfwritten:0.5,people:0.5', and not the name of one data set."""
+    return not {':', ','}.isdisjoint(str(text))
+
+
+def read_shares(text):
+    """'selfwritten:0.5,people:0.5' -> [('selfwritten', 0.5), ('people', 0.5)]; one name has a share of 1."""
+    if not is_mix(text):
+        return [(text, 1.0)]
+    shares = []
+    for item in text.split(','):
+        name, _, share = item.rpartition(':')
+        try:
+            shares.append((name.strip(), float(share)))
+        except ValueError:
+            shares.append(('', 0.0))
+        if not shares[-1][0] or not 0 < shares[-1][1] <= 1:
+            raise DataError(f'--data {text}: {item!r} is not NAME:SHARE, with a share above 0 and at most 1; '
+                            'a mix is written selfwritten:0.5,people:0.5')
+    total = sum(share for _, share in shares)
+    if abs(total - 1) > 1e-3:
+        raise DataError(f'--data {text}: the shares add up to {total:g}; they must add up to 1')
+    return [(name, share / total) for name, share in shares]
+
+
+def tokenizer_name(spec):
+    return spec.get('name', spec.get('kind')) if isinstance(spec, dict) else spec
+
+
+def load_mix(text, block_size):
+    """
+    What --data names, one data set or a mix of several -> [Part]. Raises DataError, as load_dataset() does,
+    and if they have different tokenizers.
+    """
+    mix = [Part(name, share, *load_dataset(name, block_size)) for name, share in read_shares(text)]
+    first = mix[0]
+    for part in mix[1:]:
+        if part.meta['tokenizer'] != first.meta['tokenizer']:
+            raise DataError(f'data/{first.name} and data/{part.name} were made with different tokenizers '
+                            f'({tokenizer_name(first.meta["tokenizer"])} and '
+                            f'{tokenizer_name(part.meta["tokenizer"])}, or two of one name); a mix needs one')
+    return mix

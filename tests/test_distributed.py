@@ -50,10 +50,10 @@ def together(*args, killed=None, call=call):
                           MASTER_PORT=str(port))
         draw = train.step_starts
 
-        def step_starts(data, meta, config, step):
+        def step_starts(mix, config, step):
             if (rank, step) == killed:
                 os.kill(os.getpid(), signal.SIGKILL)
-            return draw(data, meta, config, step)
+            return draw(mix, config, step)
 
         train.step_starts = step_starts
         ended.put((rank, tuple(call(*args))))

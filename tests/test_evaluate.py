@@ -14,7 +14,7 @@ import cwic
 import evaluate
 import weights
 from checkpoint import save_checkpoint
-from data.common import DataError, load_dataset
+from data.common import DataError, Part, load_dataset
 from tokenizer import PATTERNS, bpe_spec, end_id, load_tokenizer, tokenizer_spec
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -209,6 +209,18 @@ def test_no_target_is_another_windows_token():
     data = np.arange(60, dtype=np.uint16)
     windows = evaluate.validation_windows(data, {'window': 10}, 6, 10)
     assert windows.tolist() == data.reshape(6, 10).tolist()
+
+
+def test_a_mix_is_validated_in_proportion_on_windows_of_one_length():
+    mix = [Part('a', 0.75, None, np.arange(60, dtype=np.uint16), {'window': 10}),
+           Part('b', 0.25, None, np.arange(100, 200, dtype=np.uint16), {})]
+    assert evaluate.mix_windows(mix, 'val', 4, 10).tolist() == [
+        *(list(range(start, start + 10)) for start in (0, 20, 50)), list(range(100, 110))]
+
+
+def test_what_reads_one_data_set_refuses_a_mix():
+    with pytest.raises(DataError, match='a:0.5,b:0.5 is a mix of data sets; name one of them: --data NAME'):
+        load_dataset('a:0.5,b:0.5', 8)
 
 
 @pytest.mark.parametrize('name', ['windows', 'blimp_pairs'])

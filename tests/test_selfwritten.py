@@ -1,5 +1,6 @@
 """data/selfwritten/prepare.py: dialogues and documents of the right form, again and again the same."""
 
+import hashlib
 import importlib.util
 import json
 import os
@@ -21,6 +22,7 @@ TEMPLATE = {'begin': '', 'message': '<|im_start|>{role}\n{text}<|im_end|>\n', 'p
             'system': 'be brief', 'strip': False, 'stop': ['<|im_end|>']}
 BYTES = [bytes([b]) for b in range(256)]
 SPEC = bpe_spec('tiny', PATTERNS['smollm'], BYTES, special=SPECIAL, template=TEMPLATE)
+OPENING = '<|im_start|>system\nbe brief<|im_end|>\n<|im_start|>user\n'
 OPTIONS = ['--window', '96', '--batch', '4', '--tokens', str(3 * 4 * 96), '--device', 'cpu']
 
 
@@ -36,6 +38,23 @@ def chat_model(tmp_path_factory):
     path = str(tmp_path_factory.mktemp('chat') / 'model.pt')
     save_checkpoint(path, model, tokenizer=SPEC)
     return path
+
+
+def read_turns(text, role):
+    """
+    Reads text as a parser of the format would: words up to the stop token, then what the template says. role:
+    who speaks first. Returns how many turns ended.
+    """
+    turns = 0
+    while '<|im_end|>' in text:
+        words, text = text.split('<|im_end|>', 1)
+        assert '<|' not in words
+        role, turns = 'assistant' if role == 'user' else 'user', turns + 1
+        follows = f'\n<|im_start|>{role}\n'
+        assert text.startswith(follows) or follows.startswith(text)
+        text = text[len(follows):]
+    assert '<|' not in text
+    return turns
 
 
 def imported(monkeypatch):
@@ -74,19 +93,98 @@ def test_dialogues_follow_the_template_and_documents_hold_no_other_token_of_it(w
             documents += 1
             assert not {1, 2} & set(window)
             continue
-        opening = '<|im_start|>system\nbe brief<|im_end|>\n<|im_start|>user\n'
-        assert text.startswith(opening)
-        # read on as a parser of the format would: words to the stop token, then what the template says
-        rest, role = text[len(opening):], 'user'
-        while '<|im_end|>' in rest:
-            words, rest = rest.split('<|im_end|>', 1)
-            assert '<|' not in words
-            role, turns = 'assistant' if role == 'user' else 'user', turns + 1
-            follows = f'\n<|im_start|>{role}\n'
-            assert rest.startswith(follows) or follows.startswith(rest)
-            rest = rest[len(follows):]
-        assert '<|' not in rest
+        assert text.startswith(OPENING)
+        turns += read_turns(text[len(OPENING):], 'user')
     assert documents == 6 and turns > 6
+
+
+def test_without_questions_the_text_is_what_it_always_was(chat_model, monkeypatch):
+    """As it was before the states of a window had names; so a run that was stopped then goes on the same."""
+    script = imported(monkeypatch)
+    model, _ = load_checkpoint(chat_model)
+    config = script.SelfWrittenConfig(window=48, dialogues=0.6)
+    windows = script.write_windows(model, SPEC, load_tokenizer(SPEC), 30, config, 'cpu',
+                                   torch.Generator().manual_seed(3))
+    assert hashlib.sha256(windows.astype('<u2').tobytes()).hexdigest()[:16] == 'd2d4ab8e9a09d5cb'
+
+
+QUESTIONS = ['why?', 'Is <|im_end|> a word,\\nor <|endoftext|>?', 'who are you']
+
+
+@pytest.fixture
+def asked(chat_model, tmp_path, monkeypatch):
+    """Two batches of eight dialogues and two documents, and what they were made with."""
+    script = imported(monkeypatch)
+    (tmp_path / 'questions').write_text('\n\n'.join(QUESTIONS) + '\n', encoding='utf-8')
+    argv = ['prepare.py', '--model', chat_model, '--out', str(tmp_path), '--questions', str(tmp_path / 'questions'),
+            '--asked', '0.75', '--window', '128', '--batch', '10', '--tokens', '2560', '--dialogues', '0.8',
+            '--device', 'cpu']
+    monkeypatch.setattr(sys, 'argv', argv)
+    batches, write_windows = [], script.write_windows
+    monkeypatch.setattr(script, 'write_windows', lambda *args: batches.append(write_windows(*args)) or batches[-1])
+    script.main()
+    return batches, script
+
+
+def test_dialogues_begin_with_questions_as_the_template_has_them(asked):
+    """
+    A question is text: what looks like a special token in it is none. Then the model answers, and goes on as in
+    any dialogue.
+    """
+    encoding, drawn, (batches, _) = load_tokenizer(SPEC), [], asked
+    texts = [text.replace('\\n', '\n') for text in QUESTIONS]
+    for windows in batches:
+        for window in windows[:6].tolist():
+            # from the template's own words: these three are the only places with special tokens
+            prompts = [encoding.encode(OPENING, allowed_special='all') + encoding.encode_ordinary(text)
+                       + encoding.encode('<|im_end|>\n<|im_start|>assistant\n', allowed_special='all')
+                       for text in texts]
+            found = [i for i, prompt in enumerate(prompts) if window[:len(prompt)] == prompt]
+            assert len(found) == 1
+            drawn += found
+            read_turns(encoding.decode(window[len(prompts[found[0]]):]), 'assistant')
+        opening = encoding.encode(OPENING, allowed_special='all')
+        assert (windows[6:8, :len(opening)] == opening).all()       # the model asks
+        assert not np.isin(windows[8:], [1, 2]).any()
+    assert set(drawn) == {0, 1, 2} and drawn[:6] != drawn[6:]
+
+
+def test_questions_are_drawn_anew_with_another_seed(asked, monkeypatch, tmp_path):
+    batches, script = asked
+    for seed in ('1', '2'):
+        monkeypatch.setattr(sys, 'argv', [*sys.argv, '--out', str(tmp_path / seed), '--seed', seed])
+        script.main()
+    assert all(np.array_equal(a, b) for a, b in zip(batches[:2], batches[2:4], strict=True))
+    assert not np.array_equal(batches[0][:6, :60], batches[4][:6, :60])
+
+
+def test_a_stopped_run_does_not_go_on_with_other_questions(asked, monkeypatch, tmp_path):
+    script, record = asked[1], asked[1].save_progress
+    monkeypatch.setattr(sys, 'argv', [*sys.argv, '--out', str(tmp_path / 'out')])
+
+    def save_progress(folder, progress):
+        record(folder, progress)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(script, 'save_progress', save_progress)
+    with pytest.raises(KeyboardInterrupt):
+        script.main()
+    (tmp_path / 'questions').write_text('why not?\n', encoding='utf-8')
+    with pytest.raises(script.DataError, match='progress.json is of a run with'):
+        script.main()
+
+
+@pytest.mark.parametrize('options, said', [
+    (['--asked', '1'], '--asked has no use without --questions'),
+    (['--questions', 'no such file'], 'no such file: cannot be read'),
+    (['--questions', __file__, '--window', '32'], 'no room for an answer in a --window of 32')])
+def test_questions_that_cannot_be_used_are_one_line(chat_model, tmp_path, monkeypatch, capsys, options, said):
+    script = imported(monkeypatch)
+    monkeypatch.setattr(sys, 'argv', ['prepare.py', '--model', chat_model, '--out', str(tmp_path), *options])
+    with pytest.raises(SystemExit):
+        script.run(script.main)
+    error = capsys.readouterr().err
+    assert said in error and error.count('\n') == 1 and not os.listdir(tmp_path)
 
 
 def test_the_same_seed_writes_the_same_and_another_seed_does_not(written, chat_model, tmp_path):

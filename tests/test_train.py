@@ -28,6 +28,7 @@ import device
 import evaluate
 import train
 from checkpoint import load_checkpoint
+from data.common import Part
 from options import parse_options
 from test_cwic import BOTH, one_thread, small_model     # noqa: F401  one_thread is a fixture
 
@@ -47,15 +48,20 @@ def flags(options):
 TINY = flags({**SIZES, **SCHEDULE})
 
 
-def write_data(folder, ids, **meta):
-    """A data set of bytes, train and val alike."""
+def write_data(folder, ids, size=1, **meta):
+    """A data set of bytes, train and val alike; size: bytes that are said to be in a token."""
     ids = np.array(ids, np.uint16)
     for split in ('train', 'val'):
         ids.tofile(folder / f'{split}.bin')
-        meta.update({f'{split}_tokens': len(ids), f'{split}_bytes': len(ids)})
+        meta.update({f'{split}_tokens': len(ids), f'{split}_bytes': size * len(ids)})
     meta = {'tokenizer': {'kind': 'bytes'}, 'vocab_size': 257, 'source': 'a test', **meta}
     (folder / 'meta.json').write_text(json.dumps(meta), encoding='utf-8')
     return str(folder)
+
+
+def part(ids, share=1.0, **meta):
+    """A data set of a mix; its validation tokens are those of training."""
+    return Part('a test', share, ids, ids, meta)
 
 
 class Ended(NamedTuple):
@@ -288,22 +294,45 @@ def test_every_step_draws_its_own_windows():
     """
     Resuming once replayed the first batches. Windows depend on seed and step; each ends inside the data.
     """
-    config, data = train.TrainConfig(batch_size=64), np.zeros(266)
-    drawn = [tuple(train.step_starts(data, {}, config, step)) for step in range(20)]
+    config, mix = train.TrainConfig(batch_size=64), [part(np.zeros(266))]
+    drawn = [tuple(train.step_starts(mix, config, step)[:, 1]) for step in range(20)]
     assert len(set(drawn)) == 20
-    assert drawn == [tuple(train.step_starts(data, {}, config, step)) for step in range(20)]
+    assert drawn == [tuple(train.step_starts(mix, config, step)[:, 1]) for step in range(20)]
     assert sorted(set(sum(drawn, ()))) == list(range(266 - config.block_size))
+    # the batches of every run so far
+    assert drawn[7] == tuple(np.random.default_rng([config.seed, 7]).integers(0, 266 - config.block_size, size=64))
 
 
 def test_data_made_of_windows_is_read_window_by_window():
     """
     Dialogues written by a model begin where a window does; one read from its middle on would make no sense.
     """
-    config, data = train.TrainConfig(batch_size=64, block_size=6), np.arange(80)
-    drawn = {int(x) for step in range(20) for x in train.step_starts(data, {'window': 8}, config, step)}
+    config, mix = train.TrainConfig(batch_size=64, block_size=6), [part(np.arange(80), window=8)]
+    drawn = {int(x) for step in range(20) for x in train.step_starts(mix, config, step)[:, 1]}
     assert drawn == set(range(0, 80, 8))
-    tokens, targets = train.windows(data, [16, 72], 6, 'cpu')
+    tokens, targets = train.windows(mix, [(0, 16), (0, 72)], 6, 'cpu')
     assert tokens.tolist() == [list(range(16, 22)), list(range(72, 78))] and torch.equal(targets, tokens + 1)
+
+
+def test_each_step_reads_each_data_set_in_proportion():
+    """
+    Of 10 windows a set with a share of .25 gives 2 or 3, and a quarter on average; each window lies in its own
+    data set, and begins where that set's windows do.
+    """
+    config = train.TrainConfig(batch_size=10, block_size=4)
+    mix = [part(np.arange(100, 200), 0.25, window=5), part(np.arange(300, 317), 0.6), part(np.arange(500, 900), 0.15)]
+    drawn = np.stack([train.step_starts(mix, config, step) for step in range(400)])         # (steps, B, 2)
+    counts = np.stack([(drawn[:, :, 0] == i).sum(1) for i in range(3)], 1)
+    assert counts.min(0).tolist() == [2, 6, 1] and counts.max(0).tolist() == [3, 6, 2]
+    np.testing.assert_allclose(counts.mean(0), [2.5, 6, 1.5], atol=0.1)
+    # one random number moves all points, so what one data set gets more another gets less
+    assert (counts.sum(1) == 10).all() and len(np.unique(counts, axis=0)) == 2
+    for i, starts in enumerate(([*range(0, 100, 5)], [*range(13)], None)):
+        found = drawn[drawn[:, :, 0] == i][:, 1]
+        assert starts is None or sorted(set(found)) == starts
+    tokens, targets = train.windows(mix, drawn[3], 4, 'cpu')
+    for (i, start), window in zip(drawn[3], torch.cat([tokens, targets[:, -1:]], 1)):
+        assert window.tolist() == [[100, 300, 500][i] + start + offset for offset in range(5)]
 
 
 def test_the_target_is_met_and_not_by_far(data, tmp_path):
@@ -408,6 +437,48 @@ def test_a_run_on_data_made_of_windows(tmp_path):
     assert ended.returncode == 0 and load(tmp_path / 'out')['step'] == 12, ended
     ended = tiny(folder, tmp_path / 'longer', '--block_size', 64)
     assert 'too short for --block_size 64' in one_line(ended, 1)
+
+
+def test_a_run_on_a_mix_resumes_exactly_and_measures_each_part_by_its_share(tmp_path):
+    """What a mix is worth in bits per byte weighs each data set's bytes per token by its share."""
+    folders = []
+    for name, text, size in (('a', 'what is this? a test. ', 1), ('b', 'def add(a, b): return a + b ', 3)):
+        (tmp_path / name).mkdir()
+        folders.append(write_data(tmp_path / name, list((text * 60).encode()), size=size))
+    mix = f'{folders[0]}:0.25,{folders[1]}:0.75'
+    ended = tiny(mix, tmp_path / 'whole')
+    assert ended.returncode == 0 and f'data    25% from data/{folders[0]}: 1,320 tokens' in ended.stdout, ended
+    assert f'data    75% from data/{folders[1]}: 1,680 tokens' in ended.stdout
+    loss = load(tmp_path / 'whole', 'best.pt')['val_loss']
+    assert f'({loss / np.log(2) / (0.25 * 1 + 0.75 * 3):.3f} bits per byte)' in ended.stdout
+    assert tiny(mix, tmp_path / 'halves', '--max_steps', 7).returncode == 0
+    assert resume(tmp_path / 'halves').returncode == 0
+    equal(*(trained(tmp_path / name) for name in ('whole', 'halves')))
+    assert 'was started with' in one_line(resume(tmp_path / 'halves', '--data', folders[0]), 2)
+
+
+@pytest.mark.parametrize('shares, words', [
+    ('a:0.5,b', "'b' is not NAME:SHARE"),
+    ('a:0.5,b:half', "'b:half' is not NAME:SHARE"),
+    ('a:0.5,:0.5', "':0.5' is not NAME:SHARE"),
+    ('a:1.5,b:-0.5', "'a:1.5' is not NAME:SHARE"),
+    ('a:nan,b:0.5', "'a:nan' is not NAME:SHARE"),
+    ('a,b', "'a' is not NAME:SHARE"),
+    ('a:0.5,', "'' is not NAME:SHARE"),
+    ('a:0.5,b:0.4', 'the shares add up to 0.9; they must add up to 1'),
+    ('nowhere:0.5,b:0.5', 'data/nowhere is not there'),
+])
+def test_a_mix_that_cannot_be_read_is_one_line(tmp_path, shares, words):
+    assert words in one_line(tiny(shares, tmp_path), 1) and not files(tmp_path)
+
+
+def test_a_mix_has_one_tokenizer(tmp_path):
+    for name in 'ab':
+        (tmp_path / name).mkdir()
+    a = write_data(tmp_path / 'a', [1] * 400)
+    b = write_data(tmp_path / 'b', [1] * 400, tokenizer={'kind': 'gpt2'}, vocab_size=50257)
+    said = one_line(tiny(f'{a}:0.5,{b}:0.5', tmp_path / 'out'), 1)
+    assert f'data/{a} and data/{b} were made with different tokenizers (bytes and gpt2' in said
 
 
 def scripted(monkeypatch, losses, reductions):

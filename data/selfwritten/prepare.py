@@ -3,6 +3,7 @@ Text that a chat model writes itself -> train.bin, val.bin, meta.json: what its 
 
     python data/selfwritten/prepare.py --model smollm2      # 16M tokens: 150 seconds on an H200
     python data/selfwritten/prepare.py --tokens 50000       # on two CPU cores: minutes, at some 100 tokens/s
+    python data/selfwritten/prepare.py --questions FILE     # dialogues that begin with questions of people
 
 Half of the windows are dialogues: given is only the template up to where the user speaks, and the model
 writes the question, then the answer, then the next question, to the end of the window. The other half are
@@ -13,12 +14,17 @@ thinks possible: people write what surprises it, and a copy that has read only w
 there.
 Half of the documents begin as if after another document's end.
 
-The text depends on the seed, the options and the device alone. A run that stops is taken up where it was by
-the same command: finished windows wait in train.bin.part and val.bin.part, progress.json counts them.
+People also ask what the model would not. With --questions, a share of the dialogues, --asked, begin with a
+line of that file as the user's first message; the model writes the answer and goes on as in all others.
+
+The text depends on the seed, the options, the questions and the device alone. A run that stops is taken up
+where it was by the same command: finished windows wait in train.bin.part and val.bin.part, progress.json
+counts them.
 
 Not here: filtering. At these temperatures next to no window comes twice.
 """
 
+import hashlib
 import os
 import sys
 import time
@@ -35,11 +41,17 @@ from checkpoint import CheckpointError
 from cwic import KVCache, sample
 from data.common import DataError, load_progress, make_meta, publish, run, save_progress, token_dtype
 from device import choose_device
+from evaluate import read_questions
 from options import option, parse_options
 from tokenizer import dialogue_ids, end_id, load_tokenizer, stop_ids
 
 VAL_EVERY = 64              # one window in so many is for validation
 MIN_P = 0.05
+# where the next token of a window comes from
+SAMPLED, RANDOM, TEMPLATE, OPENING = range(4)
+# the state of a window: the user speaks, the assistant speaks, a document goes on, a document begins; from
+# IN_TEMPLATE on, one for each token that the template puts between two turns
+USER, ASSISTANT, DOCUMENT, NEW_DOCUMENT, IN_TEMPLATE = range(5)
 
 
 @dataclass
@@ -50,6 +62,9 @@ class SelfWrittenConfig:
     dialogues: float = option(0.5, 'share of dialogues; the rest are documents', at_least=0, at_most=1)
     anything: float = option(0.5, 'share of windows in which users and documents are drawn from all tokens, '
                              'not only from likely ones', at_least=0, at_most=1)
+    questions: str = option('', 'a file of questions of people, one on each line, \\n for a line break')
+    asked: float = option(0.6, 'with --questions: share of dialogues that begin with one of them', at_least=0,
+                          at_most=1)
     window: int = option(512, 'length of the independent windows, in tokens', at_least=32)
     batch: int = option(0, 'windows written at once; 0: 4096 on a GPU, 16 on a CPU', at_least=0)
     user_temperature: float = option(1.0, 'of questions and documents', at_least=0.01)
@@ -77,31 +92,66 @@ def template_pieces(spec, encoding):
     return opening, to_answer, to_question
 
 
+def transitions(to_answer, to_question):
+    """
+    How a window goes on, by its state, in three lists: the template's next token (0 if it is not in the
+    template), the state after a stop token, and the state after any other.
+    """
+    template = [0] * IN_TEMPLATE
+    after_stop, after_other = [None, None, NEW_DOCUMENT, DOCUMENT], [USER, ASSISTANT, DOCUMENT, DOCUMENT]
+    for speaker, text, other in ((USER, to_answer, ASSISTANT), (ASSISTANT, to_question, USER)):
+        text = text[1:]         # its first token is the stop token, which the speaker says
+        states = [*range(len(template), len(template) + len(text)), other]
+        template += text
+        after_stop[speaker] = states[0]
+        after_stop += states[1:]
+        after_other += states[1:]
+    return template, after_stop, after_other
+
+
+def in_template(questions, spec, encoding, window):
+    """
+    Each question as the ids of the template with it, up to where the answer begins; no special token can come
+    from a question. Raises DataError for one that leaves no room in a window (tokens).
+    """
+    prompts = [dialogue_ids(spec, encoding, [('user', text.replace('\\n', '\n'))]) for text in questions]
+    for text, ids in zip(questions, prompts):
+        if len(ids) >= window:
+            raise DataError(f'--questions: {text[:40]!r}... has {len(ids)} tokens in the template, no room '
+                            f'for an answer in a --window of {window}; shorten it')
+    return prompts
+
+
 @torch.inference_mode()
-def write_windows(model, spec, encoding, count, config, device, generator):
+def write_windows(model, spec, encoding, count, config, device, generator, prompts=()):
     """
     Windows of text np.int64 (count, config.window), first the dialogues, then the documents. All advance
-    together, one token at a time, through one KV cache.
+    together, one token at a time, through one KV cache. prompts: lists of ids; the first dialogues, a share
+    of config.asked, each begin with one of them, drawn at random.
     """
     opening, to_answer, to_question = template_pieces(spec, encoding)
     stops = torch.tensor(sorted(stop_ids(spec, encoding)), device=device)
     end, special = end_id(spec, encoding), sorted(encoding.special.values())
     plain = torch.tensor([i for i in range(encoding.n_vocab) if i not in set(special)], device=device)
-    dialogue = torch.arange(count, device=device) < round(count * config.dialogues)
-    # forced[0] follows the stop token of a question, forced[1] that of an answer
-    lengths = torch.tensor([len(to_answer) - 1, len(to_question) - 1], device=device)
-    longest = int(lengths.max())
-    padded = [(ids[1:] + [0] * longest)[:longest] for ids in (to_answer, to_question)]
-    forced = torch.tensor(padded, device=device)                    # (2, longest)
+    template, after_stop, after_other = torch.tensor(transitions(to_answer, to_question), device=device)
+    dialogues = round(count * config.dialogues)
+    dialogue = torch.arange(count, device=device) < dialogues
     # a dialogue's turns end with the stop token, and with nothing else; a document may end where it likes
     forbidden = torch.zeros(2, model.config.vocab_size, device=device)
     forbidden[:, special] = -torch.inf
     forbidden[0, end], forbidden[1, to_answer[0]] = 0, 0
 
-    speaker = torch.zeros(count, dtype=torch.long, device=device)   # 0: user, 1: assistant
-    said = torch.full((count,), longest, device=device)         # of the forced tokens; all: the model speaks
-    window = torch.zeros(count, config.window, dtype=torch.long, device=device)
-    window[dialogue, :len(opening)] = torch.tensor(opening, device=device)
+    # what each window begins with, how long that is, and the state after it
+    asked = round(dialogues * config.asked) if prompts else 0
+    drawn = torch.randint(len(prompts), (asked,), generator=generator).tolist() if asked else []
+    openings = [prompts[i] for i in drawn] + [opening] * (dialogues - asked)
+    window = torch.zeros(count, config.window, dtype=torch.long)
+    for row, ids in enumerate(openings):
+        window[row, :len(ids)] = torch.tensor(ids)
+    window = window.to(device)
+    given = torch.tensor([len(ids) for ids in openings] + [1] * (count - dialogues), device=device)
+    states = [ASSISTANT] * asked + [USER] * (dialogues - asked) + [DOCUMENT] * (count - dialogues)
+    state = torch.tensor(states, device=device)
 
     def toss(share):
         return (torch.rand(count, generator=generator) < share).to(device)
@@ -110,39 +160,47 @@ def write_windows(model, spec, encoding, count, config, device, generator):
         return plain[torch.randint(len(plain), (count,), generator=generator).to(device)]
 
     window[~dialogue, 0] = random_token()[~dialogue]
-    window[~dialogue & toss(0.5), 0] = end
+    after_another = ~dialogue & toss(0.5)
+    window[after_another, 0], state[after_another] = end, NEW_DOCUMENT
     anything = toss(config.anything)
     cache = KVCache(replace(model.config, block_size=config.window), count, device, model.head.weight.dtype)
     for i in range(config.window - 1):
         logits, _ = model(window[:, i:i + 1], cache, dense=True)    # (count, 1, vocab)
-        answers = dialogue & (speaker == 1)
+        answers = state == ASSISTANT
         temperature = torch.where(answers, config.answer_temperature, config.user_temperature)
         point = torch.rand(count, generator=generator).to(device)
         logits = logits[:, 0] + forbidden[dialogue.long()]
         min_p = torch.where(anything & ~answers, 0.0, MIN_P)
-        drawn, _ = sample(logits, point, temperature[:, None], min_p=min_p[:, None])
-        # what the template says comes before what the model says; then the other one speaks
-        must, given = dialogue & (said < lengths[speaker]), dialogue & (i + 1 < len(opening))
-        token = torch.where(must, forced[speaker, said.clamp_max(longest - 1)], drawn)
-        token = torch.where(~dialogue & (window[:, i] == end), random_token(), token)
-        said = torch.where(must, said + 1, said)
-        done = must & (said == lengths[speaker])
-        speaker, said = torch.where(done, 1 - speaker, speaker), torch.where(done, longest, said)
-        said = torch.where(dialogue & ~must & ~given & torch.isin(token, stops), 0, said)
-        window[:, i + 1] = torch.where(given, window[:, i + 1], token)
+        sampled, _ = sample(logits, point, temperature[:, None], min_p=min_p[:, None])
+
+        source = torch.full_like(state, SAMPLED)
+        source[state == NEW_DOCUMENT] = RANDOM
+        source[state >= IN_TEMPLATE] = TEMPLATE
+        source[i + 1 < given] = OPENING
+        choices = torch.stack([sampled, random_token(), template[state], window[:, i + 1]])     # (4, count)
+        token = choices.gather(0, source[None])[0]
+        after = torch.where(torch.isin(token, stops), after_stop[state], after_other[state])
+        state = torch.where(source == OPENING, state, after)
+        window[:, i + 1] = token
     return window.cpu().numpy()
 
 
 def main():
-    config, _ = parse_options(SelfWrittenConfig, 'python data/selfwritten/prepare.py')
+    config, given = parse_options(SelfWrittenConfig, 'python data/selfwritten/prepare.py')
+    if 'asked' in given and not config.questions:
+        raise DataError('--asked has no use without --questions FILE')
     device = choose_device(config.device)
     batch = config.batch or (4096 if device == 'cuda' else 16)
     if batch == 1:
         raise DataError('--batch must be at least 2: a dialogue and a document')
     folder = Path(config.out)
+    questions = read_questions(config.questions) if config.questions else []
     settings = {'model': config.model, 'window': config.window, 'batch': batch, 'seed': config.seed,
                 'temperatures': [config.user_temperature, config.answer_temperature],
                 'dialogues': config.dialogues, 'anything': config.anything}
+    if questions:
+        digest = hashlib.sha256('\n'.join(questions).encode()).hexdigest()
+        settings.update(questions=digest, asked=config.asked)
     progress = load_progress(folder, {'settings': settings, 'batches': 0})
     try:
         model, saved = weights.load(config.model)
@@ -152,6 +210,7 @@ def main():
     encoding = load_tokenizer(spec)
     if 'template' not in spec:
         raise DataError(f'{config.model} has no chat template: it cannot write dialogues')
+    prompts = in_template(questions, spec, encoding, config.window)
     model = model.to(device, torch.bfloat16 if device == 'cuda' else torch.float32)
     folder.mkdir(parents=True, exist_ok=True)
     batches = -(-config.tokens // (batch * config.window))
@@ -162,7 +221,7 @@ def main():
     parts = {split: folder / f'{split}.bin.part' for split in split_rows}
     for i in range(progress['batches'], batches):
         start, generator = time.perf_counter(), torch.Generator().manual_seed(config.seed * 1_000_003 + i)
-        text = write_windows(model, spec, encoding, batch, config, device, generator).astype(dtype)
+        text = write_windows(model, spec, encoding, batch, config, device, generator, prompts).astype(dtype)
         for split, path in parts.items():
             rows = split_rows[split]
             with open(path, 'ab') as f:     # less what a kill left after the last record
