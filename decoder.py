@@ -272,10 +272,10 @@ class Decoder(Window):
             {name: getattr(c, name) for name in sizes}, **positions, arch=('gpt2', 'llama').index(c.arch),
             dtype=list(FORMATS).index(dtype), layers=self.kept[-1], ln_f=norm(model.ln_f),
             head=matrix['head'], **more))
-        batch, unit = self.lib.BATCH, self.lib.BLOCK
+        batch, unit = self.lib.CHUNK, self.lib.BLOCK
         shapes = dict(k=(c.n_layer, c.n_kv_head, math.ceil(c.block_size / unit), c.head_dim, unit),
                       v=(c.n_layer, c.n_kv_head, c.block_size, math.ceil(c.head_dim / unit) * unit),
-                      x=(batch, c.n_embd), h=(batch, c.n_embd), mixed=(batch, c.n_embd),
+                      x=(batch, c.n_embd), h=(batch, c.n_embd), attn_out=(batch, c.n_embd),
                       qkv=(batch, (c.n_head + 2 * c.n_kv_head) * c.head_dim), hidden=(batch, c.n_hidden))
         self.state = self.ffi.new('State *', {
             name: keep(torch.zeros(shape, dtype=of_state if name in 'kv' else torch.float32))
@@ -294,7 +294,7 @@ class Decoder(Window):
         self.threads = self.lib.team_size(team)
 
     def forward(self, tokens):
-        tokens, buffer, batch = np.array(tokens, np.uint32), self.ffi.from_buffer, self.lib.BATCH
+        tokens, buffer, batch = np.array(tokens, np.uint32), self.ffi.from_buffer, self.lib.CHUNK
         logits = np.empty(self.config.vocab_size, np.float32)
         active = np.empty((len(tokens), len(self.names)), np.int64)
         for start in range(0, len(tokens), batch):      # Python may see a Ctrl-C in between

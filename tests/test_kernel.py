@@ -269,8 +269,8 @@ static int try_matrix(int trial)
     size_t stripes[] = {1, m.n_out, 1 + below(m.n_out)};
     m.stripe = neurons ? m.n_out : stripes[below(3)];
     m.tile = neurons ? m.n_out : 1 + below(m.stripe);
-    m.splits = 1 + below(least(m.n_in, SPLITS));
-    size_t n = pieces(m.n_out, m.stripe) * m.n_in, weights = m.n_in * m.n_out * (neurons ? 2 : 1);
+    m.splits = 1 + below(min(m.n_in, SPLITS));
+    size_t n = ceil_div(m.n_out, m.stripe) * m.n_in, weights = m.n_in * m.n_out * (neurons ? 2 : 1);
     float *w = floats(weights), *scale = floats(n), *t = floats(n), *mu = floats(m.n_in), *base = floats(m.n_out), *columns = floats(m.n_out);
     float *x = floats(COUNT * m.n_in), *h = floats(COUNT * m.n_out), *y = floats(COUNT * m.n_out);
     float *changed = malloc(COUNT * m.n_in * sizeof *x);
@@ -312,18 +312,18 @@ static int try_model(int arch, int dtype, int shortlist)
     Matrix head = {D, V, 3, 3, 1, w, z, z, z, z, z};
     Model model = {arch, dtype, V, T, 1, 3, kv, D, H, 1e-5f, tables, tables, tables, &layer, norm, head};
     size_t size = dtype == F32 ? 4 : 2;
-    State state = {calloc(kv * 2 * 2 * BLOCK, size), calloc(kv * T * BLOCK, size), floats(BATCH * D), floats(BATCH * D),
-                   floats(BATCH * qkv), floats(BATCH * D), floats(BATCH * H)};
+    State state = {calloc(kv * 2 * 2 * BLOCK, size), calloc(kv * T * BLOCK, size), floats(CHUNK * D), floats(CHUNK * D),
+                   floats(CHUNK * qkv), floats(CHUNK * D), floats(CHUNK * H)};
     if (shortlist) {
         model.embedding = pack(numbers, V * D, dtype);
         model.margin = 0.01f;
         if (dtype == INT8) model.embedding_row_scale = model.embedding_column_scale = tables;
     }
-    int64_t active[5 * BATCH];
-    uint32_t tokens[BATCH] = {3, 1, 4, 1, 5, 9, 2, 6}, unknown = V;
+    int64_t active[5 * CHUNK];
+    uint32_t tokens[CHUNK] = {3, 1, 4, 1, 5, 9, 2, 6}, unknown = V;
     Team *team = team_new(2, T, 256);
-    if (decode(team, &model, &state, tokens, BATCH, 0, logits, active)) return puts("refused");
-    for (size_t position = BATCH; position < T; position++) {
+    if (decode(team, &model, &state, tokens, CHUNK, 0, logits, active)) return puts("refused");
+    for (size_t position = CHUNK; position < T; position++) {
         if (decode(team, &model, &state, tokens, 1, position, logits, active)) return puts("refused");
         for (int i = 0; i < V; i++) if (!isfinite(logits[i])) return puts("logits");
         if (active[4] % D || (active[4] > V * D) != shortlist) return puts("active");
@@ -342,7 +342,7 @@ static int try_model(int arch, int dtype, int shortlist)
     if (!decode(team, &model, &state, tokens, 1, 0, logits, active)) return puts("not refused: a size");
     team_free(team);
     free(numbers); free(w); free(z); free(tables); free(logits);
-    free(state.k); free(state.v); free(state.x); free(state.h); free(state.qkv); free(state.mixed); free(state.hidden);
+    free(state.k); free(state.v); free(state.x); free(state.h); free(state.qkv); free(state.attn_out); free(state.hidden);
     return 0;
 }
 
