@@ -310,7 +310,7 @@ INLINE Floats load(const char *row, size_t j, int dtype) {
     uint8x16_t lanes = vqtbl1q_u8(vreinterpretq_u8_u32(vdupq_n_u32(four)), top);
     return (Floats)vcvtq_n_f32_s32(vreinterpretq_s32_u8(lanes), 24);
 #else
-    Floats lanes;
+    Floats lanes = {0};
     for (size_t i = 0; i < LANES; i++) lanes[i] = weight(row, j + i, dtype);
     return lanes;
 #endif
