@@ -121,7 +121,7 @@ int multiply_alone(Team *team, const Matrix *matrix, int dtype, size_t count, fl
 
 // end of interface
 
-enum { PANEL = 2 * BLOCK };     // columns of a prompt's task
+enum { PANEL = 2 * BLOCK };     // columns of a task, if there are many tokens
 enum { GROUP = 4 };             // query heads that read the same keys and values together, at most
 
 typedef struct {                // what each thread has for itself
@@ -207,8 +207,10 @@ static float maximum(const float *x, size_t n) {
     float lane[16], largest = x[0];
     size_t i = 0;
     for (size_t j = 0; j < 16; j++) lane[j] = x[0];
-    for (; i + 16 <= n; i += 16)
+    for (; i + 16 <= n; i += 16) {
+        #pragma omp simd
         for (size_t j = 0; j < 16; j++) lane[j] = x[i + j] > lane[j] ? x[i + j] : lane[j];
+    }
     for (; i < n; i++) largest = x[i] > largest ? x[i] : largest;
     for (size_t j = 0; j < 16; j++) largest = lane[j] > largest ? lane[j] : largest;
     return largest;
@@ -564,7 +566,7 @@ static void multiply_many_task(const void *argument, Worker *me, size_t task) {
 }
 
 // Up, for BLOCK neurons. Replaces x, the output of the gate, by the input of down: 0 for neurons that are not
-// active. Unlike other rows of a prompt, those of up are read for each token that uses them, and no others
+// active. The rows of up are read for each token that uses them, and skipped by the others
 static void multiply_up_task(const void *argument, Worker *me, size_t task) {
     const Product *p = argument;
     const Matrix *m = p->matrix;
@@ -690,7 +692,7 @@ static void cache_kv(const Step *step, float *qkv, size_t position) {
 // the heads are `apart` numbers apart
 INLINE void add_shared(size_t heads, float (*restrict sums)[BLOCK], const char *restrict rows, size_t stride,
                        const float *restrict value, size_t apart, size_t n, int dtype) {
-    // registers for each head at once: there are 32 with AVX-512, else 16
+    // so many sums of each head stay in registers: there are 32 with AVX-512, else 16
     const size_t wide = REGISTER == 64 ? 4 : heads == 1 ? 8 : heads == 2 ? 4 : 2;
     for (size_t start = 0; start < BLOCK; start += wide * LANES) {
         Floats sum[GROUP][8];
@@ -777,8 +779,8 @@ typedef struct {
     float largest;              // of the rough logits
 } Shortlist;
 
-// n_embd tokens: the logits of the likely ones become exact, as dot products of h and their embeddings, which
-// are rows, so that each can be read alone
+// for n_embd tokens of the vocabulary: makes the logits of the likely ones exact, as dot products of h and
+// their embeddings, each of which is a row that can be read alone
 static void shortlist_task(const void *argument, Worker *me, size_t task) {
     const Shortlist *list = argument;
     const Model *m = list->model;
@@ -795,8 +797,7 @@ static void shortlist_task(const void *argument, Worker *me, size_t task) {
     me->active[0] += (int64_t)(rows.n * d);
 }
 
-// computes the logits of likely tokens again, with all of their weights, and returns how many weights these
-// are; for INT8, changes h
+// makes the logits of all likely tokens exact; returns how many weights that took. Changes h, for INT8
 static int64_t shortlist(Team *team, const Model *m, float *h, float *logits) {
     for (size_t i = 0; m->dtype == INT8 && i < m->n_embd; i++) h[i] *= m->embedding_column_scale[i];
     Shortlist list = {.model = m, .h = h, .logits = logits, .largest = maximum(logits, m->vocab_size)};
@@ -832,6 +833,7 @@ int decode(Team *team, const Model *m, const State *s, const uint32_t *tokens, s
 
     size_t d = m->n_embd, n_qkv = d + 2 * m->n_kv_head * head_dim(m), row = 4 * m->n_layer + 1;
     size_t groups = m->n_kv_head * ceil_div(m->n_head / m->n_kv_head, GROUP);       // of query heads
+    const Matrix *last = m->basis.n_in ? &m->basis : &m->head;
     int gpt2 = m->arch == GPT2;
     Step step = {.model = m, .state = s, .count = count, .position = position,
                  .kv_dtype = m->dtype == F32 ? F32 : BF16};
@@ -839,7 +841,7 @@ int decode(Team *team, const Model *m, const State *s, const uint32_t *tokens, s
 
     for (; step.layer < m->n_layer; step.layer++) {
         const Layer *l = &m->layers[step.layer];
-        const Matrix *after = step.layer + 1 < m->n_layer ? &l[1].qkv : m->basis.n_in ? &m->basis : &m->head;
+        const Matrix *after = step.layer + 1 < m->n_layer ? &l[1].qkv : last;
         int64_t *used = active + 4 * step.layer;        // (count, 4), `row` numbers apart
 
         // x += attention(norm(x))
