@@ -1,7 +1,7 @@
 """
 Decodes one token at a time through the C kernel, reading only the weights that the token uses.
 
-    model, _ = load_checkpoint('out/best.pt')
+    model, _ = load_checkpoint('out/best.safetensors')
     decoder = Decoder(model, dtype='bf16', threads=2)
     logits, active = decoder.prefill(tokens)        # a prompt: active (T, M), the weights used of each matrix
     logits, active = decoder.step(token)            # one token more: active (M)
