@@ -296,14 +296,6 @@ def load_checkpoint(path, device='cpu', base=None, merge=True):
     return model.eval(), saved
 
 
-def load_teacher(teacher, tensors):
-    """The same for a teacher, from saved['teacher']."""
-    check_form(tensors, teacher.state_dict())
-    if not all(map(is_finite, tensors.values())):
-        raise ValueError('a teacher with numbers that are not finite')
-    teacher.load_state_dict(tensors)
-
-
 def load_optimizer(model, optimizer, tensors):
     """
     Puts what save_checkpoint wrote of an optimizer's state into a new one, an AdamW for this model. tensors:
@@ -325,3 +317,11 @@ def load_optimizer(model, optimizer, tensors):
     state = {i: {key: tensors[f'{name}.{key}'].clone() for key in ADAM}
              for i, name in enumerate(trained) if name in found}
     optimizer.load_state_dict({'state': state, 'param_groups': optimizer.state_dict()['param_groups']})
+
+
+def load_teacher(teacher, tensors):
+    """The same for a teacher, a dense model: its weights, from saved['teacher']."""
+    check_form(tensors, teacher.state_dict())
+    if not all(map(is_finite, tensors.values())):
+        raise ValueError('a teacher with numbers that are not finite')
+    teacher.load_state_dict(tensors)

@@ -355,8 +355,8 @@ def gguf_config(metadata, tensors):
 # -----------------------------------------------------------------------------
 # loading
 
-CONVERT = ('python -c "import torch, checkpoint; checkpoint.write_safetensors(\'model.safetensors\', '
-           'torch.load(\'pytorch_model.bin\', weights_only=True, map_location=\'cpu\'))"')
+CONVERT = ('python -c "import torch, checkpoint; checkpoint.write_safetensors(\'{0}/model.safetensors\', '
+           'torch.load(\'{0}/pytorch_model.bin\', weights_only=True, map_location=\'cpu\'))"')
 
 
 def load_folder(folder):
@@ -370,7 +370,8 @@ def load_folder(folder):
     with reading(folder):
         file = next((file for file in readers if file in files), None)
         if file is None and 'pytorch_model.bin' in files:
-            raise WeightsError(f'pytorch_model.bin is a pickle, which is not read; convert it: {CONVERT}')
+            raise WeightsError('pytorch_model.bin is a pickle, which is not read; convert it here with: '
+                               + CONVERT.format(folder))
         if file is None:
             raise WeightsError(f'no weights beside config.json: put {" or ".join(readers)} there')
         alone = config.arch == 'gpt2' and not files & {'tokenizer.json', 'vocab.json', 'encoder.json'}
