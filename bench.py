@@ -3,12 +3,12 @@ How fast the kernel is, against the memory it reads from and against others.
 
     python bench.py decode                          # tokens/s, beside PyTorch with dense weights
     python bench.py decode --llama_bench PATH --gguf f32.gguf,q8_0.gguf         # and beside llama.cpp
-    python bench.py decode --model adapters/smollm2.pt      # a real model, reading real text
+    python bench.py decode --model adapters/smollm2.safetensors      # a real model, reading real text
     python bench.py decode --stripe 64,320,matrix   # what wider stripes gain; the last: one to a matrix
     python bench.py probe                           # what bounds decoding: rows alone, and a token's time
     python bench.py prefill                         # prompts of several lengths: time to the first token
     python bench.py train                           # training steps, on one GPU or several: bench_train.py
-    python bench.py loss --model out/best.pt        # what narrower weights cost in validation loss
+    python bench.py loss --model out/best.safetensors        # what narrower weights cost in validation loss
 
 Decoding waits for weights, and memory's speed swings as neighbours come and go. So all cases take turns in
 rounds, each with a probe of the bandwidth just before and just after it; every round has a text of its own;
@@ -81,8 +81,8 @@ SHAPES = {                      # in stripes as weights.py cuts the released mod
 class BenchConfig:
     """Measures speed: of the kernel, decoding, reading prompts, training; or what narrow weights cost."""
     what: tuple = option((), 'decode, probe, prefill, train or loss')
-    model: str = option('', f'{", ".join(SHAPES)}, or all that weights.py loads: smollm2, out/best.pt, ...; '
-                        'left out: gpt2-shape, for train its default model, for loss out/best.pt')
+    model: str = option('', f'{", ".join(SHAPES)}, or all that weights.py loads: smollm2, a checkpoint, ...; '
+                        'left out: gpt2-shape, for train its default model, for loss out/best.safetensors')
     stripe: str = option('', 'decode, prefill: columns in the stripes of a shape, or matrix, for one stripe '
                          'to each; left out: as in the released model')
     reductions: str = option('1,2,3,4,6', 'dense / active weights, for shapes')
@@ -588,7 +588,7 @@ def measure_loss(config):
     the kernel; of an adapter also KL(base || model) and how often both find the same token likeliest.
     """
     threads, rows = max(listed('threads', config.threads, most=1024)), []
-    model, saved = weights.load(config.model or 'out/best.pt')
+    model, saved = weights.load(config.model or 'out/best.safetensors')
     options = saved.get('options') or {}
     length = min(options.get('block_size', 512), model.config.block_size)
     text, meta = read_dataset(config.data or options.get('data', 'python'), saved, length)

@@ -5,7 +5,7 @@ Talk to a CWIC model and see where its compute goes, while it happens.
     python chat.py --prompt "Why is the sky blue?"      # one reply
     python chat.py --json < prompts.txt                 # one reply to each line, as JSON, for scripts
 
-The model is your own out/best.pt where there is one, else SmolLM2-135M-Instruct; --ckpt takes all that
+The model is your own out/best.safetensors if there is one, else SmolLM2-135M-Instruct; --ckpt takes all that
 weights.py can load. Each token stands on the colour of what the pass over it computed, shown once it is done.
 Where stdout is not a terminal it gets the replies and nothing else; remarks go to stderr.
 
@@ -43,8 +43,8 @@ try:
 except ImportError:     # Windows has none: typing works, without editing
     readline = None
 
-OWN = ('out/best.pt', 'out/last.pt')                # the first that exists
-ADAPTER = Path(__file__).parent / 'adapters' / 'smollm2.pt'
+OWN = ('out/best.safetensors', 'out/last.safetensors')                # the first that exists
+ADAPTER = Path(__file__).parent / 'adapters' / 'smollm2.safetensors'
 NEED_A_REPLY = ('retry', 'dense', 'layers', 'tokens', 'save', 'plot')
 SETTABLE = ('temperature', 'top_k', 'top_p', 'min_p', 'seed', 'max_tokens', 'stop', 'system', 'turn_template')
 CHOICES = {'dtype': ('auto', 'f32', 'bf16', 'int8'), 'color': ('auto', 'truecolor', '256', 'none'),

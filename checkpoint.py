@@ -1,34 +1,136 @@
 """
-Checkpoints: a model in one file of plain tensors and plain values.
+Checkpoints: a model in one safetensors file, which holds no code and runs none.
 
-    save_checkpoint('model.pt', model, step=600)
-    model, saved = load_checkpoint('model.pt')          # saved['step'] is 600
+    save_checkpoint('model.safetensors', model, step=600)
+    model, saved = load_checkpoint('model.safetensors')          # saved['step'] is 600
 
-    save_checkpoint('adapter.pt', adapted, base='model.pt')         # see cwic.add_adapters
-    adapted, saved = load_checkpoint('adapter.pt', base=lambda name: load_checkpoint(name)[0])
+    save_checkpoint('adapter.safetensors', adapted, base='smollm2', base_sha256=weights_sha256(base_model))
+    adapted, saved = load_checkpoint('adapter.safetensors', base=lambda name: weights.load(name)[0])
 
-A file holds a dict: 'model', the tensors by name; 'config', the sizes; and whatever else it is given. An
-adapter's holds only the tensors in which it differs from its base, and the name of that: thresholds,
-statistics, the low-rank change of each matrix, and directions that were found for what a layer reads.
+The file: 8 bytes with the length of a header, the header in JSON, which says where each tensor lies, and the
+tensors. They are the model's, by name, and in what a run resumes from also optimizer.NAME.exp_avg and the
+like, and teacher.NAME. All else (the config, the tokenizer, results, ...) is one JSON text in the header.
 
-A file is written whole or not at all. No code in it is run, and no length or size in it is trusted.
+An adapter (see cwic.add_adapters) holds only the tensors in which it differs from its base, the name of that,
+and a hash of its weights.
 
-Not here: checkpoints in several files; files of other people's models, which are weights.py's, as is the
-search for the base that an adapter names.
+A file is written whole or not at all. Every name, size and number in it is checked before it is used.
+
+Not here: checkpoints in several files; the search for the base that an adapter names, which is in weights.py.
 """
 
-import os
-import zipfile
+import hashlib
+import json
+import math
+import mmap
+from contextlib import contextmanager
 from dataclasses import asdict
 
 import torch
 
-from cwic import GPT, CWICConfig, add_adapters, in_bases, merge_adapters
-from files import write_atomically
+from cwic import GPT, CWICConfig, add_adapters, in_bases, is_threshold, merge_adapters
+from files import open_regular, write_atomically
+
+DTYPES = {'F64': torch.float64, 'F32': torch.float32, 'F16': torch.float16, 'BF16': torch.bfloat16,
+          'I64': torch.int64, 'I32': torch.int32, 'I16': torch.int16, 'I8': torch.int8, 'U8': torch.uint8,
+          'BOOL': torch.bool}
+LONGEST_HEADER = 100_000_000        # bytes, as the format has it
+KEY = 'cwic'                        # of our JSON text in the header
+PARTS = ('optimizer', 'teacher')    # first words of the names of tensors that are not the model's
+ADAM = ('step', 'exp_avg', 'exp_avg_sq')
+# what is raised if a file holds something else than it should
+WRONG = (LookupError, ValueError, TypeError, AttributeError, ArithmeticError, RuntimeError)
 
 
 class CheckpointError(Exception):
-    """A checkpoint that cannot be used, said in one line."""
+    """A checkpoint that cannot be used or written; the message is one line for the user."""
+
+
+# -----------------------------------------------------------------------------
+# the format, whoever wrote the file
+
+
+def parse_json(text):
+    """JSON without the freedoms that Python takes. Raises ValueError for a key twice, NaN or infinity."""
+    def unique(pairs):
+        if len(dict(pairs)) < len(pairs):
+            raise ValueError('a key is there twice')
+        return dict(pairs)
+
+    def finite(number):
+        if not math.isfinite(float(number)):
+            raise ValueError(f'{number:.40} is not finite')
+        return float(number)
+
+    return json.loads(text, object_pairs_hook=unique, parse_float=finite, parse_constant=finite)
+
+
+def map_file(path):
+    """A file's bytes, not read until used -> an mmap, which has read() as files do, and a uint8 tensor."""
+    with open_regular(path) as file:
+        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+    return mapped, torch.frombuffer(mapped, dtype=torch.uint8)
+
+
+def read_safetensors(path):
+    """-> {name: tensor}, whose numbers stay in the file until used; and the metadata, a dict of strings."""
+    mapped, data = map_file(path)
+    length = int.from_bytes(mapped[:8], 'little')
+    start = end = 8 + length
+    if not 0 < length <= LONGEST_HEADER or start > len(mapped) or mapped[8:9] != b'{':
+        raise ValueError(f'a header of {length:,} bytes in a file of {len(mapped):,}')
+    header, tensors = parse_json(mapped[8:start].decode('utf-8')), {}
+    metadata = header.pop('__metadata__', {})
+    if not all(type(value) is str for value in metadata.values()):
+        raise ValueError('metadata that is not text')
+    for name, entry in sorted(header.items(), key=lambda item: item[1]['data_offsets']):
+        kind, shape, offsets = (entry[key] for key in ('dtype', 'shape', 'data_offsets'))
+        if kind not in DTYPES:
+            raise CheckpointError(f'{name!r:.80} holds {kind!r:.40}, which is not supported')
+        if [type(number) for number in shape + offsets] != [int] * (len(shape) + 2) or len(shape) > 8:
+            raise ValueError(f'{name!r:.80} has the shape {shape!r:.80}, the place {offsets!r:.80}')
+        # each begins where the last one ends: no gap between two tensors, and no byte in both
+        free, begin, end = end, *(start + offset for offset in offsets)
+        if begin != free:
+            raise ValueError(f'{name!r:.80} begins at byte {begin:,}, not {free:,}')
+        if end > len(mapped):
+            raise ValueError(f'{name!r:.80} ends at byte {end:,} of a file of {len(mapped):,}')
+        # an empty tensor may not have dimensions beyond 64 bits either
+        if min(shape, default=1) < 0 or math.prod(size or 1 for size in shape) >= 2 ** 60 \
+                or end - begin != math.prod(shape) * DTYPES[kind].itemsize:
+            raise ValueError(f'{name!r:.80}: {end - begin:,} bytes do not make {kind} {shape!r:.80}')
+        numbers = data[begin:end]
+        if begin % DTYPES[kind].itemsize:       # in a file that is allowed, in memory it is not
+            numbers = torch.from_numpy(numbers.numpy().copy())
+        tensors[name] = numbers.view(DTYPES[kind]).view(shape)
+    if end != len(mapped):
+        raise ValueError(f'{len(mapped) - end:,} bytes that belong to no tensor')
+    return tensors, metadata
+
+
+def write_safetensors(path, tensors, metadata=None):
+    """Writes {name: tensor} and metadata, a dict of str, atomically, one tensor at a time. Raises OSError."""
+    names, header, end = {dtype: name for name, dtype in DTYPES.items()}, {}, 0
+    # the widest numbers first, so that all are aligned
+    tensors = dict(sorted(tensors.items(), key=lambda item: -item[1].itemsize))
+    if metadata:
+        header['__metadata__'] = metadata
+    for name, x in tensors.items():
+        begin, end = end, end + x.nbytes
+        header[name] = {'dtype': names[x.dtype], 'shape': list(x.shape), 'data_offsets': [begin, end]}
+    text = json.dumps(header).encode()
+    text += b' ' * (-len(text) % 8)
+
+    def write(file):
+        file.write(len(text).to_bytes(8, 'little') + text)
+        for x in tensors.values():
+            file.write(x.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+
+    write_atomically(path, write)
+
+
+# -----------------------------------------------------------------------------
+# checkpoints
 
 
 def in_int8(name, tensor):
@@ -40,91 +142,186 @@ def in_int8(name, tensor):
     return {name: (tensor / scale).round().to(torch.int8), f'{name}.scale': scale}
 
 
-def save_checkpoint(path, model, narrow=False, **more):
+def weights_sha256(model):
     """
-    Writes {'model', 'config', **more} to path, atomically. With base=NAME what is frozen is left out:
-    load_checkpoint takes it from that base. narrow: adapters in int8. Raises CheckpointError where a number
-    is not finite or the disk does not take it.
+    A hash of a model's weights, less thresholds and adapters: SHA-256 of their names, shapes and numbers in
+    bf16, in the order of their names. Differences too small for bf16 go unseen; it takes half the time.
     """
-    frozen = {name for name, p in model.named_parameters() if not p.requires_grad and 'base' in more}
-    state = {name: tensor for name, tensor in model.state_dict().items() if name not in frozen}
-    if not all(bool(torch.isfinite(tensor).all()) for tensor in state.values()):
-        raise CheckpointError(f'{path} is not written: the model holds numbers that are not finite')
-    for name in [name for name in state if narrow and '.adapter' in name]:
-        state.update(in_int8(name, state[name]))
+    digest = hashlib.sha256()
+    for name, p in sorted(model.named_parameters()):
+        if not is_threshold(name) and '.adapter' not in name:
+            digest.update(f'{name} {list(p.shape)}\n'.encode())
+            digest.update(p.detach().cpu().bfloat16().view(torch.int16).numpy())
+    return digest.hexdigest()
+
+
+def is_finite(x):
+    return bool(torch.isfinite(torch.stack(x.aminmax())).all())     # faster than to ask of each number
+
+
+def save_checkpoint(path, model, narrow=False, optimizer=None, teacher=None, **facts):
+    """
+    Writes the model, its config and facts, which JSON can hold, atomically; for a run to resume from also the
+    state of its optimizer, an AdamW, and its teacher. With facts base=NAME and base_sha256 what is frozen is
+    left out: load_checkpoint takes it from that base. narrow: adapters in int8. Raises CheckpointError if a
+    number is not finite or the disk does not take it.
+    """
+    frozen = {name for name, p in model.named_parameters() if not p.requires_grad and 'base' in facts}
+    tensors = {name: tensor for name, tensor in model.state_dict().items() if name not in frozen}
+    for name in [name for name in tensors if narrow and '.adapter' in name]:
+        tensors.update(in_int8(name, tensors[name]))
+    for name, p in model.named_parameters() if optimizer else ():
+        tensors.update({f'optimizer.{name}.{key}': x for key, x in optimizer.state.get(p, {}).items()})
+    for name, x in teacher.state_dict().items() if teacher else ():
+        tensors[f'teacher.{name}'] = x
     try:
-        content = {'model': state, 'config': asdict(model.config), **more}
-        write_atomically(path, lambda file: torch.save(content, file))
-    except (OSError, RuntimeError) as error:        # torch says "unexpected pos" of a full disk
-        reason = getattr(error, 'strerror', None) or 'the disk may be full'
-        raise CheckpointError(f'{path} cannot be written ({reason}); what stood there is whole') from None
+        text = json.dumps({'config': asdict(model.config), **facts}, allow_nan=False)
+        if not all(map(is_finite, tensors.values())):
+            raise ValueError
+        write_safetensors(path, tensors, {KEY: text})
+    except ValueError:
+        raise CheckpointError(f'{path} is not written: it holds numbers that are not finite') from None
+    except OSError as error:
+        raise CheckpointError(f'{path} cannot be written ({error.strerror}); the old file is whole') from None
 
 
-def build(config, state, rank=0):
-    """
-    A model in eval mode made of state, a dict of tensors, without copying them; rank: of its adapters, or 0.
-    Shapes are compared first, on a model that takes no memory: lies about sizes cost nothing. Raises
-    ValueError.
-    """
-    if config.n_layer > len(state):
-        raise ValueError(f'{config.n_layer} layers cannot be made of {len(state)} tensors')
-    with torch.device('meta'):
-        model = GPT(config)
-        if rank:
-            add_adapters(model, rank)
-    expected, found = ({name: (tensor.shape, tensor.dtype, tensor.layout) for name, tensor in tensors.items()}
-                       for tensors in (model.state_dict(), state))
-    for name in expected.keys() | found.keys():
-        if expected.get(name) != found.get(name):
-            raise ValueError(f'{name} is missing, unexpected, or of the wrong shape or type')
-    model.load_state_dict(state, assign=True)
-    return model.eval()
-
-
-def load_checkpoint(path, device='cpu', base=None, merge=True):
-    """
-    (model in eval mode, the checkpoint's dict). Runs no code from the file. Raises CheckpointError, in one
-    line, where the file is missing, truncated, or not one of ours.
-
-    An adapter holds only what differs from its base, named in saved['base']: base(name) must give that model.
-    It is merged, or with merge=False left apart, to be trained on.
-    """
-    damaged = f'{path}: not a CWIC checkpoint, or a damaged one'
+@contextmanager
+def checking(path):
+    """Whatever is wrong with a file becomes a CheckpointError of one line that names the file."""
     try:
-        with open(path, 'rb') as file:
-            # a compressed archive could unfold to anything; torch writes none
-            if any(entry.compress_type != zipfile.ZIP_STORED for entry in zipfile.ZipFile(file).infolist()):
-                raise ValueError('compressed')
-            file.seek(0)
-            saved = torch.load(file, map_location=device, weights_only=True)
-        adapts, config, state = saved.get('base', ''), CWICConfig(**saved['config']), dict(saved['model'])
-        # a tensor may be a view that repeats one number for ever, or hold none at all
-        tensors = state.values()
-        if sum(t.nbytes for t in tensors) > os.path.getsize(path) or any(t.is_meta for t in tensors):
-            raise ValueError('more numbers than the file holds')
-        if not isinstance(adapts, str):
-            raise TypeError('a base that is no name')
-        rank = state['head.adapter.A'].shape[1] if adapts else 0
-        scales = {name: state.pop(name) for name in list(state) if name.endswith('.scale')}
-        for name, scale in scales.items():
-            name = name.removesuffix('.scale')
-            state[name] = state[name].float().mul_(scale)
+        yield
+    except CheckpointError as error:
+        raise CheckpointError(f'{path}: {error}') from None
     except FileNotFoundError:
         raise CheckpointError(f'{path}: no such checkpoint; train one with: python train.py') from None
     except OSError as error:
         raise CheckpointError(f'{path}: cannot be read ({error.strerror})') from None
-    except Exception as error:      # torch.load raises a dozen kinds: truncated, foreign, malicious
-        raise CheckpointError(f'{damaged} ({type(error).__name__})') from None
-    if adapts:
+    except WRONG as error:
+        reason = ' '.join(f'{type(error).__name__}: {error}'.split())[:200]
+        raise CheckpointError(f'{path}: not a CWIC checkpoint, or a damaged one ({reason})') from None
+
+
+def check_form(found, expected):
+    """Raises ValueError unless two dicts of tensors have the same names, shapes and types."""
+    for name in sorted(expected.keys() | found.keys()):
+        forms = [(x.dtype, tuple(x.shape)) for x in (found.get(name), expected.get(name)) if x is not None]
+        if len(forms) < 2:
+            raise ValueError(f'{name:.80} is missing' if name in expected else f'{name:.80} is unexpected')
+        if forms[0] != forms[1]:
+            raise ValueError(f'{name:.80} is {forms[0]!s:.80} where {forms[1]!s:.80} belongs')
+
+
+def read_checkpoint(path):
+    """
+    -> (config, the model's tensors, what else the file says): that also holds the tensors of 'optimizer' and
+    'teacher', a dict each. All of them stay in the file. Call it within checking().
+    """
+    with open_regular(path) as file:
+        if file.read(4) == b'PK\x03\x04':
+            raise CheckpointError('an old .pt file; the last version that reads it: git checkout 9a36bf1')
+    tensors, metadata = read_safetensors(path)
+    if KEY not in metadata:
+        raise CheckpointError("not a CWIC checkpoint; for other people's weights name the folder, which also "
+                              'holds config.json and a tokenizer')
+    saved = parse_json(metadata[KEY])
+    for part in PARTS:
+        saved[part] = {name.removeprefix(f'{part}.'): tensors.pop(name) for name in list(tensors)
+                       if name.startswith(f'{part}.')}
+    if type(saved.get('base', '')) is not str or type(saved.get('options', {})) is not dict:
+        raise TypeError('a base that is no name, or options that are none')
+    sizes = saved['config']
+    return CWICConfig(**{**sizes, 'rope_scaling': tuple(sizes['rope_scaling'])}), tensors, saved
+
+
+def model_of_form(config, tensors, rank):
+    """
+    A model without memory, for these tensors; rank: of its adapters, or 0. Raises ValueError unless they fit:
+    lies about sizes cost nothing.
+    """
+    if config.n_layer > len(tensors):
+        raise ValueError(f'{config.n_layer} layers cannot be made of {len(tensors)} tensors')
+    with torch.device('meta'):
+        model = GPT(config)
+        if rank:
+            add_adapters(model, rank)
+        expected = model.state_dict()
+        for name in [name for name in expected if '.adapter' in name and f'{name}.scale' in tensors]:
+            rows, columns = expected[name].shape
+            expected[name] = torch.empty(rows, columns, dtype=torch.int8)
+            expected[f'{name}.scale'] = torch.empty((rows, 1) if name.endswith('.B') else (1, columns))
+    check_form(tensors, expected)
+    return model
+
+
+def load_checkpoint(path, device='cpu', base=None, merge=True):
+    """
+    (model in eval mode, what else the file says, a dict). Raises CheckpointError, in one line, if the file is
+    missing, damaged, or not one of ours.
+
+    An adapter holds only what differs from its base, named in saved['base']: base(name) must give that model.
+    It is merged, or with merge=False left apart, to be trained on.
+    """
+    with checking(path):
+        config, tensors, saved = read_checkpoint(path)
+    frozen, rank = {}, 0
+    if 'base' in saved:
         if base is None:
-            raise CheckpointError(f'{path}: an adapter, which needs its base {adapts!r}')
-        frozen = base(adapts).to(device).state_dict()
+            raise CheckpointError(f'{path}: an adapter, which needs its base {saved["base"]!r:.80}')
+        dense = base(saved['base'])
+        if weights_sha256(dense) != saved.get('base_sha256'):
+            raise CheckpointError(f'{path}: its base {saved["base"]!r:.80} holds other weights than it was '
+                                  'trained on; put those back')
+        frozen = dense.state_dict()
+    with checking(path):
+        if frozen:
+            rank = tensors['head.adapter.A'].shape[1]
+        model = model_of_form(config, {**frozen, **tensors}, rank)
     try:
-        if adapts:
-            state = {**{name: in_bases(name, x, state, config) for name, x in frozen.items()}, **state}
-        model = build(config, state, rank)
-    except Exception as error:      # as many kinds for sizes that no model has
-        raise CheckpointError(f'{damaged} ({type(error).__name__})') from None
-    if merge:
-        merge_adapters(model)
-    return model, saved
+        state = {name: x.to(device, copy=True) for name, x in tensors.items() if not name.endswith('.scale')}
+        for name in [name for name in state if f'{name}.scale' in tensors]:
+            state[name] = state[name].float().mul_(tensors[f'{name}.scale'].to(device))
+        for name in frozen.keys() - state.keys():
+            state[name] = in_bases(name, frozen[name], state, config).to(device)
+        bad = next((name for name, x in state.items() if not is_finite(x)), None)
+        model.load_state_dict(state, assign=True)
+        if merge and not bad:
+            merge_adapters(model)
+    except torch.linalg.LinAlgError:
+        raise CheckpointError(f'{path}: damaged, its bases have no inverse') from None
+    except (MemoryError, RuntimeError) as error:        # of torch's allocator: all else has been checked
+        reason = ' '.join(str(error).split())[:200]
+        raise CheckpointError(f'{path}: not enough memory for this model ({reason})') from None
+    if bad:
+        raise CheckpointError(f'{path}: damaged, {bad} holds a number that is not finite')
+    return model.eval(), saved
+
+
+def load_optimizer(model, optimizer, tensors):
+    """
+    Puts what save_checkpoint wrote of an optimizer's state into a new one, an AdamW for this model. tensors:
+    saved['optimizer']. Raises ValueError unless they fit: torch itself would not notice, and write beyond
+    their ends.
+    """
+    names = {p: name for name, p in model.named_parameters()}
+    trained = {names[p]: p for group in optimizer.param_groups for p in group['params']}
+    found = {name.rpartition('.')[0] for name in tensors}
+    # before the first step there is none, and thresholds have none before sparsity begins
+    if found not in (set(), {name for name in trained if not is_threshold(name)}, set(trained)):
+        raise ValueError("Adam's state is that of other parameters")
+    check_form(tensors, {f'{name}.{key}': torch.zeros(()) if key == 'step' else trained[name]
+                         for name in found for key in ADAM})
+    for name, x in tensors.items():
+        least = {'step': 1.0, 'exp_avg_sq': 0.0}.get(name.rpartition('.')[2], -math.inf)
+        if not is_finite(x) or float(x.min()) < least:
+            raise ValueError(f'optimizer.{name} holds a number that is not finite, or too small')
+    state = {i: {key: tensors[f'{name}.{key}'].clone() for key in ADAM}
+             for i, name in enumerate(trained) if name in found}
+    optimizer.load_state_dict({'state': state, 'param_groups': optimizer.state_dict()['param_groups']})
+
+
+def load_teacher(teacher, tensors):
+    """The same for a teacher, a dense model: its weights, from saved['teacher']."""
+    check_form(tensors, teacher.state_dict())
+    if not all(map(is_finite, tensors.values())):
+        raise ValueError('a teacher with numbers that are not finite')
+    teacher.load_state_dict(tensors)

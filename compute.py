@@ -1,8 +1,8 @@
 """
 What gets compute: which tokens, where in the text, in which matrices, and what it is good for.
 
-    python compute.py out/best.pt
-    python compute.py adapters/smollm2.pt --dialogues --picture assets/tokens.png     # minutes on two cores
+    python compute.py out/best.safetensors
+    python compute.py adapters/smollm2.safetensors --dialogues --picture assets/tokens.png     # some minutes
 
 Reads validation text and asks of every token what share of the weights the pass over it used, what the model
 knew by then, and how much better the prediction would have been with every weight. Every weight means the
@@ -36,7 +36,7 @@ from tokenizer import load_tokenizer
 @dataclass
 class ComputeConfig:
     """Which tokens of validation text get compute, where, and in which matrices."""
-    checkpoint: tuple = option((), 'a checkpoint or an adapter (out/best.pt)')
+    checkpoint: tuple = option((), 'a checkpoint or an adapter (out/best.safetensors)')
     data: str = option('', 'folder in data/; without it, the one the checkpoint was trained with')
     dialogues: bool = option(False, "of a chat model's text, only windows that begin with its template")
     windows: int = option(64, 'windows of text', at_least=1)
@@ -225,7 +225,7 @@ def show(found, kinds, pieces, matrices):
 
 def main():
     config, _ = parse_options(ComputeConfig, 'python compute.py')
-    path = config.checkpoint[0] if config.checkpoint else 'out/best.pt'
+    path = config.checkpoint[0] if config.checkpoint else 'out/best.safetensors'
     if len(config.checkpoint) > 1:
         fail('give one checkpoint')
     if config.picture:

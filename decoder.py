@@ -1,7 +1,7 @@
 """
 Decodes through the C kernel, one token at a time, reading only the weights that the token uses.
 
-    model, _ = load_checkpoint('out/best.pt')
+    model, _ = load_checkpoint('out/best.safetensors')
     decoder = Decoder(model, dtype='bf16', threads=2)
     logits, active = decoder.prefill(tokens)        # a prompt: active (T, M), the weights used of each matrix
     logits, active = decoder.step(token)            # one more token: active (M)

@@ -1,11 +1,12 @@
 """
 How good a model is, at what compute, and how close to its dense teacher.
 
-    python evaluate.py out/best.pt                          # on the validation split it was trained with
-    python evaluate.py out/best.pt --dense                  # the same model with every weight
-    python evaluate.py adapters/smollm2.pt --text FILE      # on a text file of yours
-    python evaluate.py adapters/smollm2.pt --blimp FILE     # grammar: 67 paradigms of 1,000 pairs
-    python evaluate.py adapters/smollm2.pt --questions data/questions.txt   # on its base's answers to people
+    python evaluate.py out/best.safetensors                 # on the validation split it was trained with
+    python evaluate.py out/best.safetensors --dense         # the same model with every weight
+    python evaluate.py adapters/smollm2.safetensors --text FILE     # on a text file of yours
+    python evaluate.py adapters/smollm2.safetensors --blimp FILE    # grammar: 67 paradigms of 1,000 pairs
+    # on its base's answers to people
+    python evaluate.py adapters/smollm2.safetensors --questions data/questions.txt
 
 An adapter is also compared with its base, the dense model it learned from. Every token counts, the LM head's
 compute included, and every token is as sparse as it is in decoding; all in f32.
@@ -48,7 +49,8 @@ LONGEST_ANSWER = 90     # tokens
 @dataclass
 class EvaluateConfig:
     """Validation loss, reduction, spread of compute, distance to the dense teacher, BLiMP."""
-    checkpoint: tuple = option((), 'what weights.load takes: a checkpoint, an adapter, a name (out/best.pt)')
+    checkpoint: tuple = option((), 'what weights.load takes: a checkpoint, an adapter, a name '
+                               '(out/best.safetensors)')
     json: bool = option(False, 'print one JSON object')
     dense: bool = option(False, 'use every weight')
     data: str = option('', 'folder in data/, or a mix of several, whose validation split is read; else what '
@@ -285,7 +287,7 @@ def main():
         fail('give one checkpoint')
     if config.only not in ('', 'dialogues', 'documents'):
         fail(f'--only {config.only}: choose dialogues or documents')
-    path = config.checkpoint[0] if config.checkpoint else 'out/best.pt'
+    path = config.checkpoint[0] if config.checkpoint else 'out/best.safetensors'
     device, start = choose_device(config.device), time.time()
     try:
         model, saved = weights.load(path)
@@ -297,7 +299,8 @@ def main():
         compared = saved.get('base') and not config.blimp
         teacher = weights.load(saved['base'])[0].to(device) if compared else None
         if config.questions and (teacher is None or 'template' not in spec):
-            fail(f'--questions: {path} is no adapter of a chat model; give one, such as adapters/smollm2.pt')
+            fail(f'--questions: {path} is no adapter of a chat model; give one, such as '
+                 'adapters/smollm2.safetensors')
         if config.questions:
             results = compare_answers(model, teacher, spec, encoding, read_questions(config.questions))
         elif config.blimp:

@@ -2,7 +2,7 @@
 The other ways to skip: a survey of what CWIC builds on and is compared with, each in a few lines.
 
     python baselines.py compare         # how good they are; baselines.py says more
-    model, saved = weights.load('out/dense/best.pt')
+    model, saved = weights.load('out/dense/best.safetensors')
     calibrate(model, (tokens,), dict.fromkeys(gates(model), 0.5))       # TEAL at 2x, on tokens (B, T)
 
 Begin at the end, with METHODS: the idea of each, its paper, where it breaks. Nearly every one is the layer of

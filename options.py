@@ -92,6 +92,27 @@ def read_value(option, text):
     return value
 
 
+def check_value(option, value):
+    """What a typed value, from a preset or a checkpoint, gives to an option. Raises ValueError likewise."""
+    needed, types = KINDS[option.type]
+    if type(value) not in types:
+        raise ValueError(f'must be {needed}, not {value!r:.80}')
+    return read_value(option, str(value))
+
+
+def check_options(cls, values):
+    """An instance of the dataclass cls, from {name: value} of all its options. Raises ValueError."""
+    options, checked = {f.name: f for f in fields(cls)}, {}
+    for name in sorted(options.keys() ^ values.keys()):
+        raise ValueError(f'{name:.80} is ' + ('missing' if name in options else 'no option'))
+    for name, value in values.items():
+        try:
+            checked[name] = check_value(options[name], value)
+        except ValueError as error:
+            raise ValueError(f'{name} {error}') from None
+    return cls(**checked)
+
+
 def unknown(name, names):
     near = difflib.get_close_matches(name, names, n=1, cutoff=0.4)
     return f'unknown option {name}' + (f'; did you mean {near[0]}?' if near else '; see --help')
@@ -110,11 +131,8 @@ def read_preset(path, options):
     for name, value in preset.items():
         if name not in options:
             fail(f'preset {path}: {unknown(name, options)}')
-        needed, types = KINDS[options[name].type]
-        if type(value) not in types:
-            fail(f'preset {path}: {name} must be {needed}, not {value!r}')
         try:
-            values[name] = read_value(options[name], str(value))
+            values[name] = check_value(options[name], value)
         except ValueError as error:
             fail(f'preset {path}: {name} {error}')
     return values

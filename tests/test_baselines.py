@@ -40,7 +40,7 @@ def setting(tmp_path_factory):
         meta.update({f'{split}_tokens': 3000, f'{split}_bytes': 3000})
     (folder / 'meta.json').write_text(json.dumps(meta), encoding='utf-8')
     options = train.TrainConfig(**{**SIZES_OF_RUN, 'dense_steps': 3, 'ramp_steps': 1, 'hold_steps': 1})
-    save_checkpoint(folder / 'dense.pt', small_model(thresholds=0.0, **SIZES), tokenizer={'kind': 'bytes'},
+    save_checkpoint(folder / 'dense.safetensors', small_model(thresholds=0.0, **SIZES), tokenizer={'kind': 'bytes'},
                     options=asdict(options), val_loss=5.0)
     (folder / 'recipe.toml').write_text(
         f'data = {str(folder)!r}\nramp_steps = 3\nhold_steps = 9\nblock_size = 16\nbatch_size = 4\n'
@@ -55,7 +55,7 @@ SIZES_OF_RUN = {**{name: value for name, value in SIZES.items() if name != 'voca
 def compare(setting, out, *more):
     """The program, in this process; returns the rows that it leaves, but for what time they took."""
     argv, handler = sys.argv, signal.getsignal(signal.SIGINT)
-    sys.argv = ['baselines.py', 'compare', '--subject', str(setting / 'dense.pt'), '--out', str(out),
+    sys.argv = ['baselines.py', 'compare', '--subject', str(setting / 'dense.safetensors'), '--out', str(out),
                 '--recipe', str(setting / 'recipe.toml'), '--picture', str(out) + '.png', '--device', 'cpu',
                 '--windows', '4', *more]
     try:
@@ -117,7 +117,7 @@ def test_a_smaller_model_is_counted_against_the_dense_one(setting, tmp_path, mon
     monkeypatch.setattr(evaluate, 'measure', lambda model, *args: models.append(model) or measure(model, *args))
     row, = compare(setting, tmp_path / 'out', '--methods', 'smaller dense', '--trained_targets', '2', '--seeds', '1')
     small, dense = (sum(layer.dense for _, layer in model.gated())
-                    for model in (models[-1], weights.load(str(setting / 'dense.pt'))[0]))
+                    for model in (models[-1], weights.load(str(setting / 'dense.safetensors'))[0]))
     assert row['reduction'] == pytest.approx(dense / small) and row['reduction'] >= 2
     assert row['trained_tokens'] == (5 + 12) * 4 * 16       # the dense model's steps, and the recipe's
 
@@ -149,10 +149,10 @@ def test_thresholds_are_set_on_other_text_than_results_are_for(setting, tmp_path
 def test_a_llama_and_an_adapter(setting, tmp_path):
     """As the chat model is compared: matrices frozen, a low-rank change of each learned."""
     dense = small_model('llama', thresholds=0.0, **SIZES)
-    save_checkpoint(tmp_path / 'llama.pt', dense, tokenizer={'kind': 'bytes'})
+    save_checkpoint(tmp_path / 'llama.safetensors', dense, tokenizer={'kind': 'bytes'})
     recipe = (setting / 'recipe.toml').read_text(encoding='utf-8') + 'rank = 2\n'
     (tmp_path / 'rank.toml').write_text(recipe, encoding='utf-8')
-    rows = compare(setting, tmp_path / 'out', '--quick', '--subject', str(tmp_path / 'llama.pt'),
+    rows = compare(setting, tmp_path / 'out', '--quick', '--subject', str(tmp_path / 'llama.safetensors'),
                    '--recipe', str(tmp_path / 'rank.toml'), '--targets', '1.3')
     reasons = {r['method']: r['cannot'] for r in rows if 'cannot' in r}
     assert reasons.keys() == {name for name, method in ALL_METHODS.items() if method.gpt2_only} | {'smaller dense'}
@@ -273,7 +273,7 @@ def test_ablations_alone_have_a_table_and_no_picture(setting, tmp_path, capsys):
 def test_what_a_user_gets_wrong_is_one_line(setting, tmp_path, monkeypatch, capsys):
     compare(setting, tmp_path / 'out', '--methods', 'TEAL', '--targets', '2')
     sparse = small_model(thresholds=1.0, **SIZES)
-    save_checkpoint(tmp_path / 'sparse.pt', sparse, tokenizer={'kind': 'bytes'})
+    save_checkpoint(tmp_path / 'sparse.safetensors', sparse, tokenizer={'kind': 'bytes'})
     (tmp_path / 'foreign').mkdir()
     (tmp_path / 'foreign' / 'rows.jsonl').write_text('hello\n', encoding='utf-8')
     capsys.readouterr()
@@ -282,8 +282,8 @@ def test_what_a_user_gets_wrong_is_one_line(setting, tmp_path, monkeypatch, caps
                             ('out', ['--targets', '0.5'], 'must be such as 2,3'),
                             ('out', ['--windows', '5'], 'with other options'),
                             ('foreign', [], 'not what this program writes'),
-                            ('out', ['--subject', str(tmp_path / 'sparse.pt')], 'is sparse already'),
-                            ('out', ['--subject', str(tmp_path / 'none.pt')], 'no such checkpoint'),
+                            ('out', ['--subject', str(tmp_path / 'sparse.safetensors')], 'is sparse already'),
+                            ('out', ['--subject', str(tmp_path / 'none.safetensors')], 'no such checkpoint'),
                             ('out', ['--picture', 'frontier.foo'], 'must end in .png, .svg or .pdf'),
                             ('out', ['--blimp', str(tmp_path / 'none.jsonl')], 'none.jsonl: No such file'),
                             ('out', ['--recipe', str(tmp_path / 'none.toml')], 'none.toml')):

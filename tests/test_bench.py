@@ -15,7 +15,7 @@ import torch
 
 import bench
 import cwic
-from checkpoint import load_checkpoint, save_checkpoint
+from checkpoint import load_checkpoint, save_checkpoint, weights_sha256
 from data import common
 from options import parse_options
 from test_cwic import BOTH, one_thread, small_model     # noqa: F401  one_thread: a fixture, for all
@@ -50,7 +50,7 @@ def models(tmp_path_factory):
     """{architecture: path of a checkpoint whose tokens are bytes}"""
     paths = {}
     for arch in ('gpt2', 'llama'):
-        paths[arch] = str(tmp_path_factory.mktemp('bench') / f'{arch}.pt')
+        paths[arch] = str(tmp_path_factory.mktemp('bench') / f'{arch}.safetensors')
         model = small_model(arch, block_size=64, vocab_size=257)
         save_checkpoint(paths[arch], model, tokenizer={'kind': 'bytes'})
     return paths
@@ -271,13 +271,14 @@ def test_huge_pages_are_those_of_the_weights(monkeypatch):
 @pytest.fixture(scope='module')
 def adapter(models, tmp_path_factory):
     """An adapter of the Llama, far enough from it."""
-    path = str(tmp_path_factory.mktemp('adapter') / 'adapter.pt')
+    path = str(tmp_path_factory.mktemp('adapter') / 'adapter.safetensors')
     model, _ = load_checkpoint(models['llama'])
     cwic.add_adapters(model, 2)
     with torch.no_grad():
         for layer, name, _ in cwic.adapters(model):
             getattr(layer, name).B.normal_(std=0.05)
-    save_checkpoint(path, model, base=models['llama'], tokenizer={'kind': 'bytes'})
+    save_checkpoint(path, model, base=models['llama'], base_sha256=weights_sha256(model),
+                    tokenizer={'kind': 'bytes'})
     return path
 
 
@@ -332,13 +333,13 @@ def test_loss_is_that_of_the_model(models, data, tmp_path, adapter, kind):
     (['decode', '--llama_bench', '/nowhere/llama-bench', '--gguf', '{tmp}/file'], 2, 'no such program'),
     (['decode', '--gguf', '{tmp}/file'], 2, 'go together'),
     (['decode', '--ctranslate2', '/nowhere'], 2, '/nowhere: no such file'),
-    (['decode', '--model', 'nowhere.pt'], 1, 'nowhere.pt: no such checkpoint'),
+    (['decode', '--model', 'nowhere.safetensors'], 1, 'nowhere.safetensors: no such checkpoint'),
     (['decode', '--model', 'gpt3'], 1, 'gpt3: no such model'),
     (['decode', '--model', os.devnull], 1, os.devnull),
     (['decode', '--model', '{model}', '--tokens', '60'], 2, '--tokens 60'),
     (['decode', '--model', '{model}', '--data', 'nowhere'], 1, 'data/nowhere'),
     (['loss', '--model', '{model}', '--data', 'python'], 1, 'another tokenizer'),
-    (['train', '--model', 'nowhere.pt'], 2, 'gpt2-shape'),
+    (['train', '--model', 'nowhere.safetensors'], 2, 'gpt2-shape'),
     (['train', '--device', 'tpu'], 2, '--device tpu'),
 ])
 def test_what_a_user_gets_wrong_is_one_line(args, code, words, tmp_path, models, monkeypatch):

@@ -36,7 +36,7 @@ import chat
 import cwic
 import plots
 import render
-from checkpoint import load_checkpoint, save_checkpoint
+from checkpoint import load_checkpoint, save_checkpoint, weights_sha256
 from conversation import Conversation, Speller, Token
 from tokenizer import PATTERNS, bpe_spec, dialogue_ids, load_tokenizer, stop_ids, tokenizer_spec
 
@@ -302,7 +302,7 @@ def make_checkpoint(path, spec, vocab_size, **sizes):
 
 @pytest.fixture(scope='module')
 def checkpoint(tmp_path_factory):
-    return make_checkpoint(tmp_path_factory.mktemp('chat') / 'tiny.pt', tokenizer_spec('bytes'), 257)
+    return make_checkpoint(tmp_path_factory.mktemp('chat') / 'tiny.safetensors', tokenizer_spec('bytes'), 257)
 
 
 TEMPLATE = dict(begin='', message='<|im_start|>{role}\n{text}<|im_end|>\n', prefix='', system='Be kind',
@@ -319,7 +319,7 @@ def conversation(checkpoint):
 
 @pytest.fixture(scope='module')
 def chat_checkpoint(tmp_path_factory):
-    path = tmp_path_factory.mktemp('chat') / 'chat.pt'
+    path = tmp_path_factory.mktemp('chat') / 'chat.safetensors'
     return make_checkpoint(path, CHAT_SPEC, 259, arch='llama', n_kv_head=1)
 
 
@@ -519,9 +519,10 @@ def test_dense_of_an_adapter_is_its_base(checkpoint, tmp_path):
     cwic.add_adapters(model, 4)
     for layer, adapter, _ in cwic.adapters(model):
         getattr(layer, adapter).B.data.normal_()
-    save_checkpoint(tmp_path / 'adapter.pt', model, base=checkpoint, tokenizer=saved['tokenizer'])
+    save_checkpoint(tmp_path / 'adapter.safetensors', model, base=checkpoint,
+                    base_sha256=weights_sha256(model), tokenizer=saved['tokenizer'])
     config = chat.ChatConfig(max_tokens=20, threads=1, temperature=0)
-    conversation, _, _ = chat.load(replace(config, ckpt=str(tmp_path / 'adapter.pt')))
+    conversation, _, _ = chat.load(replace(config, ckpt=str(tmp_path / 'adapter.safetensors')))
     conversation.say('def', silent)
     said, tokens = conversation.dense(silent).reply, list(b'def')
     base, _ = load_checkpoint(checkpoint)
@@ -702,7 +703,7 @@ def main(monkeypatch, capsys, *words, stdin=b'a\n'):
 
 
 @pytest.mark.parametrize('words, code, told', [
-    (['--ckpt', 'missing.pt'], 1, 'missing.pt'), (['--ckpt', 'text.pt'], 1, 'not a CWIC checkpoint'),
+    (['--ckpt', 'missing.safetensors'], 1, 'missing.safetensors'), (['--ckpt', 'text.safetensors'], 1, 'not a CWIC checkpoint'),
     (['--temprature', '1'], 2, 'did you mean temperature'), (['--temperature', 'nan'], 2, 'temperature'),
     (['--temperature', '1e-9'], 2, '0.001'), (['--top-p', '2'], 2, 'top_p'), (['--prompt', ''], 2, 'empty'),
     (['--turn-template', 'User:'], 2, '{prompt}'), (['--color', 'red'], 2, 'color must be one of'),
@@ -710,7 +711,7 @@ def main(monkeypatch, capsys, *words, stdin=b'a\n'):
     (['--dtype', 'f16'], 2, 'dtype'), (['--threads', '0'], 2, 'threads'),
     (['--threads', '99999'], 2, 'threads'), ([], 2, 'no prompt')])
 def test_what_a_user_gets_wrong_is_one_line(words, code, told, checkpoint, tmp_path, monkeypatch, capsys):
-    (tmp_path / 'text.pt').write_text('not a checkpoint', encoding='utf-8')
+    (tmp_path / 'text.safetensors').write_text('not a checkpoint', encoding='utf-8')
     monkeypatch.chdir(tmp_path)
     words = words if '--ckpt' in words else ['--ckpt', checkpoint, *words]
     *run, lines = main(monkeypatch, capsys, *words, stdin=b'\n\n')
@@ -719,12 +720,12 @@ def test_what_a_user_gets_wrong_is_one_line(words, code, told, checkpoint, tmp_p
 
 def test_what_a_checkpoint_says_of_itself_is_not_believed(checkpoint, tmp_path, monkeypatch, capsys):
     """
-    Strings, None and nan for val_loss and percentiles were formatted and compared: tracebacks. So was
+    Strings and None for val_loss and percentiles were formatted and compared: tracebacks. So was
     nothing active.
     """
     model, saved = load_checkpoint(checkpoint)
-    path = tmp_path / 'odd.pt'
-    for odd in ('3', None, float('nan'), [1], True):
+    path = tmp_path / 'odd.safetensors'
+    for odd in ('3', None, {}, [1], True):
         spec = saved['tokenizer']
         percentiles = {'compute_percentiles': {'5': odd, '95': odd}}
         save_checkpoint(path, model, tokenizer=spec, val_loss=odd, reduction=odd, **percentiles)
@@ -748,7 +749,7 @@ def test_a_tokenizer_may_be_smaller_than_its_model_but_not_larger(tmp_path, monk
     Ids that the model does not know were looked up all the same. Those that the tokenizer does not know are
     never drawn.
     """
-    path = make_checkpoint(tmp_path / 'odd.pt', tokenizer_spec('bytes'), 300)
+    path = make_checkpoint(tmp_path / 'odd.safetensors', tokenizer_spec('bytes'), 300)
     model, _ = load_checkpoint(path)
     with torch.no_grad():
         model.head.weight[:, 257:] *= 100
@@ -770,9 +771,9 @@ def test_it_prefers_your_own_model_and_says_so(checkpoint, chat_checkpoint, tmp_
     code, _, lines = main(monkeypatch, capsys, '--max_tokens', '2', '--threads', '1')
     assert code == 0 and lines[0].startswith(shipped) and lines[0].endswith('; f32, 1 thread')
     os.mkdir('out')
-    shutil.copy(checkpoint, 'out/best.pt')
+    shutil.copy(checkpoint, 'out/best.safetensors')
     code, _, lines = main(monkeypatch, capsys, '--max_tokens', '2')
-    assert code == 0 and lines[0].startswith('out/best.pt (yours; for the shipped model: --ckpt smollm2)')
+    assert code == 0 and lines[0].startswith('out/best.safetensors (yours; for the shipped model: --ckpt smollm2)')
     assert main(monkeypatch, capsys, '--max_tokens', '2', '--ckpt', 'smollm2')[2][0].startswith(shipped)
 
 

@@ -10,7 +10,7 @@ import torch
 
 import compute
 import cwic
-from checkpoint import load_checkpoint, save_checkpoint
+from checkpoint import load_checkpoint, save_checkpoint, weights_sha256
 from data import common
 from test_cwic import BOTH, one_thread, small_model     # noqa: F401  one_thread: a fixture, for all
 from test_selfwritten import SPEC
@@ -152,7 +152,7 @@ def program(tmp_path, monkeypatch):
         ids.tofile(tmp_path / f'{split}.bin')
         meta.update({f'{split}_tokens': ids.size, f'{split}_bytes': ids.size})
     (tmp_path / 'meta.json').write_text(json.dumps(meta), encoding='utf-8')
-    save_checkpoint(tmp_path / 'sparse.pt', small_model(**SIZES), tokenizer={'kind': 'bytes'},
+    save_checkpoint(tmp_path / 'sparse.safetensors', small_model(**SIZES), tokenizer={'kind': 'bytes'},
                     options={'block_size': 16, 'data': str(tmp_path)})
 
     def call(*more):
@@ -166,11 +166,11 @@ def test_program_reads_windows_without_the_next_ones_first_token(program, tmp_pa
     seen, measure = [], compute.measure
     monkeypatch.setattr(compute, 'measure', lambda model, teacher, windows: seen.append(windows) or
                         measure(model, teacher, windows))
-    program(str(tmp_path / 'sparse.pt'), '--windows', '5', '--device', 'cpu', '--picture', str(tmp_path / 'p.png'))
+    program(str(tmp_path / 'sparse.safetensors'), '--windows', '5', '--device', 'cpu', '--picture', str(tmp_path / 'p.png'))
     data = np.fromfile(tmp_path / 'val.bin', np.uint16).reshape(-1, 16)
     assert seen[0].shape == (5, 16) and all(window.tolist() in data.tolist() for window in seen[0])
     out = capsys.readouterr().out
-    model = load_checkpoint(tmp_path / 'sparse.pt')[0]
+    model = load_checkpoint(tmp_path / 'sparse.safetensors')[0]
     _, active = model(torch.from_numpy(seen[0][:, :-1]))
     assert f'75 tokens, which use {float(active.detach().sum()) / 75 / model.dense():.1%} of the weights' in out
     assert (tmp_path / 'p.png').read_bytes().startswith(b'\x89PNG')
@@ -185,12 +185,12 @@ def test_only_dialogues(tmp_path, monkeypatch, capsys):
         ids.tofile(tmp_path / f'{split}.bin')
         meta.update({f'{split}_tokens': ids.size, f'{split}_bytes': ids.size})
     (tmp_path / 'meta.json').write_text(json.dumps(meta), encoding='utf-8')
-    save_checkpoint(tmp_path / 'chat.pt', small_model(**{**SIZES, 'vocab_size': 259}), tokenizer=SPEC,
+    save_checkpoint(tmp_path / 'chat.safetensors', small_model(**{**SIZES, 'vocab_size': 259}), tokenizer=SPEC,
                     options={'block_size': 16, 'data': str(tmp_path)})
     seen, measure = [], compute.measure
     monkeypatch.setattr(compute, 'measure', lambda model, teacher, windows: seen.append(windows) or
                         measure(model, teacher, windows))
-    monkeypatch.setattr(sys, 'argv', ['compute.py', str(tmp_path / 'chat.pt'), '--dialogues', '--device', 'cpu'])
+    monkeypatch.setattr(sys, 'argv', ['compute.py', str(tmp_path / 'chat.safetensors'), '--dialogues', '--device', 'cpu'])
     common.run(compute.main)
     assert len(seen[0]) >= 9 and all(window.tolist() in ids[::3].tolist() for window in seen[0])
     kinds = [line.split()[0] for line in capsys.readouterr().out.splitlines()[3:] if '%' in line]
@@ -200,24 +200,25 @@ def test_only_dialogues(tmp_path, monkeypatch, capsys):
 def test_an_adapter_is_compared_with_its_base(program, tmp_path, monkeypatch):
     """Its own matrices with every weight in use are no model that anybody trained."""
     base = small_model(thresholds=0.0, **SIZES)
-    save_checkpoint(tmp_path / 'base.pt', base, tokenizer={'kind': 'bytes'})
+    save_checkpoint(tmp_path / 'base.safetensors', base, tokenizer={'kind': 'bytes'})
     cwic.add_adapters(base, 2)
     for layer, adapter, _ in cwic.adapters(base):
         torch.nn.init.normal_(getattr(layer, adapter).B)
-    save_checkpoint(tmp_path / 'adapter.pt', base, base=str(tmp_path / 'base.pt'), tokenizer={'kind': 'bytes'},
+    save_checkpoint(tmp_path / 'adapter.safetensors', base, base=str(tmp_path / 'base.safetensors'),
+                    base_sha256=weights_sha256(base), tokenizer={'kind': 'bytes'},
                     options={'block_size': 16, 'data': str(tmp_path)})
     teachers, measure = [], compute.measure
     monkeypatch.setattr(compute, 'measure', lambda model, teacher, windows: teachers.append((model, teacher)) or
                         measure(model, teacher, windows))
-    program(str(tmp_path / 'adapter.pt'), '--windows', '2', '--device', 'cpu')
+    program(str(tmp_path / 'adapter.safetensors'), '--windows', '2', '--device', 'cpu')
     model, teacher = teachers[0]
     plain = small_model(thresholds=0.0, **SIZES)
     assert torch.equal(teacher.head.weight, plain.head.weight) and not torch.equal(model.head.weight, plain.head.weight)
 
 
 def test_what_a_user_gets_wrong_is_one_line(program, tmp_path, capsys):
-    path = str(tmp_path / 'sparse.pt')
-    for more, says in (([str(tmp_path / 'none.pt')], 'no such checkpoint'), ([path, path], 'give one checkpoint'),
+    path = str(tmp_path / 'sparse.safetensors')
+    for more, says in (([str(tmp_path / 'none.safetensors')], 'no such checkpoint'), ([path, path], 'give one checkpoint'),
                        ([path, '--dialogues'], 'no validation windows that are dialogues'), ([path, '--windows', '0'], 'at least 1'),
                        ([path, '--data', 'python'], 'say on what'),
                        ([path, '--picture', 'tokens.foo'], 'must end in .png, .svg or .pdf')):

@@ -15,9 +15,11 @@ import torch
 import cwic
 import evaluate
 import train
+import weights
 from checkpoint import load_checkpoint, save_checkpoint
 from options import parse_options
 import test_train
+from test_checkpoint import write_file
 from test_cwic import BOTH, one_thread, small_model         # noqa: F401  one_thread is a fixture
 from test_train import (ROOT, SCHEDULE, SIZES, batch, call, equal, flags, load, new_run, one_line, resume,
                         trained)
@@ -43,8 +45,8 @@ def dense(tmp_path_factory):
     """{arch: the path of such a model}"""
     folder = tmp_path_factory.mktemp('dense')
     for arch in ('gpt2', 'llama'):
-        save_checkpoint(folder / f'{arch}.pt', dense_model(arch), tokenizer={'kind': 'bytes'})
-    return {arch: str(folder / f'{arch}.pt') for arch in ('gpt2', 'llama')}
+        save_checkpoint(folder / f'{arch}.safetensors', dense_model(arch), tokenizer={'kind': 'bytes'})
+    return {arch: str(folder / f'{arch}.safetensors') for arch in ('gpt2', 'llama')}
 
 
 def distil(source, data, out, *args):
@@ -90,7 +92,7 @@ def test_the_first_step_of_the_program(dense, data, tmp_path):
         row = next(csv.DictReader(f))
     assert abs(float(row['loss'])) < 1e-8 and abs(float(row['reduction']) - 1) < 1e-6
     assert float(row['target']) > 1
-    model, saved = load_checkpoint(tmp_path / 'last.pt')
+    model, saved = load_checkpoint(tmp_path / 'last.safetensors')
     assert saved['step'] == 1 and saved['options']['dense_steps'] == 0 and saved['options']['teacher'] == 1
     for _, layer in model.gated():
         in_sigmas = layer.theta.detach() * layer.scale
@@ -230,8 +232,8 @@ def test_an_adapter_goes_on_with_finer_stripes(adapter):
     and uses the same weights; it may then learn to use others.
     """
     out, _ = adapter
-    old = load_checkpoint(out / 'best.pt', base=base_of)[0]
-    model, config = starting(init_from=str(out / 'best.pt'), stripe_qkv=8, stripe_up=8, stripe_head=50)
+    old = weights.load(str(out / 'best.safetensors'))[0]
+    model, config = starting(init_from=str(out / 'best.safetensors'), stripe_qkv=8, stripe_up=8, stripe_head=50)
     assert (config.stripe_qkv, config.stripe_head, config.rank) == (8, 50, 3)
     assert len(model.head.theta) == 6 and len(old.head.theta) == 3
     tokens = batch(vocab=257)[0]
@@ -255,7 +257,7 @@ def test_windows_shorter_than_the_context(dense, data, tmp_path):
 def test_what_a_run_cannot_start_from(dense, data, tmp_path):
     """Something sparse, weights that are all zero, and tokenizers that are not the data's, or none at all."""
     assert distil(dense['gpt2'], data, tmp_path / 'a').returncode == 0
-    ended = distil(tmp_path / 'a' / 'best.pt', data, tmp_path / 'b')
+    ended = distil(tmp_path / 'a' / 'best.safetensors', data, tmp_path / 'b')
     assert 'is sparse already' in one_line(ended, 2)
     zeros = dense_model().requires_grad_(False)
     for p in zeros.parameters():
@@ -264,30 +266,30 @@ def test_what_a_run_cannot_start_from(dense, data, tmp_path):
             ({'kind': 'bytes'}, 1, 'is a layer all 0?'),
             ({'kind': 'bpe', 'name': 'other'}, 2, 'the model has other'),
             (None, 2, 'the model has None'), (7, 2, 'the model has 7'))):
-        save_checkpoint(tmp_path / 'zeros.pt', zeros, tokenizer=tokenizer)
-        assert words in one_line(distil(tmp_path / 'zeros.pt', data, tmp_path / str(i)), code)
+        save_checkpoint(tmp_path / 'zeros.safetensors', zeros, tokenizer=tokenizer)
+        assert words in one_line(distil(tmp_path / 'zeros.safetensors', data, tmp_path / str(i)), code)
 
 
 def test_no_step_at_all(dense, tmp_path):
     """--max_steps 0 saves what was read, without any data; and does nothing to a run that is resumed."""
     ended = call('--init_from', dense['gpt2'], '--max_steps', 0, '--data', 'nowhere', '--out', tmp_path)
     assert ended.returncode == 0 and 'no step to do' in ended.stdout
-    model, saved = load_checkpoint(tmp_path / 'best.pt')
+    model, saved = load_checkpoint(tmp_path / 'best.safetensors')
     assert equal(model.state_dict(), dense_model().state_dict()) and saved['tokenizer'] == {'kind': 'bytes'}
 
 
 def test_a_run_of_ours_can_be_distilled_to_less_compute(data, tmp_path):
     """
     The whole way: a dense run, then its sparse copy, which ends at its target; its teacher goes along in
-    last.pt.
+    last.safetensors.
     """
     sizes = {**SIZES, **SCHEDULE, 'target_reduction': 1, 'hold_steps': 40, 'eval_every': 48}
     assert call(*flags(sizes), '--data', data, '--out', tmp_path / 'dense').returncode == 0
-    ended = distil(tmp_path / 'dense' / 'best.pt', data, tmp_path / 'sparse', *flags({
+    ended = distil(tmp_path / 'dense' / 'best.safetensors', data, tmp_path / 'sparse', *flags({
         'target_reduction': 2, 'ramp_steps': 150, 'hold_steps': 100, 'warmup_steps': 10, 'threshold_lr': 1,
         'lr': 3e-3, 'eval_every': 250, 'eval_windows': 8}))
-    assert ended.returncode == 0 and load(tmp_path / 'sparse', 'best.pt')['reduction'] > 1.9
-    teacher = load(tmp_path / 'dense', 'best.pt')['model']
+    assert ended.returncode == 0 and load(tmp_path / 'sparse', 'best.safetensors')['reduction'] > 1.9
+    teacher = load(tmp_path / 'dense', 'best.safetensors')['model']
     assert torch.equal(load(tmp_path / 'sparse')['teacher']['head.weight'], teacher['head.weight'])
 
 
@@ -314,16 +316,16 @@ def test_an_adapter_holds_what_was_trained(adapter):
     bit.
     """
     out, base = adapter
-    for file in ('best.pt', 'last.pt'):
+    for file in ('best.safetensors', 'last.safetensors'):
         saved = load(out, file)
-        assert saved['base'] == base
+        assert os.path.normpath(out / saved['base']) == base and not os.path.isabs(saved['base'])
         assert all(name.removesuffix('.scale').endswith(('.A', '.B', 'theta', 'mu', 'sigma'))
                    for name in saved['model'])
     sizes = [x.shape for name, x in saved['model'].items() if '.adapter' in name or name.endswith('theta')]
-    optimizer = [x['exp_avg'].shape for x in saved['optimizer']['state'].values()]
-    assert sorted(optimizer) == sorted(sizes) and saved['teacher'] is None
-    assert load(out, 'best.pt')['model']['head.adapter.A'].dtype == torch.int8
-    model, _ = load_checkpoint(out / 'last.pt', base=base_of, merge=False)
+    optimizer = [x.shape for name, x in saved['optimizer'].items() if name.endswith('exp_avg')]
+    assert sorted(optimizer) == sorted(sizes) and not saved['teacher']
+    assert load(out, 'best.safetensors')['model']['head.adapter.A'].dtype == torch.int8
+    model, _ = weights.load(str(out / 'last.safetensors'), merge=False)
     frozen = {name: p for name, p in model.named_parameters() if not p.requires_grad}
     original = base_of(base).state_dict()
     assert len(frozen) >= 9 and all(torch.equal(p, original[name]) for name, p in frozen.items())
@@ -336,8 +338,8 @@ def test_a_merged_adapter_is_the_full_model(adapter):
     """
     out, base = adapter
     saved, original = load(out)['model'], base_of(base).state_dict()
-    merged, _ = load_checkpoint(out / 'last.pt', base=base_of)
-    apart, _ = load_checkpoint(out / 'last.pt', base=base_of, merge=False)
+    merged, _ = weights.load(str(out / 'last.safetensors'))
+    apart, _ = weights.load(str(out / 'last.safetensors'), merge=False)
     changed = 0
     for name, p in merged.named_parameters():
         layer, _, matrix = name.rpartition('.')
@@ -367,7 +369,7 @@ def test_going_on_from_an_adapter(adapter, data, tmp_path):
     same base; and pays a price for compute as the last one left it, not as if it were dense.
     """
     out, base = adapter
-    source, saved = out / 'best.pt', load(out, 'best.pt')
+    source, saved = out / 'best.safetensors', load(out, 'best.safetensors')
     argv = ['--init_from', str(source), '--data', data]
     begun, _ = train.begin(*parse_options(train.TrainConfig, 'train', argv=argv), 'cpu')
     config, state = begun.config, begun.model.state_dict()
@@ -378,10 +380,10 @@ def test_going_on_from_an_adapter(adapter, data, tmp_path):
     reduction = begun.model.dense() / float(begun.active.sum())
     assert abs(reduction - saved['reduction']) < 1e-6 and reduction > 1.1
     assert distil(source, data, tmp_path, '--ramp_steps', 0, '--hold_steps', 2).returncode == 0
-    assert load(tmp_path)['base'] == base and load(tmp_path, 'best.pt')['reduction'] > 1.1
-    for shares in ('x', [], [0.5, 'x'], [float('nan')] * len(begun.active)):       # a file may say anything
-        torch.save({**saved, 'active_share': shares}, tmp_path / 'odd.pt')
-        config = train.TrainConfig(init_from=str(tmp_path / 'odd.pt'), max_steps=0)
+    assert os.path.normpath(tmp_path / load(tmp_path)['base']) == base and load(tmp_path, 'best.safetensors')['reduction'] > 1.1
+    for shares in ('x', [], [0.5, 'x'], [9.0] * len(begun.active)):        # a file may say anything
+        write_file(tmp_path / 'odd.safetensors', {**saved, 'base': base, 'active_share': shares})
+        config = train.TrainConfig(init_from=str(tmp_path / 'odd.safetensors'), max_steps=0)
         assert float(train.begin(config, {'init_from'}, 'cpu')[0].active.sum()) == begun.model.dense()
     for name, value in (('rank', 5), ('stripe_up', 64), ('n_layer', 2)):
         ended = distil(source, data, tmp_path / 'b', f'--{name}', value)
@@ -403,11 +405,11 @@ def test_an_adapter_with_bases_and_a_shortlist(arch, dense, data, tmp_path, monk
     with open(tmp_path / 'a' / 'log.csv', encoding='utf-8') as f:
         row = next(csv.DictReader(f))
     assert abs(float(row['loss'])) < 1e-6
-    model, saved = load_checkpoint(tmp_path / 'a' / 'last.pt', base=base_of)
+    model, saved = weights.load(str(tmp_path / 'a' / 'last.safetensors'))
     assert saved['config']['bases'] and not torch.equal(model.basis, cwic.axes(16))
     tokens = batch(vocab=257)[0]
     begun, _ = train.begin(*parse_options(train.TrainConfig, 'train', argv=[
-        '--init_from', str(tmp_path / 'a' / 'last.pt'), '--data', data]), 'cpu')
+        '--init_from', str(tmp_path / 'a' / 'last.safetensors'), '--data', data]), 'cpu')
     assert begun.config.bases
     with torch.no_grad():
         torch.testing.assert_close(begun.model.eval()(tokens)[0], model(tokens)[0], rtol=1e-4, atol=1e-4)
@@ -415,16 +417,16 @@ def test_an_adapter_with_bases_and_a_shortlist(arch, dense, data, tmp_path, monk
         torch.testing.assert_close(teacher, base_of(dense[arch])(tokens, dense=True)[0], rtol=1e-4, atol=1e-4)
     assert distil(dense[arch], data, tmp_path / 'b', *more, '--max_steps', 3).returncode == 0
     assert resume(tmp_path / 'b').returncode == 0
-    again = load_checkpoint(tmp_path / 'b' / 'last.pt', base=base_of)[0]
+    again = weights.load(str(tmp_path / 'b' / 'last.safetensors'))[0]
     for x, y in zip(model.parameters(), again.parameters()):
         torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-5)
     assert distil(dense[arch], data, tmp_path / 'without', '--rank', 3).returncode == 0
-    ended = distil(tmp_path / 'without' / 'best.pt', data, tmp_path / 'c', '--bases')
+    ended = distil(tmp_path / 'without' / 'best.safetensors', data, tmp_path / 'c', '--bases')
     assert ended.returncode == 0 and not torch.equal(load(tmp_path / 'c')['model']['basis'], cwic.axes(16))
     assert looked == [True, True, False]
-    ended = distil(tmp_path / 'without' / 'best.pt', data, tmp_path / 'e', '--shortlist')
+    ended = distil(tmp_path / 'without' / 'best.safetensors', data, tmp_path / 'e', '--shortlist')
     assert ended.returncode == 0 and 'head.margin' in load(tmp_path / 'e')['model']
-    refused = distil(tmp_path / 'a' / 'best.pt', data, tmp_path / 'd', '--bases', False)
+    refused = distil(tmp_path / 'a' / 'best.safetensors', data, tmp_path / 'd', '--bases', False)
     assert '--bases False' in one_line(refused, 2)
     assert 'say which with --init_from' in one_line(call('--bases', '--data', data, '--out', tmp_path / 'd'), 2)
 

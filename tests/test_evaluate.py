@@ -139,9 +139,9 @@ def test_answers_are_compared_as_one_token_after_the_other():
 
 def test_questions_that_cannot_be_asked_are_one_line(tmp_path, monkeypatch, capsys):
     spec, model, _ = chat_models()
-    save_checkpoint(str(tmp_path / 'plain.pt'), model, tokenizer=spec)
+    save_checkpoint(str(tmp_path / 'plain.safetensors'), model, tokenizer=spec)
     (tmp_path / 'empty.txt').write_text('\n\n', encoding='utf-8')
-    monkeypatch.setattr(sys, 'argv', ['evaluate.py', str(tmp_path / 'plain.pt'), '--questions', 'x.txt'])
+    monkeypatch.setattr(sys, 'argv', ['evaluate.py', str(tmp_path / 'plain.safetensors'), '--questions', 'x.txt'])
     with pytest.raises(SystemExit):
         evaluate.main()
     assert 'is no adapter of a chat model' in capsys.readouterr().err
@@ -234,7 +234,7 @@ def test_none_at_all_is_refused(name, monkeypatch, capsys):
 
 def test_the_shipped_adapter_is_as_good_as_adapters_readme_says():
     """On four windows of text that its base wrote, two dialogues and two documents, none of which it has learned."""
-    model, saved = weights.load(str(ROOT / 'adapters' / 'smollm2.pt'))
+    model, saved = weights.load(str(ROOT / 'adapters' / 'smollm2.safetensors'))
     teacher, _ = weights.load(saved['base'])
     _, data, meta = load_dataset('heldout', 512)
     spec, encoding = saved['tokenizer'], load_tokenizer(saved['tokenizer'])
@@ -256,7 +256,7 @@ def test_the_shipped_adapter_is_as_good_as_adapters_readme_says():
     (['--blimp_pairs', '200'], '--blimp_pairs has no use without --blimp')])
 def test_an_option_that_would_be_ignored_is_refused(options, line, monkeypatch, capsys):
     """--dense beside --questions was ignored without a word: what came out was taken to be the dense model's."""
-    monkeypatch.setattr(sys, 'argv', ['evaluate.py', 'adapters/smollm2.pt', *options])
+    monkeypatch.setattr(sys, 'argv', ['evaluate.py', 'adapters/smollm2.safetensors', *options])
     with pytest.raises(SystemExit) as ended:
         evaluate.main()
     assert ended.value.code and line in capsys.readouterr().err

@@ -36,7 +36,7 @@ def points(axes, label):
 
 @pytest.mark.parametrize('layers', [2, 30])
 def test_training_shows_the_run_and_what_best_uses(layers, drawn, tmp_path):
-    """The picture once showed the last evaluation, not that of best.pt."""
+    """The picture once showed the last evaluation, not that of best.safetensors."""
     val_loss = {100: 4.5, 200: 4.8}
     rows = [[step, step / 2, 5 - step / 100, val_loss.get(step), 1 + step / 150, 3.0, 1e-3]
             for step in range(10, 201, 10)]
@@ -45,7 +45,7 @@ def test_training_shows_the_run_and_what_best_uses(layers, drawn, tmp_path):
     plots.training(rows, best, ('qkv', 'out', 'gate', 'neurons'), tmp_path / 'training.png')
     left, middle, right = drawn[0].axes[:3]
     assert points(left, 'validation').tolist() == [[100, 4.5], [200, 4.8]]
-    assert points(left, 'best.pt').tolist() == [[100, 4.5]]
+    assert points(left, 'best.safetensors').tolist() == [[100, 4.5]]
     assert left.get_ylim()[1] > 4.8         # a copy's loss rises while it gets sparser: all of it is in sight
     assert np.allclose(points(middle, 'reduction')[:, 1], [row[4] for row in rows])
     grid = right.images[0].get_array()          # (layers + 1, 4), in %

@@ -35,7 +35,7 @@ def chat_model(tmp_path_factory):
     hidden = model.trunk(torch.randint(259, (1, 64)))[0].mean((0, 1))
     for id in (0, 2):
         model.head.weight.data[:, id] += 4 * hidden.detach() / hidden.norm() ** 2
-    path = str(tmp_path_factory.mktemp('chat') / 'model.pt')
+    path = str(tmp_path_factory.mktemp('chat') / 'model.safetensors')
     save_checkpoint(path, model, tokenizer=SPEC)
     return path
 
@@ -253,12 +253,12 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(written, chat_model, 
 
 def test_what_a_user_gets_wrong_is_one_line(chat_model, written, tmp_path):
     cases = [(prepare(written, chat_model), 'prepared already'),
-             (prepare(tmp_path / 'a', str(tmp_path / 'none.pt')), 'none.pt'),
+             (prepare(tmp_path / 'a', str(tmp_path / 'none.safetensors')), 'none.safetensors'),
              (prepare(tmp_path / 'b', chat_model, '--window', '20'), 'window')]
     torch.manual_seed(0)
     plain = cwic.GPT(cwic.CWICConfig(vocab_size=257, block_size=96, n_layer=1, n_head=1, n_embd=8))
-    save_checkpoint(str(tmp_path / 'plain.pt'), plain, tokenizer={'kind': 'bytes'})
-    cases.append((prepare(tmp_path / 'c', str(tmp_path / 'plain.pt')), 'chat template'))
+    save_checkpoint(str(tmp_path / 'plain.safetensors'), plain, tokenizer={'kind': 'bytes'})
+    cases.append((prepare(tmp_path / 'c', str(tmp_path / 'plain.safetensors')), 'chat template'))
     (tmp_path / 'd').mkdir()            # this one ended in a traceback
     (tmp_path / 'd' / 'progress.json').write_text('{"batches"', encoding='utf-8')
     cases.append((prepare(tmp_path / 'd', chat_model), 'progress.json is damaged'))

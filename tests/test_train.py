@@ -30,6 +30,7 @@ import train
 from checkpoint import load_checkpoint
 from data.common import Part
 from options import parse_options
+from test_checkpoint import read_file, write_file
 from test_cwic import BOTH, one_thread, small_model     # noqa: F401  one_thread is a fixture
 
 ROOT = os.path.dirname(os.path.abspath(cwic.__file__))
@@ -125,8 +126,8 @@ def files(folder):
     return {path.name: path.read_bytes() for path in sorted(folder.iterdir()) if path.name != '.lock'}
 
 
-def load(folder, name='last.pt'):
-    return torch.load(os.path.join(folder, name), weights_only=True)
+def load(folder, name='last.safetensors'):
+    return read_file(os.path.join(folder, name))
 
 
 def equal(a, b):
@@ -141,7 +142,7 @@ def equal(a, b):
 
 
 def trained(folder):
-    """All that last.pt holds, less what may differ between a run and the same run stopped and resumed."""
+    """All that last.safetensors holds, less what may differ between a run and the same run stopped and resumed."""
     saved = load(folder)
     saved['options'] = {name: x for name, x in saved['options'].items() if name not in train.FREE_TO_CHANGE}
     saved['log'] = [row[:1] + row[2:] for row in saved['log']]              # all but the seconds
@@ -393,7 +394,7 @@ def again(finished, tmp_path):
 def test_a_run_leaves_what_it_promises(finished):
     out, ended = finished
     assert ended.returncode == 0 and ended.stderr == '', ended
-    assert list(files(out)) == ['best.pt', 'last.pt', 'log.csv', 'training.png']
+    assert list(files(out)) == ['best.safetensors', 'last.safetensors', 'log.csv', 'training.png']
     with open(out / 'log.csv', encoding='utf-8') as f:
         rows = list(csv.DictReader(f))
     assert [row['step'] for row in rows] == ['4', '8', '10', '12']
@@ -401,15 +402,16 @@ def test_a_run_leaves_what_it_promises(finished):
     assert (out / 'training.png').read_bytes().startswith(b'\x89PNG')
     for words in ('7,888 parameters; 7,184 dense weights per token', 'cpu, 1 threads; float32 (as asked)',
                   'tok/s', ' left', 'against the teacher: KL', 'correlation of a token',
-                  f'--ckpt {out / "best.pt"}'):
+                  f'--ckpt {out / "best.safetensors"}'):
         assert words in ended.stdout
-    best = load(out, 'best.pt')
+    best = load(out, 'best.safetensors')
     assert best['tokenizer'] == {'kind': 'bytes'} and set(best['compute_percentiles']) >= {'5', '50', '95'}
-    assert len(best['active_share']) == 5 and not {'optimizer', 'teacher', 'log'} & best.keys()
+    assert len(best['active_share']) == 5
+    assert not best['optimizer'] and not best['teacher'] and 'log' not in best
 
 
 def test_train_then_chat(finished):
-    ended = run('chat.py', '--ckpt', finished[0] / 'best.pt', '--prompt', 'def add(', '--max_tokens', 12)
+    ended = run('chat.py', '--ckpt', finished[0] / 'best.safetensors', '--prompt', 'def add(', '--max_tokens', 12)
     assert ended.returncode == 0, ended
     assert ended.stdout and '\x1b' not in ended.stdout and 'Traceback' not in ended.stderr
 
@@ -418,14 +420,14 @@ def test_llama_from_scratch(data, tmp_path):
     ended = tiny(data, tmp_path,
                  *flags({'arch': 'llama', 'n_head': 4, 'n_kv_head': 2, 'n_hidden': 24}))
     assert ended.returncode == 0 and '1.2x' in ended.stdout, ended
-    model, saved = load_checkpoint(tmp_path / 'best.pt')
+    model, saved = load_checkpoint(tmp_path / 'best.safetensors')
     assert (model.config.arch, model.config.n_kv_head, model.config.n_hidden) == ('llama', 2, 24)
     assert saved['reduction'] > 1.1 and float(model.blocks[0].mlp.neurons.theta.detach().min()) > 0
 
 
 def test_target_1_trains_a_dense_model(data, tmp_path):
     assert call(*TINY, '--data', data, '--target_reduction', 1, '--out', tmp_path).returncode == 0
-    model, saved = load_checkpoint(tmp_path / 'best.pt')
+    model, saved = load_checkpoint(tmp_path / 'best.safetensors')
     assert saved['reduction'] == 1
     assert all(float(layer.theta.detach().abs().max()) == 0 for _, layer in model.gated())
 
@@ -449,7 +451,7 @@ def test_a_run_on_a_mix_resumes_exactly_and_measures_each_part_by_its_share(tmp_
     ended = tiny(mix, tmp_path / 'whole')
     assert ended.returncode == 0 and f'data    25% from data/{folders[0]}: 1,320 tokens' in ended.stdout, ended
     assert f'data    75% from data/{folders[1]}: 1,680 tokens' in ended.stdout
-    loss = load(tmp_path / 'whole', 'best.pt')['val_loss']
+    loss = load(tmp_path / 'whole', 'best.safetensors')['val_loss']
     assert f'({loss / np.log(2) / (0.25 * 1 + 0.75 * 3):.3f} bits per byte)' in ended.stdout
     assert tiny(mix, tmp_path / 'halves', '--max_steps', 7).returncode == 0
     assert resume(tmp_path / 'halves').returncode == 0
@@ -494,8 +496,8 @@ def scripted(monkeypatch, losses, reductions):
 
 def test_best_is_the_best_that_met_the_target_and_what_the_last_lines_describe(data, tmp_path, monkeypatch):
     """
-    best.pt was once replaced by a worse one, and the closing lines and the picture described the last
-    evaluation, not the best.pt that they named. Steps 4 and 6 must not count: the model is dense, the
+    best.safetensors was once replaced by a worse one, and the closing lines and the picture described the last
+    evaluation, not the best.safetensors that they named. Steps 4 and 6 must not count: the model is dense, the
     target not yet full.
     """
     scripted(monkeypatch, [1.0, 1.5, 3.25, 2.5, 2.0, 3.0], [9.0, 9.0, 1.21, 1.22, 1.0, 1.23])
@@ -503,9 +505,9 @@ def test_best_is_the_best_that_met_the_target_and_what_the_last_lines_describe(d
     monkeypatch.setattr(train.plots, 'training', lambda *args: pictured.append(args))
     ended = tiny(data, tmp_path,
                  *flags({'dense_steps': 4, 'ramp_steps': 3, 'hold_steps': 5, 'eval_every': 2}))
-    assert ended.returncode == 0 and load(tmp_path, 'best.pt')['step'] == 8, ended
+    assert ended.returncode == 0 and load(tmp_path, 'best.safetensors')['step'] == 8, ended
     bits = 2.5 / math.log(2)            # a token is a byte here
-    assert (f'best.pt, of step 8: validation loss 2.5000 nats per token ({bits:.3f} bits per byte), '
+    assert (f'best.safetensors, of step 8: validation loss 2.5000 nats per token ({bits:.3f} bits per byte), '
             'reduction 1.22x (target 1.2x)') in ended.stdout
     (rows, best, matrices, path), = pictured
     assert (best['step'], best['val_loss'], rows) == (8, 2.5, load(tmp_path)['log']) and len(matrices) == 4
@@ -515,7 +517,7 @@ def test_a_target_that_was_missed_is_said(data, tmp_path):
     """A run that ended at 1.05x where 3x was asked for said nothing, and ended with 0."""
     ended = tiny(data, tmp_path, '--target_reduction', 3)
     assert 'target not met' in one_line(ended, 1) and 'where 3x was asked for' in ended.stderr
-    assert len(files(tmp_path)) == 4 and 'best.pt, of step 12' in ended.stdout
+    assert len(files(tmp_path)) == 4 and 'best.safetensors, of step 12' in ended.stdout
 
 
 def test_dtype_is_measured_once(data, tmp_path, monkeypatch):
@@ -580,7 +582,7 @@ def test_the_end_of_the_terminal(nohup, data, tmp_path, monkeypatch):
 
 def test_a_stopped_run_keeps_its_results(finished, data, tmp_path):
     """
-    A run resumed, then stopped before its next evaluation, wrote a last.pt without results and an empty
+    A run resumed, then stopped before its next evaluation, wrote a last.safetensors without results and an empty
     log.
     """
     assert call(*TINY, '--data', data, '--teacher', 0.5, '--out', tmp_path, '--max_steps', 5).returncode == 0
@@ -595,7 +597,7 @@ def test_a_stopped_run_keeps_its_results(finished, data, tmp_path):
     # and one that is asked to stop where it has long been stays there
     for step in (3, 0):
         assert 'stopped at step 6' in resume(tmp_path, '--max_steps', step).stdout
-    assert list(files(tmp_path)) == ['last.pt', 'log.csv']
+    assert list(files(tmp_path)) == ['last.safetensors', 'log.csv']
     assert resume(tmp_path).returncode == 0 and equal(trained(tmp_path), trained(finished[0]))
 
 
@@ -618,16 +620,16 @@ def test_a_run_that_is_killed_before_its_first_evaluation(again, data):
     It left the checkpoints of the run before, whose --out it had been given, and --resume went on with
     those. And a kill while a file is written leaves a part of it: 46 of 200 did, for ever.
     """
-    (again / 'last.pt.4194305.partial').write_bytes(b'half a fi')        # above any process's number
+    (again / 'last.safetensors.4194305.partial').write_bytes(b'half a fi')        # above any process's number
     process = start('train.py', *TINY, '--data', data, '--out', again, '--overwrite', '--log_every', 0,
                     '--eval_every', 9)
     next(line for line in process.stdout if line.startswith('step'))
     process.kill()
     process.communicate(timeout=60)
-    assert set(files(again)) <= {'last.pt.4194305.partial'}
+    assert set(files(again)) <= {'last.safetensors.4194305.partial'}
     assert 'cannot resume' in one_line(resume(again), 1)
     assert tiny(data, again).returncode == 0        # and no --overwrite: nothing is there
-    assert list(files(again)) == ['best.pt', 'last.pt', 'log.csv', 'training.png']
+    assert list(files(again)) == ['best.safetensors', 'last.safetensors', 'log.csv', 'training.png']
 
 
 def test_ctrl_c_while_it_starts(tmp_path):
@@ -669,7 +671,7 @@ def test_without_a_stdout(data, tmp_path, closed):
 
 def test_a_used_out_is_refused_or_overwritten(again, data):
     """
-    A new run in a used --out left the old best.pt, which chat.py prefers, beside its own last.pt and log.
+    A new run in a used --out left the old best.safetensors, which chat.py prefers, beside its own last.safetensors and log.
     And whatever can go wrong goes wrong before the old run is deleted.
     """
     before = files(again)
@@ -677,12 +679,12 @@ def test_a_used_out_is_refused_or_overwritten(again, data):
     assert 'go on with it (--resume)' in one_line(call(*options), 2) and files(again) == before
     options.append('--overwrite')
     for code, words, *args in (
-            (1, 'nowhere.pt', '--init_from', 'nowhere.pt'), (1, 'nowhere', '--data', 'nowhere'),
+            (1, 'nowhere.safetensors', '--init_from', 'nowhere.safetensors'), (1, 'nowhere', '--data', 'nowhere'),
             (2, '--n_embd', '--n_head', 7), (2, 'float8', '--dtype', 'float8'),
-            (2, 'lies in --out', '--init_from', again / 'best.pt')):
+            (2, 'lies in --out', '--init_from', again / 'best.safetensors')):
         assert words in one_line(call(*options, *args), code) and files(again) == before
     assert call(*options, '--max_steps', 2).returncode == 0
-    assert list(files(again)) == ['last.pt', 'log.csv'] and load(again)['step'] == 2
+    assert list(files(again)) == ['last.safetensors', 'log.csv'] and load(again)['step'] == 2
     assert resume(again, '--max_steps', 3).returncode == 0 and load(again)['step'] == 3
 
 
@@ -728,7 +730,7 @@ def test_a_full_disk(finished, data, tmp_path):
     assert resume(tmp_path).returncode == 0 and equal(trained(tmp_path), trained(finished[0]))
 
 
-@pytest.mark.parametrize('name', ['best.pt', 'log.csv', 'training.png'])
+@pytest.mark.parametrize('name', ['best.safetensors', 'log.csv', 'training.png'])
 def test_a_file_that_cannot_be_written(finished, data, tmp_path, name):
     """For one, because a folder has its name. Each was a traceback, the picture's after all the work."""
     assert call(*TINY, '--data', data, '--teacher', 0.5, '--out', tmp_path, '--max_steps', 5).returncode == 0
@@ -748,13 +750,13 @@ def test_a_picture_that_cannot_be_drawn(again, monkeypatch):
     monkeypatch.setattr('matplotlib.figure.Figure.savefig', no_latex)
     ended = resume(again)
     assert 'training.png' in one_line(ended, 1) and 'latex could not' in ended.stderr
-    assert 'best.pt, of step' in ended.stdout
+    assert 'best.safetensors, of step' in ended.stdout
 
 
 def test_what_is_not_finite_is_not_saved(data, tmp_path, monkeypatch):
     """
     A step that diverged, its weights infinite by the update itself, was evaluated (nan) and saved over the
-    good last.pt, and no --resume could go on from that. It does not matter whether a loss, an evaluation or
+    good last.safetensors, and no --resume could go on from that. It does not matter whether a loss, an evaluation or
     a wish to stop comes next.
     """
     assert tiny(data, tmp_path, '--max_steps', 5).returncode == 0
@@ -796,7 +798,7 @@ def test_what_is_not_finite_is_not_saved(data, tmp_path, monkeypatch):
     (['--data', 'nowhere'], 1, 'data/nowhere is not there'),
     (['--block_size', '10000'], 1, '--block_size 10000'),
     (['nowhere.toml'], 2, 'preset nowhere.toml'),
-    (['--init_from', 'nowhere.pt'], 1, 'nowhere.pt: no such checkpoint'),
+    (['--init_from', 'nowhere.safetensors'], 1, 'nowhere.safetensors: no such checkpoint'),
     (['--init_from', 'nowhere'], 1, 'no such model'),
 ])
 def test_what_a_user_gets_wrong_is_one_line(args, code, words, data, tmp_path):
@@ -814,25 +816,73 @@ def test_meta_json_of_nothing(tmp_path):
 
 def test_resuming_what_is_not_there_or_damaged(tmp_path):
     assert 'cannot resume' in one_line(resume(tmp_path), 1)
-    (tmp_path / 'last.pt').write_bytes(b'PK\x03\x04 half a file')
+    (tmp_path / 'last.safetensors').write_bytes(b'PK\x03\x04 half a file')
+    assert 'git checkout 9a36bf1' in one_line(resume(tmp_path), 1)
+    (tmp_path / 'last.safetensors').write_bytes(b'half a file')
     assert 'damaged' in one_line(resume(tmp_path), 1)
 
 
 def test_resuming_what_is_no_run(again):
-    """
-    best.pt in the place of last.pt, and every piece of last.pt that is missing or of another kind: once
-    KeyErrors.
-    """
+    """best.safetensors in the place of last.safetensors, and pieces of that missing or of another kind: KeyErrors."""
     saved = load(again)
-    shutil.copy(again / 'best.pt', again / 'last.pt')
-    assert 'is it a best.pt?' in one_line(resume(again), 1)
-    for name in ('options', 'optimizer', 'teacher', *train.CARRIED):
-        for wrong in (None, 'x', [1], {'a': 1}, float('nan')):
-            if type(wrong) is not type(saved[name]) or name in ('options', 'optimizer', 'teacher'):
-                torch.save({**saved, name: wrong}, again / 'last.pt')
-                assert 'does not hold a run' in one_line(resume(again), 1)
-    torch.save({**saved, 'options': {**saved['options'], 'lr': 'x'}}, again / 'last.pt')
-    assert 'does not hold a run' in one_line(resume(again), 1)
+    shutil.copy(again / 'best.safetensors', again / 'last.safetensors')
+    assert 'is it a best.safetensors?' in one_line(resume(again), 1)
+    for name in ('options', 'active', *train.CARRIED):
+        for wrong in (None, 'x', [1], {'a': 1}):
+            write_file(again / 'last.safetensors', {**saved, name: wrong})
+            assert 'last.safetensors' in one_line(resume(again), 1)
+
+
+@pytest.mark.parametrize('name, value', [
+    ('eval_every', 0), ('micro_batch', 0), ('eval_windows', 10 ** 9), ('eval_windows', 0), ('beta2', 2.0),
+    ('seed', -5), ('batch_size', 10 ** 12), ('lr', 'x'), ('lr', True), ('lr', -1.0), ('n_layer', 2),
+    ('block_size', 999), ('bases', True), ('hold_steps', -1), ('arch', 'llama'), ('unheard_of', 1), ('lr', None)])
+def test_options_of_a_resumed_run_have_their_bounds(again, name, value):
+    """A file's options were checked for their type only, and the rest were tracebacks or hung; None: is missing."""
+    saved = load(again)
+    saved['options'][name] = value
+    if value is None:
+        del saved['options'][name]
+    write_file(again / 'last.safetensors', saved)
+    line = one_line(resume(again), 1)
+    assert 'does not hold a run' in line and (name in line or 'another model' in line)
+
+
+@pytest.mark.parametrize('name, wrong', [
+    ('step', -1), ('step', 13), ('step', 2.0), ('step', True), ('seconds', -1), ('seconds', []),
+    ('active', [1.0] * 4), ('active', [-1.0] * 5), ('active', ['x'] * 5), ('best', {}), ('best', {'val_loss': 1.0}),
+    ('results', {'val_loss': 'x'}), ('log', [[1]]), ('log', [['x'] * 7]),
+    ('log', [[1, 2.0, None, None, 1.0, 1.0, 0.1]]), ('log', {})])
+def test_what_a_resumed_run_carries_is_checked(again, name, wrong):
+    """Only its type was, so a best of nothing or a row of strings ended the run in a traceback, after the last step."""
+    write_file(again / 'last.safetensors', {**load(again), name: wrong})
+    assert 'last.safetensors does not hold a run (' in one_line(resume(again), 1)
+
+
+def test_the_state_of_the_optimizer_is_checked(again):
+    """
+    Adam's state of the wrong shapes corrupted the heap, as torch checks nothing and the fused AdamW writes past
+    the end; NaN in it loaded without a word.
+    """
+    saved, name = load(again), 'head.weight.exp_avg_sq'
+    state = saved['optimizer']
+    nan, negative = state[name].clone(), state[name].clone()
+    nan[3, 3], negative[3, 3] = math.nan, -1.0
+    without = {key: x for key, x in state.items() if key != name}
+    for wrong in ({**state, name: state[name][:1].clone()}, {**state, name: state[name].t().contiguous()},
+                  {**state, name: state[name].double()}, {**state, name: state[name][:, :0].clone()}, without, {},
+                  {key: x for key, x in state.items() if 'head' not in key}, {**state, 'more.exp_avg': state[name]},
+                  {**state, 'more': state[name]}, {**state, name: nan}, {**state, name: negative},
+                  {**state, 'head.weight.step': torch.tensor(0.0)},
+                  {**state, 'head.weight.step': torch.tensor([3.0])}):
+        write_file(again / 'last.safetensors', {**saved, 'optimizer': wrong})
+        assert 'does not hold a run' in one_line(resume(again), 1)
+    teacher = saved['teacher']
+    nan = teacher['head.weight'].clone()
+    nan[3, 3] = math.nan
+    for wrong in ({}, {**teacher, 'more': nan}, {**teacher, 'head.weight': nan}, {**teacher, 'head.weight': nan[:1]}):
+        write_file(again / 'last.safetensors', {**saved, 'teacher': wrong})
+        assert 'does not hold a run' in one_line(resume(again), 1)
 
 
 # -----------------------------------------------------------------------------
@@ -855,7 +905,7 @@ def test_a_resumed_run_may_turn_off_what_its_preset_turned_on(again):
     """
     saved = load(again)
     options = {**saved['options'], 'compile': True, 'recompute': True}
-    torch.save({**saved, 'options': options}, again / 'last.pt')
+    write_file(again / 'last.safetensors', {**saved, 'options': options})
     argv = ['--resume', '--compile', 'no', f'--out={again}']
     config, given = parse_options(train.TrainConfig, 'train', argv=argv)
     _, _, config = train.resumed_model(config, given)
