@@ -18,12 +18,15 @@ Not here: sub-commands, short flags, environment variables, code in presets.
 """
 
 import difflib
+import errno
 import math
 import os
 import sys
 import textwrap
 import tomllib
 from dataclasses import field, fields
+
+from files import LONGEST_JSON, read_text
 
 BOOLEANS = {'yes': True, 'true': True, 'on': True, '1': True,
             'no': False, 'false': False, 'off': False, '0': False}
@@ -47,6 +50,13 @@ def fail(message, code=2):
     """Ends the program with one line on stderr."""
     print(printable(f'{os.path.basename(sys.argv[0])}: {message}'), file=sys.stderr)
     sys.exit(code)
+
+
+def is_out_of_memory(error):
+    """Whether an exception means that memory ran out; torch says so in words only."""
+    words = str(error).lower()
+    return isinstance(error, MemoryError) or getattr(error, 'errno', None) == errno.ENOMEM or (
+        isinstance(error, RuntimeError) and ("can't allocate memory" in words or 'out of memory' in words))
 
 
 def read_value(option, text):
@@ -76,8 +86,7 @@ def unknown(name, names):
 def read_preset(path, options):
     """The values in a TOML file, by name. options: dict of name to dataclass field."""
     try:
-        with open(path, 'rb') as f:
-            preset = tomllib.load(f)
+        preset = tomllib.loads(read_text(path, LONGEST_JSON))
     except OSError as error:
         fail(f'preset {path}: {error.strerror}')
     except (ValueError, RecursionError) as error:
