@@ -103,13 +103,11 @@ def encode_documents(encoding, spec, documents):
         return np.concatenate([np.zeros(0, dtype), *pool.map(encode, documents)])
 
 
-def text_of(document):
-    """The text of a document, of a dialogue that of its messages."""
-    return document if isinstance(document, str) else '\n'.join(text for _, text in document)
-
-
-def utf8_bytes(documents):
-    return sum(len(text_of(document).encode('utf-8')) for document in documents)
+def utf8_bytes(encoding, spec, documents):
+    """Bytes of text in documents, a dialogue's template included."""
+    return sum(len(document.encode('utf-8')) if isinstance(document, str) else
+               len(encoding.decode_bytes(dialogue_ids(spec, encoding, document, reply=False)))
+               for document in documents)
 
 
 def make_meta(encoding, spec, source, tokens, size):
@@ -175,7 +173,7 @@ def write_dataset(folder, encoding, spec, train, val, source):
     folder, splits = Path(folder), {'train': train, 'val': val}
     ids = {split: encode_documents(encoding, spec, documents) for split, documents in splits.items()}
     meta = make_meta(encoding, spec, source, {split: len(ids[split]) for split in splits},
-                     {split: utf8_bytes(documents) for split, documents in splits.items()})
+                     {split: utf8_bytes(encoding, spec, documents) for split, documents in splits.items()})
     folder.mkdir(parents=True, exist_ok=True)
     try:
         for split in splits:

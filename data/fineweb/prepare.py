@@ -92,7 +92,7 @@ def encode_stream(encoding, spec, progress, folder, parts, config):
             ids = encode_documents(encoding, spec, documents)
             f.write(ids)
             progress['tokens'][split] += len(ids)
-            progress['bytes'][split] += utf8_bytes(documents)
+            progress['bytes'][split] += utf8_bytes(encoding, spec, documents)
         progress['documents'] += len(batch)
         progress['stream'] = dataset.state_dict()
         # tokens first, then the record that counts them: after a kill in between, the batch is done again

@@ -41,7 +41,7 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))    # the repository, for the imports below
-from data.common import DataError, find_tokenizer, run, text_of, write_dataset
+from data.common import DataError, find_tokenizer, run, write_dataset
 from files import read_text
 from options import fail, option, parse_options
 from tokenizer import ENDOFTEXT, load_tokenizer
@@ -101,6 +101,11 @@ def documents_in(path):
     except ValueError as e:
         raise DataError(f'{e}, for instance: iconv -f ENCODING -t utf-8 OLD > NEW, with latin1 or utf-16le '
                         'for ENCODING') from e
+
+
+def text_of(document):
+    """The text of a document; of a dialogue that of its messages."""
+    return document if isinstance(document, str) else '\n'.join(text for _, text in document)
 
 
 def read_documents(paths):
