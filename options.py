@@ -55,8 +55,9 @@ def fail(message, code=2):
 def is_out_of_memory(error):
     """Whether an exception means that memory ran out; torch says so in words only."""
     words = str(error).lower()
-    return isinstance(error, MemoryError) or getattr(error, 'errno', None) == errno.ENOMEM or (
-        isinstance(error, RuntimeError) and ("can't allocate memory" in words or 'out of memory' in words))
+    said = any(said in words for said in ("can't allocate memory", 'cannot allocate memory', 'out of memory'))
+    return (isinstance(error, MemoryError) or getattr(error, 'errno', None) == errno.ENOMEM
+            or isinstance(error, RuntimeError) and said)
 
 
 def read_value(option, text):

@@ -176,6 +176,10 @@ def test_python_sources_that_are_left_out(tmp_path, monkeypatch):
         (tmp_path / name).parent.mkdir(exist_ok=True, parents=True)
         (tmp_path / name).write_bytes(text.encode('utf-8'))
     (tmp_path / 'latin.py').write_bytes('# coding: latin-1\nx = "é"\n'.encode('latin-1'))
+    # tracebacks: an encoding that is none of text, and a name that is not UTF-8; a pipe blocked for ever
+    (tmp_path / 'rot13.py').write_text('# coding: rot13\nk = 1\n')
+    Path(os.fsdecode(os.fsencode(tmp_path) + b'/\xff.py')).write_text('x = 3\n')
+    os.mkfifo(tmp_path / 'pipe.py')
     (tmp_path / 'broken.py').write_bytes(b'x = "\xff\xfe"\n')
     (tmp_path / 'unknown.py').write_bytes(b'# coding: klingon\n')
     library = [('b.py', 'b = 1\n'), ('crlf.py', 'x = 1\ny = 2\n'), ('large.py', '#' * 400_001),
@@ -478,6 +482,21 @@ def test_text_errors_are_one_line_with_the_remedy(tmp_path, prepare, monkeypatch
             (2, ['tokeniser', 'tokenizer'], ['good.txt', '--tokeniser', 'bytes'])]:
         prepare(text_script, '--out', 'out', *args, code=code, parts=parts)
         assert not Path('out').exists()
+
+
+@pytest.mark.parametrize('error', [
+    MemoryError(), OSError(12, 'Cannot allocate memory'), RuntimeError('a fault of ours'),
+    RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 99 bytes")])
+def test_out_of_memory_is_one_line_with_the_programs_own_remedy(error, capsys):
+    def main():
+        raise error
+    if 'ours' in str(error):        # anything else keeps its traceback
+        with pytest.raises(RuntimeError, match='a fault of ours'):
+            common.run(main)
+        return
+    with pytest.raises(SystemExit, match='1'):
+        common.run(main, memory='take less')
+    assert capsys.readouterr().err.endswith('out of memory; take less\n')
 
 
 # ---- shakespeare ----

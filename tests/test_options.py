@@ -197,3 +197,13 @@ def test_help_shows_every_option_with_its_default(capsys):
 def test_the_command_line_is_read_where_no_argv_is_given(monkeypatch):
     monkeypatch.setattr(sys, 'argv', ['program.py', '--lr', '7'])
     assert parse_options(Config, 'python program.py')[0].lr == 7
+
+
+def test_a_preset_from_windows_is_read(tmp_path, capsys):
+    """A byte order mark was "not TOML"."""
+    for encoding in ('utf-8-sig', 'utf-16'):
+        (tmp_path / 'preset.toml').write_bytes('n_layer = 3\r\nlr = 1\r\n'.encode(encoding))
+        config, given = parse(str(tmp_path / 'preset.toml'))
+        assert (config.n_layer, config.lr) == (3, 1) and given == {'n_layer', 'lr'}
+    (tmp_path / 'preset.toml').write_bytes(b'n_layer = 3\0')
+    assert 'holds a NUL byte' in refused(capsys, str(tmp_path / 'preset.toml'))

@@ -23,9 +23,11 @@ import numpy as np
 import pytest
 import torch
 
+import conversation
 import cwic
 import tokenizer
 import weights
+from chat import ChatConfig
 from checkpoint import CheckpointError, save_checkpoint
 from test_tokenizer import GPT2_MERGES, LLAMA3_SPECIAL, SMOLLM_SPECIAL, write_gpt2_dir, write_tokenizer_json
 from weights import WeightsError
@@ -1397,6 +1399,20 @@ def test_other_peoples_weights_to_chat_without_data_or_network(folder, llama, tm
     shutil.rmtree(llama)
     result = run('chat.py', '--ckpt', out / 'best.pt', '--prompt', 'the', '--max_tokens', '8', cwd=tmp_path)
     assert result.returncode == 0 and result.stdout, result.stderr
+
+
+def test_a_model_without_a_template_begins_with_bos_and_ends_with_eos(llama, monkeypatch):
+    """It read a text that began nowhere, and went on after what its files call the end."""
+    model, saved = weights.load(str(llama))
+    spec = {key: value for key, value in saved['tokenizer'].items() if key != 'template'}
+    talk = conversation.Conversation(model, spec | {'bos': [1], 'stop': [67]}, ChatConfig(max_tokens=4, threads=1))
+    said = iter([68, 67, 69, 69, 69, 69])       # b, a, c ...
+    monkeypatch.setattr(conversation, 'sample', lambda *args: (torch.tensor([next(said)]), torch.ones(1)))
+    turn = talk.say('c', lambda *args: None)
+    assert turn.new == [1, 69] and [token.id for token in turn.reply] == [68, 67] and turn.ended == 'end'
+    turn = talk.say('c', lambda *args: None)        # another text, as there is an end before it
+    assert turn.new == [1, 69] and turn.ended == 'length'
+    assert 1 not in talk.encode('c')                # while this one goes on
 
 
 def test_weights_that_cannot_be_had_are_one_line(folder, tmp_path):
