@@ -44,7 +44,7 @@ from evaluate import mix_windows
 from files import write_atomically
 from methods import LEARNED, METHODS, Cannot, Changed, Method, uncompiled
 from options import fail, option, parse_options, progress
-from tokenizer import end_id, load_tokenizer
+from tokenizer import load_tokenizer, start_ids
 
 EVERY = 10              # optimiser steps between calibrations, where weights are trained
 CALIBRATION = 32        # windows of training text that thresholds are set on; while weights are trained, 8
@@ -197,7 +197,7 @@ def run_method(job, config, recipe, given, teacher, saved, pairs, report):
         results = evaluate.measure(model, validation, teacher, method.dense)
         if pairs:
             encoding = load_tokenizer(saved['tokenizer'])
-            start = end_id(saved['tokenizer'], encoding)
+            start = start_ids(saved['tokenizer'], encoding)
             right, _ = evaluate.blimp(model, encoding, start, pairs, method.dense)
             results['blimp'] = float(np.mean(list(right.values())))
     return {'method': name, 'target': target, 'seed': seed,

@@ -62,7 +62,7 @@ from device import ProcessGone
 from files import write_atomically
 from methods import calibrate, gates, hooked
 from options import counted, fail, option, parse_options, printable, progress
-from tokenizer import end_id, load_tokenizer
+from tokenizer import load_tokenizer, start_ids
 
 PROMPT = 16                     # tokens in the cache when decoding begins
 PROBE_BYTES = 2 ** 29           # more than most caches hold
@@ -154,7 +154,7 @@ def texts_to_read(config, model, saved, count):
         starts = np.linspace(0, (len(data) - count) // window, config.rounds).astype(np.int64) * window
         return [data[start:start + count].tolist() for start in starts]
     decoder, spec = Decoder(model, 'int8'), saved['tokenizer']
-    texts = [[end_id(spec, load_tokenizer(spec))] for _ in range(config.rounds)]
+    texts = [start_ids(spec, load_tokenizer(spec)) for _ in range(config.rounds)]
     for text in counted(texts, 'texts written'):
         logits, _ = decoder.prefill(text)       # begins anew
         while len(text) < count:

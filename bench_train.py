@@ -44,7 +44,7 @@ def make_run(config, shape=None):
     """
     if config.model not in ('', *PRESETS):
         fail(f'--model {config.model}: training is measured of {", ".join(PRESETS)}, or the default')
-    preset = [str(Path(__file__).parent / 'config' / PRESETS[config.model])] if config.model else []
+    preset = [str(Path(__file__).resolve().parent / 'config' / PRESETS[config.model])] if config.model else []
     options, _ = parse_options(train.TrainConfig, 'python train.py', presets=True, argv=preset)
     batch = config.batch or min(options.batch_size, 4 * options.micro_batch)
     options = replace(options, batch_size=batch, teacher=1.0, compile=config.compile)

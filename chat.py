@@ -10,7 +10,8 @@ weights.py can load. Each token stands on the colour of what the pass over it co
 Where stdout is not a terminal it gets the replies and nothing else; remarks go to stderr.
 
 Models with a chat template answer. All others continue the text: what is typed is added to it on a new line.
-If they were trained on dialogues, give --turn_template 'User: {prompt}\\nAssistant:' --stop '\\nUser:'.
+If they were trained on dialogues, give --turn_template 'User: {prompt}\\nAssistant:' --stop '\\nUser:';
+data/text/prepare.py says how to train one.
 
 Exit codes: 0; 1 no usable model or a full disk; 2 a bad option or prompt; 130 interrupted; 141 stdout closed.
 

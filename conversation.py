@@ -27,7 +27,7 @@ import weights
 from build_kernel import KernelUnavailable
 from cwic import sample
 from decoder import Decoder, TorchDecoder
-from tokenizer import dialogue_ids, load_tokenizer, stop_ids
+from tokenizer import bos_ids, dialogue_ids, load_tokenizer, stop_ids
 
 LARGE = 20_000_000      # weights from which --dtype auto takes int8
 
@@ -163,7 +163,7 @@ class Conversation:
             ended = not self.tokens or self.tokens[-1] in self.stop_ids
             if not ended and not self.encoding.decode_single_token_bytes(self.tokens[-1]).endswith(b'\n'):
                 text = '\n' + text
-            return self.encoding.encode_ordinary(text)
+            return (bos_ids(self.spec) if ended else []) + self.encoding.encode_ordinary(text)
         if not self.tokens:
             system = [('system', self.config.system)] if self.config.system else []
             return dialogue_ids(self.spec, self.encoding, [*system, ('user', typed)])

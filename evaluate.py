@@ -37,8 +37,9 @@ from checkpoint import CheckpointError
 from cwic import KVCache, sample
 from data.common import DataError, load_dataset, load_mix, run
 from device import choose_device
+from files import LONGEST_JSON, decode_text, open_regular, read_text
 from options import counted, fail, option, parse_options, progress
-from tokenizer import TokenizerError, dialogue_ids, end_id, load_tokenizer, stop_ids
+from tokenizer import TokenizerError, bos_ids, dialogue_ids, load_tokenizer, start_ids, stop_ids
 
 # no more logits than this, or one sequence's, exist at a time: what a CPU's cache likes, what a GPU needs
 LOGITS_AT_ONCE = {'cpu': 2 ** 22, 'cuda': 2 ** 28, 'mps': 2 ** 26}
@@ -122,7 +123,7 @@ def measure(model, tokens, teacher=None, dense=False):
 def blimp(model, encoding, start, pairs, dense=False):
     """
     pairs: [(paradigm, good sentence, bad sentence)] -> (accuracy of each paradigm, a dict; dense / active
-    weights over all tokens read). start: the id that comes before each sentence. Sentences of one length are
+    weights over all tokens read). start: the ids that come before each sentence. Sentences of one length are
     read together, without padding.
     """
     device = model.head.weight.device
@@ -134,7 +135,7 @@ def blimp(model, encoding, start, pairs, dense=False):
         length = len(sentences[done][0])
         batch = sentences[done:done + min(rows_at_once(model, length), 256)]
         batch = [sentence for sentence in batch if len(sentence[0]) == length]
-        tokens = torch.tensor([[start] + ids for ids, _, _ in batch], device=device)
+        tokens = torch.tensor([start + ids for ids, _, _ in batch], device=device)
         logits, active = model(tokens[:, :-1], dense=dense)
         logp = logits.log_softmax(-1).gather(-1, tokens[:, 1:, None])[:, :, 0].sum(1).cpu().numpy()
         scores[[pair for _, pair, _ in batch], [bad for _, _, bad in batch]] = logp
@@ -192,8 +193,15 @@ def read_blimp(path, most):
     """[(paradigm, good, bad)], the first `most` of each paradigm. Raises DataError."""
     try:
         progress(f'reading {path}')
-        with (lzma.open if path.endswith('.xz') else open)(path, 'rt', encoding='utf-8') as f:
-            rows = [json.loads(line) for line in f if line.strip()]
+        if path.endswith('.xz'):
+            with open_regular(path) as packed, lzma.open(packed) as file:
+                data = file.read(LONGEST_JSON + 1)      # what is packed may unfold to anything
+            if len(data) > LONGEST_JSON:
+                raise ValueError(f'more than {LONGEST_JSON:,} bytes')
+            text = decode_text(data, path)
+        else:
+            text = read_text(path, LONGEST_JSON)
+        rows = [json.loads(line) for line in text.split('\n') if line.strip()]
         seen, pairs = {}, []
         for row in rows:
             seen[row['UID']] = seen.get(row['UID'], 0) + 1
@@ -201,33 +209,35 @@ def read_blimp(path, most):
                 pairs.append((row['UID'], row['sentence_good'], row['sentence_bad']))
     except OSError as error:
         raise DataError(f'{path}: {error.strerror}') from None
-    except (ValueError, KeyError, TypeError, lzma.LZMAError, EOFError) as error:
-        raise DataError(f'{path}: not BLiMP as JSON lines ({type(error).__name__})') from None
+    except (ValueError, KeyError, TypeError, RecursionError, lzma.LZMAError, EOFError) as error:
+        raise DataError(f'{path}: not BLiMP as JSON lines ({type(error).__name__}: {error})') from None
     if not pairs:
         raise DataError(f'{path}: no pairs of sentences in it')
     return pairs
 
 
-def read_questions(path):
-    """The lines of a UTF-8 text file that are not empty. Raises DataError."""
+def read_file(path):
+    """The text of a file. Raises DataError."""
     try:
-        with open(path, encoding='utf-8') as f:
-            questions = [line.strip() for line in f if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f'{path}: cannot be read ({error})') from None
+        return read_text(path)
+    except OSError as error:
+        raise DataError(f'{path}: cannot be read ({error.strerror})') from None
+    except ValueError as error:
+        raise DataError(str(error)) from None
+
+
+def read_questions(path):
+    """The lines of a text file that are not empty. Raises DataError."""
+    questions = [line.strip() for line in read_file(path).split('\n') if line.strip()]
     if not questions:
         raise DataError(f'{path}: no questions in it')
     return questions
 
 
-def text_windows(path, encoding, count, length):
+def text_windows(path, spec, encoding, count, length):
     """np.int64 (windows, length + 1): `count` windows of a text file, evenly spread. Raises DataError."""
-    try:
-        with open(path, encoding='utf-8') as f:
-            progress(f'tokenizing {path}')
-            ids = np.array(encoding.encode_ordinary(f.read()), np.int64)
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f'{path}: cannot be read ({error})') from None
+    progress(f'tokenizing {path}')
+    ids = np.array(bos_ids(spec) + encoding.encode_ordinary(read_file(path)), np.int64)
     if len(ids) <= length:
         raise DataError(f'{path}: {len(ids)} tokens are fewer than one window of {length}')
     starts = np.unique(np.linspace(0, len(ids) - length - 1, count).astype(np.int64) // length * length)
@@ -305,12 +315,12 @@ def main():
             results = compare_answers(model, teacher, spec, encoding, read_questions(config.questions))
         elif config.blimp:
             pairs = read_blimp(config.blimp, config.blimp_pairs)
-            by_paradigm, reduction = blimp(model, encoding, end_id(spec, encoding), pairs, config.dense)
+            by_paradigm, reduction = blimp(model, encoding, start_ids(spec, encoding), pairs, config.dense)
             results = dict(blimp=float(np.mean(list(by_paradigm.values()))), reduction=reduction,
                            pairs=len(pairs), by_paradigm=by_paradigm)
         else:
             if config.text:
-                tokens = text_windows(config.text, encoding, config.windows, length)
+                tokens = text_windows(config.text, spec, encoding, config.windows, length)
             elif config.only:
                 _, data, meta = load_dataset(config.data or options.get('data', 'python'), length)
                 tokens = windows_of_kind(config.only, data, meta, spec, encoding, config.windows, length)

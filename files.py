@@ -11,6 +11,7 @@ Not here: guessing of other encodings.
 import codecs
 import errno
 import io
+import json
 import os
 import stat
 
@@ -51,10 +52,20 @@ def read_text(path, most=None):
         if most is not None and size > most:
             raise ValueError(f'{path}: {size:,} bytes where at most {most:,} are expected')
         data = file.read()
+    return decode_text(data, path)
+
+
+def decode_text(data, name):
+    """The text in the bytes of a file called name. Raises ValueError if it is not text."""
     try:
-        return check_text(data.decode(encoding_of(data[:3])), path)
+        return check_text(data.decode(encoding_of(data[:3])), name)
     except UnicodeDecodeError as error:
-        raise ValueError(f'{path}: not UTF-8 (byte {error.start:,}); save it as UTF-8') from None
+        raise ValueError(f'{name}: not UTF-8 (byte {error.start:,}); save it as UTF-8') from None
+
+
+def read_json(path):
+    """What the JSON in a file says. Raises OSError, ValueError, or RecursionError if it is too deep."""
+    return json.loads(read_text(path, LONGEST_JSON))
 
 
 def read_lines(stream, name='stdin'):

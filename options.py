@@ -20,6 +20,7 @@ Not here: sub-commands, short flags, environment variables, code in presets.
 """
 
 import difflib
+import errno
 import math
 import os
 import shutil
@@ -27,6 +28,8 @@ import sys
 import textwrap
 import tomllib
 from dataclasses import field, fields
+
+from files import LONGEST_JSON, read_text
 
 BOOLEANS = {'yes': True, 'true': True, 'on': True, '1': True,
             'no': False, 'false': False, 'off': False, '0': False}
@@ -71,6 +74,14 @@ def fail(message, code=2):
     progress()
     print(printable(f'{os.path.basename(sys.argv[0])}: {message}'), file=sys.stderr)
     sys.exit(code)
+
+
+def is_out_of_memory(error):
+    """Whether an exception means that memory ran out; torch says so in words only."""
+    words = str(error).lower()
+    said = any(said in words for said in ("can't allocate memory", 'cannot allocate memory', 'out of memory'))
+    return (isinstance(error, MemoryError) or getattr(error, 'errno', None) == errno.ENOMEM
+            or isinstance(error, RuntimeError) and said)
 
 
 def read_value(option, text):
@@ -121,8 +132,7 @@ def unknown(name, names):
 def read_preset(path, options):
     """The values in a TOML file, by name. options: dict of name to dataclass field."""
     try:
-        with open(path, 'rb') as f:
-            preset = tomllib.load(f)
+        preset = tomllib.loads(read_text(path, LONGEST_JSON))
     except OSError as error:
         fail(f'preset {path}: {error.strerror}')
     except (ValueError, RecursionError) as error:

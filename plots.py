@@ -41,7 +41,7 @@ LINES = [dict(color=COLORS[i % 12], marker='os^Dv<>PX*'[i % 10], linestyle=('-',
 QUIET = dict(color='0.6', linewidth=0.8)            # what is there to compare with
 REDUCTION = 'reduction (dense / active weights)'
 SUBJECTS = {'out/dense/best.safetensors': 'Small Python model', 'smollm2': 'SmolLM2-135M-Instruct'}
-HERE = Path(__file__).parent
+HERE = Path(__file__).resolve().parent
 
 
 def check_picture(path):

@@ -20,19 +20,24 @@ Beside its name, a spec of kind 'bpe' holds
     ranks       the tokens in the order of their merges, in base64; in this order they have the ids that no
                 special token has
     special     {text: id}; left out: <|endoftext|> alone, with the last id
+    words       {text: id} of added tokens that are text like any other: found in it, and shown; may be left
+                out, as may all that follows
     end         the special token that ends a document; left out: <|endoftext|>
-    lacks       bytes, in hexadecimal, that no token stands for: text loses them; left out: none
+    bos         ids that come before every text ("begin of sequence")
+    stop        ids that end a reply, beside those of 'end' and 'template'
+    lacks       bytes, in hexadecimal, that no token stands for: text loses them
     template    how a dialogue is written, for models that have learned one; see known_template
 
 Not here: training (see data/python/train_tokenizer.py), SentencePiece, templates but SmolLM2's and Llama 3's.
 """
 
 import base64
-import json
 import re
 from pathlib import Path
 
 import tiktoken
+
+from files import read_json, read_text
 
 ENDOFTEXT = '<|endoftext|>'
 PYTHON4K_FILE = Path(__file__).resolve().parent / 'data' / 'python' / 'python4k.tiktoken'
@@ -67,21 +72,49 @@ SMOLLM_SYSTEM = 'You are a helpful AI assistant named SmolLM, trained by Hugging
 LLAMA3_PREFIX = 'Cutting Knowledge Date: December 2023\nToday Date: 26 Jul 2024\n\n'
 
 
+# what may end a document, where a vocabulary has it; the next in line is what its files call eos_token
+ENDS = (ENDOFTEXT, '<|end_of_text|>')
+# the other special tokens that vocab.json may hold without a word about them
+USUAL = ('<s>', '</s>', '<unk>', '<pad>', '<mask>', '[PAD]')
+NAMED = tuple(f'{name}_token' for name in ('bos', 'eos', 'unk', 'sep', 'pad', 'cls', 'mask'))
+GGUF_NORMAL, GGUF_WORD, GGUF_UNUSED = 1, 4, 5
+
+
 class TokenizerError(Exception):
     """A tokenizer that cannot be had or read; the message is one line for the user, remedy included."""
 
 
-class Encoding(tiktoken.Encoding):
-    """tiktoken's, for vocabularies that lack some bytes and for blanks of any length. special: {text: id}."""
+def splitter(texts):
+    """-> a pattern for re.split: any of the texts, the longest first, which it puts in the odd places"""
+    return re.compile('(' + '|'.join(map(re.escape, sorted(texts, key=len, reverse=True))) + ')')
 
-    def __init__(self, name, pattern, ranks, special, lacks=b''):
-        n_vocab = len(ranks) + len(special)
+
+class Encoding(tiktoken.Encoding):
+    """
+    tiktoken's, for vocabularies that lack some bytes, blanks of any length, and added tokens that are found
+    in text, the words. special, words: {text: id}; added: both.
+    """
+
+    def __init__(self, name, pattern, ranks, special, words, lacks=b''):
+        added = special | words
+        n_vocab = len(ranks) + len(added)
         # tiktoken wants an id for every byte: those beyond the vocabulary are dropped again
         beyond = {bytes([byte]): n_vocab + i for i, byte in enumerate(lacks)}
-        super().__init__(name, pat_str=pattern, mergeable_ranks=ranks | beyond, special_tokens=special)
-        self.special, self.max_token_value = special, n_vocab - 1
+        super().__init__(name, pat_str=pattern, mergeable_ranks=ranks | beyond, special_tokens=added)
+        self.special, self.words, self.added, self.max_token_value = special, words, added, n_vocab - 1
+        self.words_in = splitter(words)
+        self.special_ids = set(special.values())
+
+    def is_special_token(self, token):
+        return token in self.special_ids
 
     def encode_ordinary(self, text):
+        ids = []
+        for i, part in enumerate(self.words_in.split(text) if self.words else [text]):
+            ids += [self.words[part]] if i % 2 else self.encode_between_words(part)
+        return ids
+
+    def encode_between_words(self, text):
         ids = []
         for part in re.split(rf'((?<!\s)\s{{{LONGEST_BLANK},}})', text):
             size = LONGEST_BLANK if part.isspace() else len(part) + 1
@@ -96,6 +129,31 @@ def bpe_spec(name, pattern, tokens, **more):
             'ranks': ' '.join(base64.b64encode(token).decode('ascii') for token in tokens), **more}
 
 
+def are_ids(ids, n_vocab):
+    return all(type(id) is int and 0 <= id < n_vocab for id in ids)
+
+
+def load_bpe(spec):
+    """The Encoding of a spec of kind 'bpe'. Raises ValueError, KeyError, TypeError or AttributeError."""
+    if spec['kind'] != 'bpe' or type(spec['name']) is not str:
+        raise ValueError('of an unknown kind')
+    if spec['pattern'] not in PATTERNS.values():
+        raise ValueError('a split pattern that may not be safe')
+    tokens = [base64.b64decode(token, validate=True) for token in spec['ranks'].split(' ')]
+    special, words = spec.get('special', {ENDOFTEXT: len(tokens)}), spec.get('words', {})
+    lacks, added = bytes.fromhex(spec.get('lacks', '')), [*special.values(), *words.values()]
+    total, taken = len(tokens) + len(added), set(added)
+    if len(taken) != len(added) or not are_ids(added, total):
+        raise ValueError('added ids are repeated, or beyond the vocabulary')
+    if special.keys() & words.keys() or '' in words:
+        raise ValueError('added words are empty, or special')
+    ranks = dict(zip(tokens, (id for id in range(total) if id not in taken), strict=True))
+    lacking = {b for b in range(256) if bytes([b]) not in ranks}
+    if len(ranks) != len(tokens) or b'' in ranks or lacking != set(lacks):
+        raise ValueError('tokens are missing, empty or repeated')
+    return Encoding(spec['name'], spec['pattern'], ranks, special, words, lacks)
+
+
 def load_tokenizer(spec):
     """
     spec: dict made by tokenizer_spec (or read back from meta.json or a checkpoint) -> Encoding, ids 0 to
@@ -103,21 +161,13 @@ def load_tokenizer(spec):
     """
     try:
         if spec['kind'] == 'bytes':
-            return Encoding('bytes', BYTES_PATTERN, {bytes([b]): b for b in range(256)}, {ENDOFTEXT: 256})
-        if spec['kind'] != 'bpe' or type(spec['name']) is not str:
-            raise ValueError('of an unknown kind')
-        if spec['pattern'] not in PATTERNS.values():
-            raise ValueError('a split pattern that may not be safe')
-        tokens = [base64.b64decode(token, validate=True) for token in spec['ranks'].split(' ')]
-        special, lacks = spec.get('special', {ENDOFTEXT: len(tokens)}), bytes.fromhex(spec.get('lacks', ''))
-        total, taken = len(tokens) + len(special), set(special.values())
-        if len(taken) != len(special) or not all(type(id) is int and 0 <= id < total for id in taken):
-            raise ValueError('special ids are repeated, or beyond the vocabulary')
-        ranks = dict(zip(tokens, (id for id in range(total) if id not in taken), strict=True))
-        lacking = {b for b in range(256) if bytes([b]) not in ranks}
-        if len(ranks) != len(tokens) or b'' in ranks or lacking != set(lacks):
-            raise ValueError('tokens are missing, empty or repeated')
-        encoding = Encoding(spec['name'], spec['pattern'], ranks, special, lacks)
+            encoding = Encoding('bytes', BYTES_PATTERN, {bytes([b]): b for b in range(256)},
+                                {ENDOFTEXT: 256}, {})
+        else:
+            encoding = load_bpe(spec)
+        bos, stop = spec.get('bos', []), spec.get('stop', [])
+        if type(bos) is not list or type(stop) is not list or not are_ids(bos + stop, encoding.n_vocab):
+            raise ValueError('ids before a text, or that end a reply, are beyond the vocabulary')
         stop_ids(spec, encoding)
         if 'template' in spec:
             for messages in ([], [('system', '')]):     # whatever is wrong with the template shows here
@@ -133,6 +183,16 @@ def load_tokenizer(spec):
 # documents and dialogues: the only places where special tokens come from
 
 
+def bos_ids(spec):
+    """-> the ids that come before every text, often none"""
+    return [*spec.get('bos', [])]
+
+
+def start_ids(spec, encoding):
+    """-> the ids after which a model expects a text to begin: BOS, or else the end of another document"""
+    return bos_ids(spec) or [end_id(spec, encoding)]
+
+
 def end_id(spec, encoding):
     """-> the id that ends a document"""
     return encoding.special[spec.get('end', ENDOFTEXT)]
@@ -141,7 +201,7 @@ def end_id(spec, encoding):
 def stop_ids(spec, encoding):
     """-> the ids that end a reply, a set with end_id in it"""
     stops = spec['template']['stop'] if 'template' in spec else []
-    return {end_id(spec, encoding)} | {encoding.special[text] for text in stops}
+    return {end_id(spec, encoding), *spec.get('stop', []), *(encoding.special[text] for text in stops)}
 
 
 def written_ids(encoding, pieces):
@@ -149,11 +209,9 @@ def written_ids(encoding, pieces):
     pieces: strings, in turn a template's and a user's -> ids. Only a template's have special tokens in them.
     Plain text of both that meets is encoded in one go, as it was when the model learned it.
     """
-    longest_first = sorted(encoding.special, key=len, reverse=True)
-    special = re.compile('(' + '|'.join(re.escape(text) for text in longest_first) + ')')
+    special = splitter(encoding.special)
     ids, plain = [], ''
     for i, piece in enumerate(pieces):
-        # re.split puts what it splits at, here special tokens, in the odd places
         for j, part in enumerate([piece] if i % 2 else special.split(piece)):
             if j % 2:
                 ids, plain = ids + encoding.encode_ordinary(plain) + [encoding.special[part]], ''
@@ -181,17 +239,19 @@ def dialogue_ids(spec, encoding, messages, begin=True, reply=True):
     return written_ids(encoding, pieces)
 
 
-def known_template(jinja, special):
+def known_template(jinja, added, bos=''):
     """
-    jinja: the chat template of a model's files, or '' -> a spec's template; None where it is not known.
+    jinja: the chat template of a model's files, or ''; added: texts of added tokens; bos: the text that the
+    template may write as bos_token -> a spec's template; None if it is not known.
     Its fields: what a conversation begins with; how a message is written; what stands before the text of the
-    first system message, and its text where none is given; whether blanks around texts go; what ends a reply.
+    first system message, and its text if none is given; whether blanks around texts go; what ends a reply.
     """
-    if '<|im_start|>' in jinja and '<|im_end|>' in special:
-        return {'begin': '', 'message': '<|im_start|>{role}\n{text}<|im_end|>\n', 'prefix': '',
+    if '<|im_start|>' in jinja and {'<|im_start|>', '<|im_end|>'} <= set(added):
+        return {'begin': bos if 'bos_token' in jinja else '',
+                'message': '<|im_start|>{role}\n{text}<|im_end|>\n', 'prefix': '',
                 'system': SMOLLM_SYSTEM if SMOLLM_SYSTEM in jinja else '', 'strip': False,
                 'stop': ['<|im_end|>']}
-    if '<|start_header_id|>' in jinja and '<|eot_id|>' in special:
+    if '<|start_header_id|>' in jinja and '<|eot_id|>' in added:
         return {'begin': '<|begin_of_text|>',
                 'message': '<|start_header_id|>{role}<|end_header_id|>\n\n{text}<|eot_id|>',
                 'prefix': LLAMA3_PREFIX if 'Cutting Knowledge' in jinja else '', 'system': '', 'strip': True,
@@ -206,7 +266,7 @@ def known_template(jinja, special):
 def spec_from_file(path, name, pattern):
     """a file in tiktoken's format, 'base64-of-the-token rank' on each line, ranks 0, 1, ... -> spec dict"""
     try:
-        lines = Path(path).read_text(encoding='ascii').splitlines()
+        lines = read_text(path).splitlines()
         tokens = [base64.b64decode(line.split()[0], validate=True) for line in lines]
         if [int(line.split()[1]) for line in lines] != list(range(len(lines))):
             raise ValueError('ranks are not 0, 1, 2, ...')
@@ -225,34 +285,134 @@ def gpt2_byte_of():
     return {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
 
 
-def byte_level_spec(name, vocab, merges, special, jinja=''):
+def byte_level_spec(name, vocab, merges, special, words, jinja='', bos='', begin=(), eos=()):
     """
     name: of the pattern; vocab: {token: id}, in gpt2_byte_of's characters; merges: 'a b' or [a, b], in order;
-    special: {text: id}; jinja: see known_template -> spec dict. Raises ValueError, KeyError or TypeError.
+    special, words: {text: id}; jinja, bos: see known_template; begin: ids before every text; eos: ids that
+    end one -> spec dict. Raises TokenizerError, ValueError, KeyError or TypeError.
     """
-    byte_of = gpt2_byte_of()
-    ordinary = sorted(vocab.keys() - special.keys(), key=vocab.get)
+    byte_of, template = gpt2_byte_of(), known_template(jinja, special | words, bos)
+    added = special | words
+    text_of = {id: text for text, id in added.items()}
+    ends = [text for text in (*ENDS, *map(text_of.get, eos), '</s>') if text in added]
+    if not ends:
+        raise TokenizerError('no special token ends a document; name one as eos_token in '
+                             'tokenizer_config.json')
+    end = next((text for text in ends if text in special), ends[0])
+    # what ends a document, or a message, is special whatever the files say: else users could write it
+    ours = {end, *re.findall(r'<\|\w+\|>', template['message'] if template else '')}
+    special = special | {text: id for text, id in words.items() if text in ours}
+    words = {text: id for text, id in words.items() if text not in special}
+    ordinary = sorted(vocab.keys() - added.keys(), key=vocab.get)
     merged = [''.join(merge).replace(' ', '') for merge in merges]
     order = [vocab[token] for token in merged]      # one token may be merged from several pairs
     # tiktoken takes a token's id for the rank of its merge, so the two must agree on the order
     if order != sorted(order) or {token for token in ordinary if len(token) > 1} != set(merged):
         raise ValueError('ids and merges differ in order or number')
-    if sorted((vocab | special).values()) != list(range(len(vocab | special))):
+    if sorted((vocab | added).values()) != list(range(len(vocab | added))):
         raise ValueError('ids are repeated or missing')
     tokens = [bytes(byte_of[character] for character in token) for token in ordinary]
-    spec, template = bpe_spec(name, PATTERNS[name], tokens), known_template(jinja, special)
-    if special != {ENDOFTEXT: len(tokens)}:
-        spec |= {'special': special, 'end': ENDOFTEXT if ENDOFTEXT in special else '<|end_of_text|>',
+    spec = bpe_spec(name, PATTERNS[name], tokens)
+    if added != {ENDOFTEXT: len(tokens)}:
+        spec |= {'special': special, 'end': end,
                  'lacks': bytes(byte for character, byte in byte_of.items() if character not in vocab).hex()}
-    return spec | ({'template': template} if template else {})
+    known = {end, *(template['stop'] if template else [])}
+    # an id beyond the vocabulary is never produced, so it ends nothing
+    stop = {id for id in eos if 0 <= id < len(vocab | added)} - {special[text] for text in known}
+    more = {'words': words, 'bos': list(begin), 'stop': sorted(stop), 'template': template}
+    return spec | {key: value for key, value in more.items() if value}
+
+
+def read_settings(path):
+    """The JSON object in a file, {} if there is none."""
+    return read_json(path) if path.is_file() else {}
+
+
+def eos_ids(folder):
+    """The ids that end a text, as config.json and generation_config.json have them: one, a list, or none."""
+    ids = []
+    for name in ('config.json', 'generation_config.json'):
+        said = read_settings(folder / name).get('eos_token_id')
+        ids += [] if said is None else said if isinstance(said, list) else [said]
+    if not all(type(id) is int for id in ids):
+        raise ValueError(f'eos_token_id {ids!r:.80} is no id')
+    return ids
+
+
+def begin_ids(processor):
+    """post_processor of tokenizer.json -> the ids that it puts before a text. Raises TokenizerError."""
+    kind = processor['type'] if processor else 'ByteLevel'
+    if kind == 'ByteLevel':         # puts nothing there
+        return []
+    if kind == 'Sequence':
+        return [id for step in processor['processors'] for id in begin_ids(step)]
+    pieces = processor['single'] if kind == 'TemplateProcessing' else []
+    if [*map(list, pieces)] != [['SpecialToken']] * (len(pieces) - 1) + [['Sequence']]:
+        raise TokenizerError(f'post_processor {kind!r:.40} puts tokens after a text, or in it, which is not '
+                             'supported; remove them from tokenizer.json')
+    tokens = [processor['special_tokens'][piece['SpecialToken']['id']] for piece in pieces[:-1]]
+    return [id for token in tokens for id in token['ids']]
+
+
+def text_of_token(token):
+    """A token as the settings of a tokenizer have it, its text alone or among its properties -> its text"""
+    return token['content'] if isinstance(token, dict) else token
+
+
+def spec_from_files(folder, name, vocab, merges, added, begin=()):
+    """
+    added: [{'content', 'id', 'special', ...}]; the rest as for byte_level_spec -> spec dict, with what other
+    files in the folder say. Raises as byte_level_spec does.
+    """
+    settings = {}
+    for file in ('special_tokens_map.json', 'tokenizer_config.json'):
+        settings |= read_settings(folder / file)
+    named = {key: text_of_token(settings[key]) for key in NAMED if settings.get(key) is not None}
+    others = settings.get('additional_special_tokens') or []
+    special_texts = {*named.values(), *map(text_of_token, others)}
+    for key in ('add_prefix_space', 'add_eos_token'):
+        if settings.get(key):
+            raise TokenizerError(f'tokenizer_config.json: {key} is not supported; set it to false')
+    # where two files have a token, the first says what it is
+    more = [{'id': int(id), **token} for id, token in settings.get('added_tokens_decoder', {}).items()]
+    more += [{'content': text, 'id': id, 'special': text in special_texts}
+             for text, id in read_settings(folder / 'added_tokens.json').items()]
+    special, words = {}, {}
+    for token in added + more:
+        text, id = token['content'], token['id']
+        if (special | words).get(text, id) != id:
+            raise ValueError(f'{text!r:.40} has two ids')
+        if token.get('special') or text in special_texts or text in special:
+            special[text] = id
+            continue
+        words[text] = id
+        for flag in ('single_word', 'lstrip', 'rstrip'):
+            if token.get(flag):
+                raise TokenizerError(f'the added token {text!r:.40} is {flag}, which is not supported')
+    if not added:       # GPT-2's two files do not say which tokens are special
+        special |= {text: vocab[text] for text in (*special_texts, *ENDS, *USUAL) if text in vocab}
+    bos = named.get('bos_token', ENDOFTEXT if ENDOFTEXT in special else '')
+    if settings.get('add_bos_token') and not begin:
+        begin = [special[bos]]
+    jinja = folder / 'chat_template.jinja'
+    # some files hold a list of templates
+    jinja = read_text(jinja) if jinja.is_file() else str(settings.get('chat_template', ''))
+    eos = [special[text] for text in [named.get('eos_token')] if text in special]
+    return byte_level_spec(name, vocab, merges, special, words, jinja, bos, begin, eos + eos_ids(folder))
 
 
 def spec_from_json(folder):
-    """tokenizer.json, and the chat template beside it -> spec dict. Raises as byte_level_spec does."""
-    said = json.loads((folder / 'tokenizer.json').read_text(encoding='utf-8'))
-    model, cut, cuts = said['model'], said['pre_tokenizer'], []
-    if model['type'] != 'BPE' or model.get('byte_fallback') or said.get('normalizer'):
-        raise ValueError('SentencePiece, or something else than byte-level BPE')
+    """tokenizer.json, and what stands beside it -> spec dict. Raises as byte_level_spec does."""
+    said = read_json(folder / 'tokenizer.json')
+    model, cut, normalizer, cuts = said['model'], said['pre_tokenizer'], said.get('normalizer'), []
+    keys = ('byte_fallback', 'dropout', 'continuing_subword_prefix', 'end_of_word_suffix')
+    unsupported = [key for key in keys if model.get(key)]
+    if normalizer and normalizer != {'type': 'Sequence', 'normalizers': []}:
+        unsupported += ['normalizer']
+    # GPT-2's own file does not say its type
+    if model.get('type', 'BPE') != 'BPE' or unsupported:
+        raise TokenizerError('SentencePiece, or something else than byte-level BPE as in GPT-2, SmolLM2 and '
+                             f'Llama 3 ({", ".join(unsupported) or model["type"]!r:.80})')
     for step in cut.get('pretokenizers', [cut]):
         if step['type'] == 'ByteLevel' and not step['add_prefix_space']:
             cuts += ['gpt2'] if step.get('use_regex', True) else ['bytes']
@@ -263,23 +423,16 @@ def spec_from_json(folder):
     known = {'gpt2': ['gpt2'], 'smollm': ['digits', 'gpt2'], 'llama3': [LLAMA3_PATTERN, 'bytes']}
     name = next((name for name in known if known[name] == cuts), None)
     if name is None:
-        raise ValueError(f'text is cut otherwise than for GPT-2, SmolLM2 or Llama 3: {cuts!r:.100}')
-    jinja, older = folder / 'chat_template.jinja', folder / 'tokenizer_config.json'
-    if jinja.is_file():
-        jinja = jinja.read_text(encoding='utf-8')
-    else:
-        config = json.loads(older.read_text(encoding='utf-8')) if older.is_file() else {}
-        jinja = str(config.get('chat_template', ''))        # some files hold a list of templates
-    special = {token['content']: token['id'] for token in said['added_tokens']}
-    return byte_level_spec(name, model['vocab'], model['merges'], special, jinja)
+        raise TokenizerError(f'text is cut otherwise than for GPT-2, SmolLM2 or Llama 3: {cuts!r:.100}')
+    return spec_from_files(folder, name, model['vocab'], model['merges'], said['added_tokens'],
+                           begin_ids(said.get('post_processor')))
 
 
 def spec_from_vocab(folder, merges_name, vocab_name):
     """the two files of GPT-2's release -> spec dict. Raises as byte_level_spec does."""
-    vocab = json.loads((folder / vocab_name).read_text(encoding='utf-8'))
-    lines = (folder / merges_name).read_text(encoding='utf-8').split('\n')
+    lines = read_text(folder / merges_name).split('\n')
     merges = [line for line in lines[lines[0].startswith('#version'):] if line]
-    return byte_level_spec('gpt2', vocab, merges, {ENDOFTEXT: vocab[ENDOFTEXT]})
+    return spec_from_files(folder, 'gpt2', read_json(folder / vocab_name), merges, [])
 
 
 def spec_from_gguf(metadata):
@@ -290,11 +443,24 @@ def spec_from_gguf(metadata):
         kind = f"{said.get('model')!r:.40}, {said.get('pre')!r:.40}"
         raise TokenizerError(f'a tokenizer of kind {kind}; supported is byte-level BPE as in GPT-2 '
                              '(gpt2, gpt-2), SmolLM2 (gpt2, smollm) and Llama 3 (gpt2, llama-bpe)')
+    if said.get('add_eos_token'):
+        raise TokenizerError('add_eos_token is not supported; convert the model again without it')
     try:
-        vocab = {text: id for id, text in enumerate(said['tokens'])}
-        kinds = zip(vocab.items(), said['token_type'], strict=True)
-        special = {text: id for (text, id), kind in kinds if kind != 1}
-        return byte_level_spec(name, vocab, said['merges'], special, said.get('tokenizer.chat_template', ''))
+        tokens = list(zip(said['tokens'], said['token_type'], strict=True))
+        while tokens and tokens[-1][1] == GGUF_UNUSED:      # what pads a vocabulary
+            tokens.pop()
+        vocab = {text: id for id, (text, _) in enumerate(tokens)}
+        words = {text: vocab[text] for text, kind in tokens if kind == GGUF_WORD}
+        special = {text: vocab[text] for text, kind in tokens if kind not in (GGUF_NORMAL, GGUF_WORD)}
+        # Llama 3's first files did not say that a text begins with a token
+        adds_bos, usual = said.get('add_bos_token', name == 'llama3'), vocab.get('<|begin_of_text|>')
+        bos = said.get('bos_token_id', usual)
+        if adds_bos and not are_ids([bos], len(vocab)):
+            raise ValueError('no bos_token_id')
+        bos_text = tokens[bos][0] if are_ids([bos], len(vocab)) else ''
+        eos = [said[key] for key in ('eos_token_id', 'eot_token_id') if key in said]
+        jinja, begin = said.get('tokenizer.chat_template', ''), [bos] if adds_bos else []
+        return byte_level_spec(name, vocab, said['merges'], special, words, jinja, bos_text, begin, eos)
     except (ValueError, KeyError, TypeError, AttributeError) as e:
         raise TokenizerError(f'a damaged tokenizer ({type(e).__name__}: {e}): fetch the file again') from e
 
@@ -331,5 +497,5 @@ def tokenizer_spec(name):
         return bpe_spec(name, GPT2_PATTERN, tokens)
     if Path(name).is_dir():
         return spec_from_dir(name)
-    raise TokenizerError(f"unknown tokenizer '{name}': choose python4k, bytes, gpt2, or a directory that "
-                         'holds tokenizer.json, or vocab.bpe and encoder.json')
+    raise TokenizerError(f"unknown tokenizer '{name}': choose python4k, bytes, gpt2, a model such as "
+                         'smollm2, or a directory that holds tokenizer.json, or vocab.bpe and encoder.json')

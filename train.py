@@ -849,11 +849,9 @@ def main():
 def program():
     """main(), and one line for what may end it."""
     try:
-        common.run(main)
+        common.run(main, memory='a smaller --micro_batch takes less, and so does --recompute')
     except ProcessGone as why:
         fail(f'another process has ended; see what it said ({why})', 1)
-    except torch.OutOfMemoryError:
-        fail('out of memory; a smaller --micro_batch takes less, and so does --recompute', 1)
 
 
 if __name__ == '__main__':

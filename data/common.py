@@ -3,8 +3,8 @@ What every data/NAME/prepare.py shares: errors, encoding documents, writing a da
 was stopped. And load_dataset() and load_mix(), with which train.py and others read one, or several.
 
 A data set is a folder with
-    train.bin, val.bin    raw token ids, uint16, or uint32 where the vocabulary needs it; the tokenizer's end
-                          token stands after each document
+    train.bin, val.bin    raw token ids, uint16, or uint32 if the vocabulary needs it; before each document
+                          stands the tokenizer's BOS, if it has one, and after it the end token
     meta.json             'tokenizer' (spec, see tokenizer.py), 'vocab_size', 'train_tokens', 'val_tokens',
                           'train_bytes', 'val_bytes' (of UTF-8 text, without end tokens), 'source' (one line);
                           and 'window', where both files are made of independent windows of so many tokens
@@ -22,9 +22,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from files import write_atomically
-from options import fail
-from tokenizer import TokenizerError, end_id
+from files import read_json, write_atomically
+from options import fail, is_out_of_memory
+from tokenizer import TokenizerError, bos_ids, dialogue_ids, end_id, tokenizer_spec
 
 DATA = Path(__file__).resolve().parent
 MIN_TOKENS = 256                    # less than that in either split trains or measures nothing
@@ -37,8 +37,11 @@ class DataError(Exception):
     """Data that cannot be had, read or written; the message is one line for the user, remedy included."""
 
 
-def run(main):
-    """Calls main() and turns what a user can cause into one line on stderr and a non-zero exit code."""
+def run(main, memory='end other programs, or take less at once'):
+    """
+    Calls main() and turns what a user can cause into one line on stderr and a non-zero exit code. memory: the
+    remedy if it runs out.
+    """
     try:
         if sys.stdout is not None:      # it is where stdout was closed
             sys.stdout.reconfigure(errors='replace')    # a file's name may have what the terminal lacks
@@ -49,7 +52,11 @@ def run(main):
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)    # what is left to be written goes nowhere
         sys.exit(141)
-    except OSError as e:
+    except (OSError, MemoryError, RuntimeError) as e:
+        if is_out_of_memory(e):
+            fail(f'out of memory; {memory}', 1)
+        if not isinstance(e, OSError):
+            raise
         fail(f'{e.filename or "disk or stdout"}: {e.strerror or e}; what stood there before is whole', 1)
     except KeyboardInterrupt:
         fail('interrupted; run the same command again', 130)
@@ -68,17 +75,40 @@ def token_dtype(vocab_size):
     return np.uint16 if vocab_size <= 2 ** 16 else np.uint32
 
 
+def find_tokenizer(name):
+    """A tokenizer's name, or what weights.load takes -> its spec. Raises DataError or TokenizerError."""
+    if name in ('python4k', 'bytes', 'gpt2'):
+        return tokenizer_spec(name)
+    import weights      # takes torch along, which takes seconds
+    try:
+        return weights.tokenizer_of(name)
+    except weights.WeightsError as e:
+        raise DataError(str(e)) from None
+
+
+def document_ids(spec, encoding, document):
+    """document: str, or a dialogue, a tuple of (role, text) -> ids, with what stands around a document"""
+    if isinstance(document, str):
+        # a literal '<|endoftext|>' inside a document is plain text
+        ids = bos_ids(spec) + encoding.encode_ordinary(document)
+    else:
+        ids = dialogue_ids(spec, encoding, document, reply=False)
+    return [*ids, end_id(spec, encoding)]
+
+
 def encode_documents(encoding, spec, documents):
-    """documents: list of str -> (tokens,), each document followed by the end token"""
-    end, dtype = end_id(spec, encoding), token_dtype(encoding.n_vocab)
-    # a literal '<|endoftext|>' inside a document is plain text
-    encode = lambda document: np.array([*encoding.encode_ordinary(document), end], dtype)
+    """documents: list of what document_ids takes -> (tokens,)"""
+    dtype = token_dtype(encoding.n_vocab)
+    encode = lambda document: np.array(document_ids(spec, encoding, document), dtype)
     with ThreadPoolExecutor() as pool:      # tiktoken works outside Python's lock
         return np.concatenate([np.zeros(0, dtype), *pool.map(encode, documents)])
 
 
-def utf8_bytes(documents):
-    return sum(len(document.encode('utf-8')) for document in documents)
+def utf8_bytes(encoding, spec, documents):
+    """Bytes of text in documents, a dialogue's template included."""
+    return sum(len(document.encode('utf-8')) if isinstance(document, str) else
+               len(encoding.decode_bytes(dialogue_ids(spec, encoding, document, reply=False)))
+               for document in documents)
 
 
 def make_meta(encoding, spec, source, tokens, size):
@@ -120,10 +150,10 @@ def load_progress(folder, fresh):
             raise DataError(f'{folder} is prepared already: delete its meta.json to make it anew')
         return fresh
     try:
-        progress = json.loads(path.read_text(encoding='utf-8'))
+        progress = read_json(path)
         if progress.keys() != fresh.keys():
             raise ValueError('other keys')
-    except (ValueError, AttributeError) as e:
+    except (ValueError, AttributeError, RecursionError) as e:
         raise DataError(f'{path} is damaged: delete it to start over') from e
     if progress['settings'] != fresh['settings']:
         raise DataError(f'{path} is of a run with {progress["settings"]}: give the same options, '
@@ -137,14 +167,14 @@ def save_progress(folder, progress):
 
 def write_dataset(folder, encoding, spec, train, val, source):
     """
-    folder: made if need be; train, val: lists of str, the documents of the two splits; source: one line
+    folder: made if need be; train, val: lists of documents, see document_ids; source: one line
     saying what the text is. Writes train.bin, val.bin and meta.json: an old data set stays until the new one
     is complete. Raises DataError when a split is too small.
     """
     folder, splits = Path(folder), {'train': train, 'val': val}
     ids = {split: encode_documents(encoding, spec, documents) for split, documents in splits.items()}
     meta = make_meta(encoding, spec, source, {split: len(ids[split]) for split in splits},
-                     {split: utf8_bytes(documents) for split, documents in splits.items()})
+                     {split: utf8_bytes(encoding, spec, documents) for split, documents in splits.items()})
     folder.mkdir(parents=True, exist_ok=True)
     try:
         for split in splits:
@@ -198,7 +228,7 @@ def load_dataset(name, block_size):
     if not (folder / 'meta.json').exists():
         prepare(name)
     try:
-        meta = json.loads((folder / 'meta.json').read_text(encoding='utf-8'))
+        meta = read_json(folder / 'meta.json')
         for key, kind in META.items():
             value = meta.get(key, 1 if key == 'window' else None)
             if type(value) is not kind or kind is int and value < 1:

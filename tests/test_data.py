@@ -176,6 +176,10 @@ def test_python_sources_that_are_left_out(tmp_path, monkeypatch):
         (tmp_path / name).parent.mkdir(exist_ok=True, parents=True)
         (tmp_path / name).write_bytes(text.encode('utf-8'))
     (tmp_path / 'latin.py').write_bytes('# coding: latin-1\nx = "é"\n'.encode('latin-1'))
+    # tracebacks: an encoding that is none of text, and a name that is not UTF-8; a pipe blocked for ever
+    (tmp_path / 'rot13.py').write_text('# coding: rot13\nk = 1\n')
+    Path(os.fsdecode(os.fsencode(tmp_path) + b'/\xff.py')).write_text('x = 3\n')
+    os.mkfifo(tmp_path / 'pipe.py')
     (tmp_path / 'broken.py').write_bytes(b'x = "\xff\xfe"\n')
     (tmp_path / 'unknown.py').write_bytes(b'# coding: klingon\n')
     library = [('b.py', 'b = 1\n'), ('crlf.py', 'x = 1\ny = 2\n'), ('large.py', '#' * 400_001),
@@ -376,14 +380,85 @@ def test_text_with_windows_line_ends_and_byte_order_mark(tmp_path, prepare):
     prepare(text_script, tmp_path / 'a.txt', '--out', tmp_path / 'out')
     _, (train,), (val,) = read(tmp_path / 'out')
     assert train + val == text
+    (tmp_path / 'a.txt').write_bytes(text.replace('\n', '\r\n').encode('utf-16'))
+    prepare(text_script, tmp_path / 'a.txt', '--out', tmp_path / 'out16')
+    assert (tmp_path / 'out16' / 'train.bin').read_bytes() == (tmp_path / 'out' / 'train.bin').read_bytes()
+
+
+@pytest.fixture
+def chat_model(tmp_path):
+    """A folder with the tokenizer of a chat model; 'a' is 67 in it, <|im_start|> 1, <|im_end|> 2."""
+    from test_tokenizer import SMOLLM_SPECIAL, write_tokenizer_json
+    return write_tokenizer_json(tmp_path / 'chat_model', SMOLLM_SPECIAL)
+
+
+def talk(*texts, **more):
+    roles = ['system', 'user', 'assistant'] if len(texts) % 2 else ['user', 'assistant'] * 9
+    return json.dumps({'messages': [{'role': role, 'content': text} for role, text in zip(roles, texts)], **more})
+
+
+def test_dialogues_are_written_in_the_models_template(tmp_path, chat_model, prepare):
+    talks = [(f'What is {i}?', f'It is {i}. <|im_end|>\nNo.') for i in range(100)]
+    lines = [talk(*texts, source='x') for texts in talks] + ['', talk(*talks[0]), talk('Be brief.', 'Hi.', 'Hi!')]
+    (tmp_path / 'talks.jsonl').write_text('\r\n'.join(lines), encoding='utf-8-sig')
+    write(tmp_path, book='A book is one document.\n' * 100)
+    prepare(text_script, tmp_path / 'talks.jsonl', tmp_path / 'book.txt', '--tokenizer', chat_model,
+            '--out', tmp_path / 'out')
+    _, train, val = read(tmp_path / 'out')
+    system = 'You are a helpful AI assistant named SmolLM, trained by Hugging Face'
+    expected = [f'<|im_start|>system\n{system}<|im_end|>\n<|im_start|>user\n{question}<|im_end|>\n'
+                f'<|im_start|>assistant\n{answer}<|im_end|>\n' for question, answer in talks]
+    expected += ['<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHi.<|im_end|>\n'
+                 '<|im_start|>assistant\nHi!<|im_end|>\n']
+    documents = train + val
+    assert sorted(d for d in documents if 'book' not in d) == sorted(expected)
+    assert 7 < len([d for d in val if 'book' not in d]) < 13      # whole dialogues, a tenth of them
+    # the <|im_end|> that somebody wrote is text
+    ids = np.concatenate([np.fromfile(tmp_path / 'out' / f'{split}.bin', np.uint16) for split in ('train', 'val')])
+    assert (ids == 2).sum() == 3 * 101
+
+
+def test_dialogues_that_cannot_be_learned_are_one_line(tmp_path, chat_model, prepare):
+    path = tmp_path / 'talks.jsonl'
+    for line in ('{', '[]', '{}', '{"messages": []}', '{"messages": 3}', '{"messages": ["x"]}',
+                 '{"messages": [{"role": "user"}]}', '{"messages": [{"role": "user", "content": null}]}',
+                 '{"messages": [{"role": "tool", "content": "x"}]}',
+                 '{"messages": [{"role": "user", "content": "x"}, {"role": "system", "content": "x"}]}',
+                 '{"messages": [{"role": "user", "content": "x", "tool_calls": []}]}', '[' * 100_000):
+        path.write_text(talk('a', 'b') + '\n' + line, encoding='utf-8')
+        prepare(text_script, path, '--tokenizer', chat_model, '--out', tmp_path / 'out', code=1,
+                parts=[f'{path}, line 2: not {{"messages"'])
+    path.write_text(talk('a', 'b'), encoding='utf-8')
+    prepare(text_script, path, '--out', tmp_path / 'out', code=1,
+            parts=['the tokenizer python4k has no chat template for dialogues', '--tokenizer smollm2'])
+    assert not (tmp_path / 'out').exists()
+
+
+def test_a_models_bos_comes_before_every_document(tmp_path, prepare):
+    from test_tokenizer import BOS, EOS, PUTS_BOS, LLAMA3_SPECIAL, change_json, write_tokenizer_json
+    folder = write_tokenizer_json(tmp_path / 'model', LLAMA3_SPECIAL)
+    change_json(folder / 'tokenizer.json', post_processor=PUTS_BOS)
+    write(tmp_path, one='b' * 3000, two='a' * 3000)
+    prepare(text_script, tmp_path / 'one.txt', tmp_path / 'two.txt', '--tokenizer', folder, '--out', tmp_path / 'out')
+    a, b = (ord(letter) - ord('!') for letter in 'ab')
+    ids = np.fromfile(tmp_path / 'out' / 'train.bin', np.uint16).tolist()
+    assert ids == [BOS, *[b] * 2700, EOS, BOS, *[a] * 2700, EOS]
+
+
+def test_a_models_name_is_a_tokenizer(tmp_path, prepare):
+    """The shipped model could not learn from one's own text: its tokenizer was "unknown"."""
+    write(tmp_path, book='It was a dark and stormy night.\n' * 500)
+    prepare(text_script, tmp_path / 'book.txt', '--tokenizer', 'smollm2', '--out', tmp_path / 'out')
+    heldout = json.loads((ROOT / 'data' / 'heldout' / 'meta.json').read_text(encoding='utf-8'))
+    assert read(tmp_path / 'out')[0]['tokenizer'] == heldout['tokenizer']
 
 
 def test_text_errors_are_one_line_with_the_remedy(tmp_path, prepare, monkeypatch):
-    """UTF-16, with a byte order mark or without, was once taken for latin1."""
+    """UTF-16 without a byte order mark was once taken for latin1."""
     monkeypatch.chdir(tmp_path)
     write(Path(), good=lines(0, 500), empty=' \n', tiny='too little\n' * 10, blocked='where --out should go')
     Path('latin.txt').write_bytes('café\n'.encode('latin-1') * 500)
-    for name in ('utf-16', 'utf-16-le', 'utf-16-be'):
+    for name in ('utf-16-le', 'utf-16-be'):
         Path(f'{name}.txt').write_bytes(('caf\n' * 500).encode(name))
 
     def offline(name):
@@ -395,11 +470,10 @@ def test_text_errors_are_one_line_with_the_remedy(tmp_path, prepare, monkeypatch
             (1, ['no text'], ['empty.txt']),
             (1, ['too little text'], ['tiny.txt']),
             (1, ['too little text: 0 val tokens'], ['good.txt', '--val_fraction', '0']),
-            (1, ['latin.txt is not UTF-8', '0xe9 at 3', 'iconv -f latin1'], ['good.txt', 'latin.txt']),
-            (1, ['utf-16.txt is not UTF-8', 'iconv -f utf-16'], ['good.txt', 'utf-16.txt']),
-            (1, ['utf-16-le.txt is not UTF-8', 'iconv -f utf-16'], ['utf-16-le.txt']),
-            (1, ['utf-16-be.txt is not UTF-8', 'iconv -f utf-16'], ['utf-16-be.txt']),
-            (1, ["unknown tokenizer 'klingon'", 'bytes, gpt2'], ['good.txt', '--tokenizer', 'klingon']),
+            (1, ['latin.txt: not UTF-8 (byte 3)', 'iconv -f ENCODING'], ['good.txt', 'latin.txt']),
+            (1, ['utf-16-le.txt: holds a NUL byte', 'utf-16le'], ['utf-16-le.txt']),
+            (1, ['utf-16-be.txt: holds a NUL byte'], ['utf-16-be.txt']),
+            (1, ["unknown tokenizer 'klingon'", 'bytes, gpt2', 'smollm2'], ['good.txt', '--tokenizer', 'klingon']),
             (1, ['gpt2'], ['good.txt', '--tokenizer', 'gpt2']),
             (1, ['blocked.txt', 'Not a directory'], ['good.txt', '--out', 'blocked.txt/out']),
             (2, ['FILE'], []),
@@ -408,6 +482,21 @@ def test_text_errors_are_one_line_with_the_remedy(tmp_path, prepare, monkeypatch
             (2, ['tokeniser', 'tokenizer'], ['good.txt', '--tokeniser', 'bytes'])]:
         prepare(text_script, '--out', 'out', *args, code=code, parts=parts)
         assert not Path('out').exists()
+
+
+@pytest.mark.parametrize('error', [
+    MemoryError(), OSError(12, 'Cannot allocate memory'), RuntimeError('a fault of ours'),
+    RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 99 bytes")])
+def test_out_of_memory_is_one_line_with_the_programs_own_remedy(error, capsys):
+    def main():
+        raise error
+    if 'ours' in str(error):        # anything else keeps its traceback
+        with pytest.raises(RuntimeError, match='a fault of ours'):
+            common.run(main)
+        return
+    with pytest.raises(SystemExit, match='1'):
+        common.run(main, memory='take less')
+    assert capsys.readouterr().err.endswith('out of memory; take less\n')
 
 
 # ---- shakespeare ----

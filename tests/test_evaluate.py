@@ -81,7 +81,7 @@ def test_blimp_reads_sentences_of_one_length_together_and_scores_them_as_one_by_
 
     right = [score(good) > score(bad) for _, good, bad in pairs]
     expected = {'a': np.mean(right[:2]), 'b': float(right[2])}
-    accuracy, reduction = evaluate.blimp(model, encoding, start, pairs)
+    accuracy, reduction = evaluate.blimp(model, encoding, [start], pairs)
     assert accuracy == expected
     active, count = 0.0, 0
     for _, *texts in pairs:
@@ -89,7 +89,7 @@ def test_blimp_reads_sentences_of_one_length_together_and_scores_them_as_one_by_
             ids = [start] + encoding.encode_ordinary(text)
             active, count = active + float(model(torch.tensor([ids[:-1]]))[1].sum()), count + len(ids) - 1
     assert reduction == pytest.approx(model.dense() * count / active)
-    assert evaluate.blimp(model, encoding, start, pairs, dense=True)[1] == 1
+    assert evaluate.blimp(model, encoding, [start], pairs, dense=True)[1] == 1
 
 
 def chat_models():
@@ -172,12 +172,47 @@ def test_blimp_files(tmp_path):
 
 def test_text_becomes_windows_in_order_and_too_little_of_it_is_said(tmp_path):
     (tmp_path / 'text').write_text('abcdefghij' * 10, encoding='utf-8')
-    windows = evaluate.text_windows(str(tmp_path / 'text'), load_tokenizer(SPEC), 4, 20)
+    windows = evaluate.text_windows(str(tmp_path / 'text'), SPEC, load_tokenizer(SPEC), 4, 20)
     assert windows.shape == (4, 21) and bytes(windows[0].tolist()) == b'abcdefghij' * 2 + b'a'
     with pytest.raises(DataError, match='fewer'):
-        evaluate.text_windows(str(tmp_path / 'text'), load_tokenizer(SPEC), 4, 100)
+        evaluate.text_windows(str(tmp_path / 'text'), SPEC, load_tokenizer(SPEC), 4, 100)
     with pytest.raises(DataError, match='read'):
-        evaluate.text_windows(str(tmp_path / 'none'), load_tokenizer(SPEC), 4, 10)
+        evaluate.text_windows(str(tmp_path / 'none'), SPEC, load_tokenizer(SPEC), 4, 10)
+
+
+def test_a_text_begins_with_the_tokenizers_bos(tmp_path):
+    (tmp_path / 'text').write_text('abcdefghij' * 10, encoding='utf-8')
+    spec = SPEC | {'bos': [7]}
+    windows = evaluate.text_windows(str(tmp_path / 'text'), spec, load_tokenizer(spec), 4, 20)
+    assert bytes(windows[0].tolist()) == b'\7' + b'abcdefghij' * 2
+
+
+def test_text_from_windows_measures_as_any_other(tmp_path):
+    """A byte order mark and \\r were tokens of the text, and UTF-16 was "not UTF-8"."""
+    text, row = 'one\ntwo two\n' * 20, {'UID': 'a', 'sentence_good': 'x', 'sentence_bad': 'y'}
+    expected = evaluate.text_windows(write_text(tmp_path, text.encode()), SPEC, load_tokenizer(SPEC), 4, 20)
+    for encode in (lambda text: text.replace('\n', '\r\n').encode('utf-8-sig'),
+                   lambda text: text.encode('utf-16')):
+        path = write_text(tmp_path, encode(text))
+        np.testing.assert_array_equal(evaluate.text_windows(path, SPEC, load_tokenizer(SPEC), 4, 20), expected)
+        assert evaluate.read_questions(path) == ['one', 'two two'] * 20
+        packed = lzma.compress(encode(json.dumps(row) + '\n'))
+        for data, name in ((encode(json.dumps(row)), 'x.jsonl'), (packed, 'x.jsonl.xz')):
+            assert evaluate.read_blimp(write_text(tmp_path, data, name), 2) == [('a', 'x', 'y')]
+    for read in (evaluate.read_questions, lambda path: evaluate.read_blimp(path, 2)):
+        with pytest.raises(DataError, match='NUL'):
+            read(write_text(tmp_path, b'{}\0'))
+
+
+def write_text(folder, data, name='text'):
+    (folder / name).write_bytes(data)
+    return str(folder / name)
+
+
+def test_a_packed_file_that_unfolds_without_end_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluate, 'LONGEST_JSON', 1000)
+    with pytest.raises(DataError, match='more than 1,000 bytes'):
+        evaluate.read_blimp(write_text(tmp_path, lzma.compress(b' ' * 1001), 'x.xz'), 2)
 
 
 def test_validation_windows_of_a_data_set_made_of_windows_begin_where_these_do():

@@ -222,3 +222,13 @@ def test_progress_is_a_line_that_goes_away_again(monkeypatch, capsys):
     assert re.search(r'windows: 0 of 2\r\x1b\[K[^\r]*: no such window\n\r\x1b\[K$', sys.stderr.getvalue())
     monkeypatch.setattr(sys, 'stderr', None)                # closed, as 2>&- has it
     progress('x')
+
+
+def test_a_preset_from_windows_is_read(tmp_path, capsys):
+    """A byte order mark was "not TOML"."""
+    for encoding in ('utf-8-sig', 'utf-16'):
+        (tmp_path / 'preset.toml').write_bytes('n_layer = 3\r\nlr = 1\r\n'.encode(encoding))
+        config, given = parse(str(tmp_path / 'preset.toml'))
+        assert (config.n_layer, config.lr) == (3, 1) and given == {'n_layer', 'lr'}
+    (tmp_path / 'preset.toml').write_bytes(b'n_layer = 3\0')
+    assert 'holds a NUL byte' in refused(capsys, str(tmp_path / 'preset.toml'))

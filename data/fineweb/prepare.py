@@ -23,10 +23,10 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))    # the repository, for the imports below
-from data.common import (DataError, encode_documents, in_val, load_progress, make_meta, publish, run,
-                         save_progress, token_dtype, utf8_bytes)
+from data.common import (DataError, encode_documents, find_tokenizer, in_val, load_progress, make_meta,
+                         publish, run, save_progress, token_dtype, utf8_bytes)
 from options import option, parse_options
-from tokenizer import load_tokenizer, tokenizer_spec
+from tokenizer import load_tokenizer
 
 DATASET, SAMPLE = 'HuggingFaceFW/fineweb-edu', 'sample-10BT'
 BATCH = 2000    # documents between two records of the progress: about 2M tokens, a second or so of work
@@ -36,7 +36,8 @@ BATCH = 2000    # documents between two records of the progress: about 2M tokens
 class FinewebConfig:
     """FineWeb-Edu's sample of ten billion tokens, streamed; a run that stops goes on by the same command."""
     max_tokens: int = option(0, 'stop once so many train tokens are there; 0: at the end', at_least=0)
-    tokenizer: str = option('gpt2', "python4k, bytes, gpt2, or a folder with a tokenizer's files")
+    tokenizer: str = option('gpt2', "python4k, bytes, gpt2, a model's name, folder or .gguf file, or a "
+                            "folder with a tokenizer's files")
     out: str = option(str(HERE), 'folder for train.bin, val.bin and meta.json')
     val_fraction: float = option(0.0005, 'share of the documents kept for validation', at_least=0, at_most=1)
 
@@ -91,7 +92,7 @@ def encode_stream(encoding, spec, progress, folder, parts, config):
             ids = encode_documents(encoding, spec, documents)
             f.write(ids)
             progress['tokens'][split] += len(ids)
-            progress['bytes'][split] += utf8_bytes(documents)
+            progress['bytes'][split] += utf8_bytes(encoding, spec, documents)
         progress['documents'] += len(batch)
         progress['stream'] = dataset.state_dict()
         # tokens first, then the record that counts them: after a kill in between, the batch is done again
@@ -112,7 +113,7 @@ def main():
     fresh = {'settings': settings, 'documents': 0, 'stream': None, 'complete': False,
              'tokens': {'train': 0, 'val': 0}, 'bytes': {'train': 0, 'val': 0}}
     progress = load_progress(folder, fresh)
-    spec = tokenizer_spec(config.tokenizer)
+    spec = find_tokenizer(config.tokenizer)
     encoding = load_tokenizer(spec)
     folder.mkdir(parents=True, exist_ok=True)
     if not progress['complete']:

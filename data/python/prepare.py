@@ -17,12 +17,13 @@ Not in the corpus:
     build settings and site hooks;
   - tables and generated text: encodings/ (character maps and a boilerplate page per codec), html/entities.py,
     pydoc_data/topics.py (the manual as 750 kB of string literals), and a package's largest files;
-  - files that do not decode, empty ones, and any file whose content came before;
+  - files that do not decode or whose names do not, empty ones, and any file whose content came before;
   - what cannot be read, such as another user's files and links to nowhere: their number is printed.
 """
 
 import os
 import platform
+import stat
 import sys
 import sysconfig
 import tokenize
@@ -69,11 +70,13 @@ def find_sources(library, packages=()):
                     paths[name] = path
         for name in sorted(paths):
             try:
-                if root != library and paths[name].stat().st_size > MAX_BYTES:
+                name.encode('utf-8')
+                status = paths[name].stat()
+                if not stat.S_ISREG(status.st_mode) or root != library and status.st_size > MAX_BYTES:
                     continue
                 with tokenize.open(paths[name]) as f:   # heeds a file's own 'coding:' line
                     text = f.read()
-            except (SyntaxError, UnicodeDecodeError):   # unknown or wrong encoding
+            except (SyntaxError, UnicodeError, LookupError):    # unknown or wrong encoding, or not of text
                 continue
             except OSError:
                 unreadable.append(paths[name])

@@ -16,11 +16,11 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))    # the repository, for the imports below
-from data.common import DataError, run, write_dataset
+from data.common import DataError, find_tokenizer, run, write_dataset
 from files import write_atomically
 from data.text.prepare import cut, read_documents
 from options import option, parse_options
-from tokenizer import load_tokenizer, tokenizer_spec
+from tokenizer import load_tokenizer
 
 URL = 'https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt'
 SIZE = 1_115_394    # bytes
@@ -29,7 +29,8 @@ SIZE = 1_115_394    # bytes
 @dataclass
 class ShakespeareConfig:
     """Tiny Shakespeare, 1.1 MB of plays, downloaded once; the last tenth is for validation."""
-    tokenizer: str = option('bytes', "python4k, bytes, gpt2, or a folder with a tokenizer's files")
+    tokenizer: str = option('bytes', "python4k, bytes, gpt2, a model's name, folder or .gguf file, or a "
+                            "folder with a tokenizer's files")
     out: str = option('', 'folder for train.bin, val.bin and meta.json; without it, that of this script')
 
 
@@ -48,7 +49,7 @@ def download(path):
 
 def main():
     config, _ = parse_options(ShakespeareConfig, 'python data/shakespeare/prepare.py')
-    spec = tokenizer_spec(config.tokenizer)
+    spec = find_tokenizer(config.tokenizer)
     encoding = load_tokenizer(spec)
     text = HERE / 'input.txt'
     if not text.exists():
