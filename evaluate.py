@@ -32,7 +32,7 @@ from checkpoint import CheckpointError
 from cwic import KVCache, sample
 from data.common import DataError, load_dataset, run
 from device import choose_device
-from options import fail, option, parse_options
+from options import SAMPLING, fail, option, parse_options
 from tokenizer import TokenizerError, dialogue_ids, end_id, load_tokenizer, stop_ids
 
 # no more logits than this, or one sequence's, exist at a time: what a CPU's cache likes, what a GPU needs
@@ -64,15 +64,36 @@ def rows_at_once(model, length):
     return max(1, LOGITS_AT_ONCE[device] // (length * model.config.vocab_size))
 
 
+def in_replies(tokens, spec):
+    """
+    tokens: windows of text, np.int64 (windows, T) -> which of them are an assistant's, bool (windows, T):
+    those between the words of the chat template that open a reply and the stop token. A window may begin
+    within a dialogue; its tokens before the first opening are left out, as nobody knows whose they are.
+    """
+    if 'template' not in spec:
+        return np.zeros(tokens.shape, bool)
+    encoding = load_tokenizer(spec)
+    opening = dialogue_ids(spec, encoding, [], begin=False)
+    opened = np.ones(tokens.shape, bool)        # whether an opening ends at a token
+    opened[:, :len(opening) - 1] = False
+    for back, id in enumerate(reversed(opening)):
+        opened &= np.roll(tokens, back, 1) == id
+    position = np.arange(1, tokens.shape[1] + 1)
+    stopped = np.isin(tokens, list(stop_ids(spec, encoding)))
+    last_opened, last_stopped = (np.maximum.accumulate(position * event, 1) for event in (opened, stopped))
+    return (last_opened > last_stopped) & ~opened
+
+
 @torch.no_grad()
-def measure(model, tokens, teacher=None, dense=False):
+def measure(model, tokens, teacher=None, dense=False, replies=None):
     """
     Reads windows of text, tokens np.int64 (windows, T + 1), in eval mode and f32. Returns a dict: val_loss
     (nats per token), reduction, active_share (of each matrix's weights, in the order of gated()), spread (the
     standard deviation of the compute of a token, over its mean), compute_percentiles (of a token's share of
     dense compute), and the correlation of a token's compute with the surprise of that token (-log p, given
     before it was read) and with the entropy of what is predicted from it. With a teacher also kl,
-    KL(teacher || student) in nats, and agreement, how often both find the same token likeliest.
+    KL(teacher || student) in nats, and agreement, how often both find the same token likeliest. replies, bool
+    (windows, T + 1): the percentiles are only of tokens for which it is True, if there are any.
     """
     device, training = model.head.weight.device, model.training
     model.eval()
@@ -99,12 +120,16 @@ def measure(model, tokens, teacher=None, dense=False):
     if spread > 1e-9:
         correlations = torch.corrcoef(torch.stack([shares, surprises, entropies]))
         with_surprise, with_entropy = correlations[0, 1:].tolist()
+    counted = torch.ones(len(shares), dtype=torch.bool)
+    if replies is not None and replies[:, 1:-1].any():
+        counted = torch.from_numpy(replies[:, 1:-1].flatten())
+    percentiles = np.percentile(shares[counted], PERCENTILES)
     results = dict(val_loss=sums['loss'] / count, spread=spread,
                    reduction=float(model.dense() * count / sums['active'].sum()),
                    active_share=[float(active) / count / layer.dense
                                  for active, (_, layer) in zip(sums['active'], model.gated())],
                    surprise_correlation=with_surprise, entropy_correlation=with_entropy,
-                   compute_percentiles={str(p): float(np.percentile(shares, p)) for p in PERCENTILES})
+                   compute_percentiles={str(p): float(x) for p, x in zip(PERCENTILES, percentiles)})
     if teacher is not None:
         results.update(kl=sums['kl'] / count, agreement=sums['agreement'] / count)
     return results
@@ -147,7 +172,8 @@ def answer(teacher, prompt, stops, generator):
         new = torch.tensor([tokens[cache.length:]], device=teacher.head.weight.device)
         logits, _ = teacher(new, cache, dense=True)
         point = torch.rand(1, generator=generator).to(logits.device)
-        tokens.append(int(sample(logits[:, -1], point, temperature=0.7, min_p=0.05)[0]))
+        said = torch.tensor([tokens[len(prompt):]], dtype=torch.long, device=logits.device)
+        tokens.append(int(sample(logits[:, -1], point, said=said, **SAMPLING)[0]))
         if tokens[-1] in stops:
             break
     return tokens
@@ -300,7 +326,7 @@ def main():
                 _, data, meta = load_dataset(config.data or options.get('data', 'python'), length)
                 tokens = (windows_of_kind(config.only, data, meta, spec, encoding, config.windows, length)
                           if config.only else validation_windows(data, meta, config.windows, length))
-            results = dict(measure(model, tokens, teacher, config.dense),
+            results = dict(measure(model, tokens, teacher, config.dense, in_replies(tokens, spec)),
                            windows=len(tokens), length=tokens.shape[1] - 1)
     except (CheckpointError, weights.WeightsError, TokenizerError) as error:
         fail(error, 1)
