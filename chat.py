@@ -237,7 +237,7 @@ class Chat:
     def command_set(self, rest):
         conversation, (key, _, value) = self.conversation, rest.partition(' ')
         if not rest:
-            print(*(f'  {key:<14}{getattr(conversation.config, key)!r}' for key in SETTABLE), sep='\n')
+            print(*(f'  {key:<16}{getattr(conversation.config, key)!r}' for key in SETTABLE), sep='\n')
             return
         try:
             if key not in SETTABLE:
