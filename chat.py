@@ -5,9 +5,10 @@ Talk to a CWIC model and see where its compute goes, while it happens.
     python chat.py --prompt "Why is the sky blue?"      # one reply
     python chat.py --json < prompts.txt                 # one reply to each line, as JSON, for scripts
 
-The model is your own out/best.safetensors if there is one, else SmolLM2-135M-Instruct; --ckpt takes all that
-weights.py can load. Each token stands on the colour of what the pass over it computed, shown once it is done.
-Where stdout is not a terminal it gets the replies and nothing else; remarks go to stderr.
+The model is your own out/best.safetensors if there is one, else the shipped adapter, which makes
+SmolLM2-135M-Instruct sparse; --ckpt takes all that weights.py can load. --dense talks to the dense model that
+an adapter changes. Each token of a reply stands on the colour of what the pass over it computed. If stdout is
+not a terminal, it gets the replies and nothing else; remarks go to stderr.
 
 Models with a chat template answer. All others continue the text: what is typed is added to it on a new line.
 If they were trained on dialogues, give --turn_template 'User: {prompt}\\nAssistant:' --stop '\\nUser:';
@@ -26,7 +27,6 @@ if __name__ == '__main__':
     signal.signal(signal.SIGINT, signal.SIG_DFL)        # Ctrl-C before there is anything to lose just ends
 
 import difflib
-import math
 import os
 import sys
 from dataclasses import dataclass, fields, replace
@@ -37,17 +37,30 @@ if __name__ == '__main__':
 
 import plots
 import render
-from options import fail, option, parse_options, printable, read_value
+from files import read_lines
+from options import SAMPLING, fail, option, parse_options, printable, read_value
 
 try:
     import readline
 except ImportError:     # Windows has none: typing works, without editing
     readline = None
 
-OWN = ('out/best.safetensors', 'out/last.safetensors')                # the first that exists
-ADAPTER = Path(__file__).parent / 'adapters' / 'smollm2.safetensors'
+OWN = ('out/best.safetensors', 'out/last.safetensors')          # the first that exists
+ADAPTER = Path(__file__).resolve().parent / 'adapters' / 'smollm2.safetensors'      # through a symlink, too
 NEED_A_REPLY = ('retry', 'dense', 'layers', 'tokens', 'save', 'plot')
-SETTABLE = ('temperature', 'top_k', 'top_p', 'min_p', 'seed', 'max_tokens', 'stop', 'system', 'turn_template')
+SETTABLE = (*SAMPLING, 'seed', 'max_tokens', 'stop', 'system', 'turn_template')
+# not in the docstrings of the methods: python -OO drops those
+COMMANDS = {
+    'help': 'this list',
+    'reset': 'forget the conversation; the random numbers start again too',
+    'retry': 'another reply to the last prompt',
+    'set': 'list the options that may change; /set KEY VALUE changes one',
+    'dense': 'the last prompt with every weight: both speeds, and the first token that differs',
+    'layers': 'which matrices the last reply used, and how much of them',
+    'tokens': 'the last prompt on its colours, and the reply as a table',
+    'save': 'keep the conversation as a page, /save FILE.html, or as a picture, FILE.png or FILE.svg',
+    'plot': 'draw the compute of the last reply: /plot FILE.png',
+    'quit': 'leave; so does Ctrl-D'}
 CHOICES = {'dtype': ('auto', 'f32', 'bf16', 'int8'), 'color': ('auto', 'truecolor', '256', 'none'),
            'color_by': tuple(render.COUNTED)}
 
@@ -56,17 +69,26 @@ CHOICES = {'dtype': ('auto', 'f32', 'bf16', 'int8'), 'color': ('auto', 'truecolo
 class ChatConfig:
     """Talks with a CWIC model, each token on the colour of its compute."""
     prompt: str = option(None, 'reply to this and end; else converse, or reply to each line of stdin')
-    ckpt: str = option('', 'a checkpoint, a .gguf file, a folder, or a name such as smollm2; else the first '
-                           f'there is of {", ".join(OWN)}, smollm2')
+    ckpt: str = option('', 'a checkpoint, an adapter, a .gguf file, a folder, or the name of a dense model '
+                           f'such as smollm2; else {" or ".join(OWN)}, or the shipped adapter')
+    dense: bool = option(False, 'use every weight; for an adapter: talk to the dense model that it changes')
     json: bool = option(False, 'print one JSON object for each reply')
     dtype: str = option('auto', 'of the weights: f32, bf16, int8, or auto, which is int8 for large models')
-    threads: int = option(None, 'of the kernel; else one for each core, up to 8', at_least=1)
+    threads: int = option(None, 'of the kernel; else one for each core, up to 8', at_least=1,
+                          at_most=1024)
     color: str = option('auto', 'truecolor, 256, none, or auto: what the terminal says it can')
     color_by: str = option('read', 'a token shows the compute of the pass that read it, or that predicted it')
-    temperature: float = option(0.7, '0 always takes the likeliest token', at_least=0, at_most=1000)
-    top_k: int = option(0, 'sample among this many of the likeliest tokens; 0: all', at_least=0)
-    top_p: float = option(1.0, 'sample among those that make up this much probability', at_least=0, at_most=1)
-    min_p: float = option(0.05, 'and are at least this times as likely as the first', at_least=0, at_most=1)
+    temperature: float = option(SAMPLING['temperature'],
+                                '0 always takes the likeliest token', at_least=0, at_most=1000)
+    top_k: int = option(SAMPLING['top_k'],
+                        'sample among this many of the likeliest tokens; 0: all', at_least=0)
+    top_p: float = option(SAMPLING['top_p'],
+                          'sample among those that make up this much probability', at_least=0, at_most=1)
+    min_p: float = option(SAMPLING['min_p'],
+                          'and are at least this times as likely as the first', at_least=0, at_most=1)
+    repeat_penalty: float = option(SAMPLING['repeat_penalty'],
+                                   'the logits of the last 64 tokens of the reply are divided by it if '
+                                   'positive, else multiplied; 1: off', at_least=1, at_most=10)
     seed: int = option(1, 'of sampling: same seed, same text', at_least=0)
     max_tokens: int = option(300, 'longest reply', at_least=1)
     system: str = option('', 'what the model is told first; else what its chat template says')
@@ -87,27 +109,32 @@ class ChatConfig:
 
 class Chat:
     """
-    Replies: in colours on a terminal, as plain text, or as JSON. What is typed at the terminal after a / is a
-    command: one of the methods named command_... .
+    Replies: in colours on a terminal, as plain text, or as JSON. A line typed at the terminal that begins
+    with a / is a command: see COMMANDS and the methods command_... .
     """
 
     def __init__(self, conversation, palette, terminal, as_json):
         self.conversation, self.palette = conversation, palette
         self.terminal, self.as_json = terminal, as_json
         self.painter = render.Painter(sys.stdout, palette, lambda: os.get_terminal_size(1).columns or 80)
-        self.commands = {name[8:]: getattr(self, name) for name in dir(self) if name.startswith('command_')}
+        self.typing = False     # whether prompts are typed at the terminal
         self.leaving = self.warned = False      # warned: the last thing pressed was a Ctrl-C
-        signal.signal(signal.SIGTERM, self.terminate)
+        for name in ('SIGTERM', 'SIGHUP'):
+            number = getattr(signal, name, None)        # Windows has no SIGHUP; nohup has it ignored
+            if number and signal.getsignal(number) is not signal.SIG_IGN:
+                signal.signal(number, self.terminate)
 
     def terminate(self, *_):
-        """SIGTERM: like Ctrl-C, and then leaves."""
+        """SIGTERM, SIGHUP: like Ctrl-C, and then leaves."""
         self.leaving = True
         raise KeyboardInterrupt
 
     def show(self, kind, text, token):
-        if self.terminal:
+        # What was typed is on the screen already. To repaint it there takes a guess at how the terminal has
+        # wrapped and scrolled it, so its colours wait for /tokens and /save.
+        if self.terminal and not (self.typing and kind == 'prompt'):
             self.painter.write(text, token and token.share)
-        elif kind == 'reply' and not self.as_json:
+        elif not self.terminal and not self.as_json and kind == 'reply':
             print(text, end='', flush=True)
 
     def remark(self, text):
@@ -158,6 +185,7 @@ class Chat:
             self.remark('This model has no chat template: it does not answer, it continues what you type.')
         self.remark('/help lists the commands; Ctrl-C stops a reply; Ctrl-D leaves.')
         self.legend()
+        self.typing = True
         while not self.leaving:
             try:
                 line = input('> ')
@@ -182,44 +210,38 @@ class Chat:
         return 130 if self.warned else 0
 
     def command(self, name, rest):
-        if name not in self.commands:
-            near = difflib.get_close_matches(name, self.commands, n=1)
+        if name not in COMMANDS:
+            near = difflib.get_close_matches(name, COMMANDS, n=1)
             hint = f'did you mean /{near[0]}?' if near else '/help lists them'
             self.remark(f'no command /{name}; {hint}')
         elif name in NEED_A_REPLY and not (self.conversation.turns and self.conversation.turns[-1].reply):
             self.remark(f'/{name} needs a reply first')
         else:
-            self.commands[name](rest.strip())
+            getattr(self, f'command_{name}')(rest.strip())
 
     def complete(self, text, state):
         """readline's completer: commands, then the keys of /set."""
         line, words = readline.get_line_buffer(), []
         if line.startswith('/'):
-            words = SETTABLE if line.startswith('/set ') else [f'/{name}' for name in self.commands]
+            words = SETTABLE if line.startswith('/set ') else [f'/{name}' for name in COMMANDS]
         return ([f'{word} ' for word in words if word.startswith(text)] + [None])[state]
 
-    # each command's docstring is its line in /help
-
     def command_help(self, _):
-        """this list"""
-        for name, method in self.commands.items():
-            print(f'  /{name:<8}{method.__doc__}')
+        for name, text in COMMANDS.items():
+            print(f'  /{name:<8}{text}')
         print('Enter alone lets the model go on. A line that ends in \\ goes on in the next one.')
         self.legend()
 
     def command_reset(self, _):
-        """forget the conversation; the random numbers start again too"""
         self.conversation.reset()
 
     def command_retry(self, _):
-        """another reply to the last prompt"""
         self.run(self.conversation.retry)
 
     def command_set(self, rest):
-        """list the options that may change; /set KEY VALUE changes one"""
         conversation, (key, _, value) = self.conversation, rest.partition(' ')
         if not rest:
-            print(*(f'  {key:<14}{getattr(conversation.config, key)!r}' for key in SETTABLE), sep='\n')
+            print(*(f'  {key:<16}{getattr(conversation.config, key)!r}' for key in SETTABLE), sep='\n')
             return
         try:
             if key not in SETTABLE:
@@ -232,14 +254,16 @@ class Chat:
             self.remark(f'{key} {str(error).removeprefix(key).strip()}')
 
     def command_dense(self, _):
-        """the last prompt with every weight: both speeds, and where the texts part"""
+        if not self.conversation.sparse:
+            self.remark('this model is dense: it has used every weight already')
+            return
         sparse, dense = self.conversation.turns[-1], self.run(self.conversation.dense)
         pairs = list(zip(sparse.reply, dense.reply))
-        parted = [(i, a, b) for i, (a, b) in enumerate(pairs, 1) if a.id != b.id]
-        if parted:
-            i, a, b = parted[0]
-            a, b = (render.quoted(token.piece, 20).rstrip() for token in (a, b))
-            self.remark(f'they part at token {i}: {a} (sparse), {b} (dense)')
+        differing = [(i, a, b) for i, (a, b) in enumerate(pairs, 1) if a.id != b.id]
+        if differing:
+            i, a, b = differing[0]
+            self.remark(f"they differ from token {i} on: '{render.quoted(a.piece)}' (sparse), "
+                        f"'{render.quoted(b.piece)}' (dense)")
         else:
             self.remark(f'the same {len(pairs)} tokens as with {100 * sparse.share:.1f}% of the weights')
         if sparse.speed and dense.speed:
@@ -247,20 +271,21 @@ class Chat:
                         f'{dense.speed:.0f} dense: {sparse.speed / dense.speed:.2f} times as fast')
 
     def command_layers(self, _):
-        """which matrices the last reply used, and how much of them"""
         print('\n'.join(render.layer_map(self.conversation.turns[-1], self.palette.mode)))
 
     def command_tokens(self, _):
-        """the last reply as a table"""
-        print('\n'.join(render.token_table(self.conversation.turns[-1], self.palette)))
+        turn = self.conversation.turns[-1]
+        for kind, text, token in turn.shown:
+            if kind == 'prompt':
+                self.painter.write(text, token and token.share)
+        self.painter.end_line()
+        print('\n'.join(render.token_table(turn, self.palette)))
 
     def command_save(self, path):
-        """keep the conversation as a page, /save FILE.html, or as a picture, FILE.png or FILE.svg"""
         writers = {'.html': render.save_page, '.png': plots.conversation, '.svg': plots.conversation}
         self.write(path, writers, self.conversation.turns)
 
     def command_plot(self, path):
-        """draw the compute of the last reply: /plot FILE.png"""
         self.write(path, {'.png': plots.reply}, self.conversation.turns[-1])
 
     def write(self, path, writers, what):
@@ -273,7 +298,6 @@ class Chat:
             self.remark(f'{path}: {error.strerror}')
 
     def command_quit(self, _):
-        """leave; so does Ctrl-D"""
         self.leaving = True
 
 
@@ -289,27 +313,42 @@ def load(config):
     from conversation import Conversation
     from tokenizer import TokenizerError
     from weights import WeightsError, load
-    path = config.ckpt or next((path for path in OWN if os.path.exists(path)), 'smollm2')
-    name = path if config.ckpt else f'{path} (yours; for the shipped model: --ckpt smollm2)'
-    if path == 'smollm2':
-        path, name = str(ADAPTER) if ADAPTER.exists() else path, 'SmolLM2-135M-Instruct (Apache-2.0)'
+    path = name = config.ckpt or next((path for path in OWN if os.path.exists(path)), str(ADAPTER))
+    if path in OWN and not config.ckpt:
+        name = f'{path} (yours; for the shipped model: --ckpt {ADAPTER})'
+    elif path == str(ADAPTER):
+        name = 'SmolLM2-135M-Instruct (Apache-2.0)'
+        if not ADAPTER.exists():
+            fail(f'the shipped adapter, {path}, is missing: restore it, or choose a model with --ckpt', 1)
     try:
         model, saved = load(path)
-        conversation = Conversation(model, saved.get('tokenizer'), config, saved.get('base'))
+        base = saved.get('base')
+        if config.dense and base:
+            model, name = load(base)[0], f'{base}, the base of {path}'
+        conversation = Conversation(model, saved.get('tokenizer'), config, base)
     except (CheckpointError, TokenizerError, WeightsError, MemoryError) as error:
-        fail(f'{error}', 1)
-    except ValueError as error:         # a number of threads that cannot be
-        fail(f'{error}')
+        fail(error, 1)
     ids, known = conversation.encoding.n_vocab, model.config.vocab_size
     if ids > known:
         fail(f'{path}: its tokenizer has {ids} ids, its model knows {known}: use another checkpoint', 1)
     if not conversation.no_kernel:
         torch.set_num_threads(1)        # all it still does is sampling; more would get in the kernel's way
-    return conversation, name, saved
+    return conversation, f'{name}, {"sparse" if conversation.sparse else "dense"}', saved
+
+
+def prompts(stream):
+    """The lines of a binary stream but blank ones, as they arrive. Ends the program if they are not text."""
+    try:
+        yield from (line for line in read_lines(stream) if line.strip())
+    except ValueError as error:
+        fail(error)
 
 
 def scale_ends(saved):
-    """The colour scale's ends, as a checkpoint has them: nine tenths of the validation tokens lie between."""
+    """
+    The colour scale's ends, as a checkpoint has them: nine tenths of the validation tokens lie between, of a
+    chat model's those of replies.
+    """
     try:
         low, high = (float(saved['compute_percentiles'][p]) for p in ('5', '95'))
         return (low, high) if 0 <= low < high - 1e-3 < 1 else (0.0, 1.0)
@@ -330,11 +369,7 @@ def main():
 
     # the first line: which model this is
     size = sum(p.numel() for key, p in conversation.model.named_parameters() if not key.endswith('theta'))
-    facts = [f'{name}: {size / 1e6:.1f}M parameters']
-    for what, value in (('loss', saved.get('val_loss')), ('reduction', saved.get('reduction'))):
-        if isinstance(value, float) and math.isfinite(value):
-            facts.append(f'{what} {value:.2f}')
-    print(printable(f'{", ".join(facts)}; {conversation.engine}'), file=sys.stderr)
+    print(printable(f'{name}: {size / 1e6:.1f}M parameters; {conversation.engine}'), file=sys.stderr)
     if conversation.no_kernel:
         print(printable(f'slow, and skipping nothing for real: {conversation.no_kernel}'), file=sys.stderr)
 
@@ -345,10 +380,10 @@ def main():
     sys.stdout.reconfigure(errors='replace', **({} if sys.stdout.isatty() else {'encoding': 'utf-8'}))
     if config.prompt is not None:
         return chat.answer([config.prompt])
-    sys.stdin.reconfigure(encoding='utf-8', errors='replace')
     if terminal and sys.stdin.isatty():
+        sys.stdin.reconfigure(encoding='utf-8', errors='replace')
         return chat.converse()
-    return chat.answer(line.rstrip('\n') for line in sys.stdin if line.strip())
+    return chat.answer(prompts(sys.stdin.buffer))
 
 
 if __name__ == '__main__':

@@ -25,8 +25,9 @@ import torch
 
 import weights
 from build_kernel import KernelUnavailable
-from cwic import sample
+from cwic import REPEAT_WINDOW, sample
 from decoder import Decoder, TorchDecoder
+from options import SAMPLING
 from tokenizer import bos_ids, dialogue_ids, load_tokenizer, stop_ids
 
 LARGE = 20_000_000      # weights from which --dtype auto takes int8
@@ -39,7 +40,7 @@ class Token:
     special: bool           # not text: it ends a message, for example
     active: np.ndarray      # np.int64 (M), the weights each matrix used; None for a token that none predicted
     share: float            # active weights / dense weights, or None
-    probability: float      # under the model, before temperature and the like; None for what was typed
+    probability: float      # under the model, before penalty and temperature; None for what was typed
 
 
 @dataclass
@@ -134,7 +135,7 @@ class Conversation:
         self.model, self.spec, self.config, self.encoding = model, spec, config, load_tokenizer(spec)
         self.base = base
         self.stop_ids = stop_ids(spec, self.encoding)
-        self.sparse = any(bool(layer.theta.any()) for _, layer in model.gated())
+        self.sparse = not config.dense and any(bool(layer.theta.any()) for _, layer in model.gated())
         self.decoder, self.engine, self.no_kernel = make_decoder(model, config, dense=not self.sparse)
         self.dense_decoder = None       # made when it is first asked for
         self.reset()
@@ -223,9 +224,10 @@ class Conversation:
     def add_token(self, turn, logits, predicted):
         """Draws a token and reads it: it is shown when the pass over it is done. -> the same as read()."""
         start = time.perf_counter()
+        said = torch.tensor([[token.id for token in turn.reply[-REPEAT_WINDOW:]]], dtype=torch.long)
         ids, probability = sample(torch.from_numpy(logits[None, :self.encoding.n_vocab]),
-                                  torch.rand(1, generator=self.generator), self.config.temperature,
-                                  self.config.top_k, self.config.top_p, self.config.min_p)
+                                  torch.rand(1, generator=self.generator), said=said,
+                                  **{name: getattr(self.config, name) for name in SAMPLING})
         logits, active = self.decoder.step(int(ids))
         turn.seconds.append(time.perf_counter() - start)
         turn.reply.append(self.token(int(ids), active, predicted, float(probability)))

@@ -833,28 +833,50 @@ def dense_copy(model):
 # generation, the plain way: the reference for the decoder
 
 
-def sample(logits, point, temperature=0.0, top_k=0, top_p=1.0, min_p=0.0):
+REPEAT_WINDOW = 64      # tokens
+
+
+def likeliest(q, top_k, top_p):
+    """
+    q (B, vocab): probabilities -> those that top_k and top_p keep, in falling order, then 0; and their ids.
+    Both are (B, n). Of equal ones the lower id comes first.
+    """
+    n = top_k
+    if not top_k:
+        # all tokens below the floor hold less than 1 - top_p together: none of them is kept, so none needs
+        # sorting, which for a whole vocabulary takes longer than the model
+        floor = (1 - top_p) / q.shape[-1]
+        n = int((q >= floor).sum(-1).max())
+    ids = q.topk(min(max(n, 1), q.shape[-1])).indices.sort().values                 # (B, n)
+    kept, order = q.gather(-1, ids).sort(dim=-1, descending=True, stable=True)
+    total = (kept if top_k else q).sum(-1, keepdim=True)
+    return torch.where(kept.cumsum(-1) - kept < top_p * total, kept, 0.0), ids.gather(-1, order)
+
+
+def sample(logits, point, temperature=0.0, top_k=0, top_p=1.0, min_p=0.0, repeat_penalty=1.0, said=None):
     """
     Draws a token for each row. point (B,): uniform random numbers from 0 to 1, one for each row, needed or
     not, so that two models which are given the same ones can be compared token by token. Kept are the top_k
     likeliest tokens (0: all), of these the fewest that hold top_p of the probability, and of these what has
     at least min_p times the probability of the likeliest. temperature: a number, greedy at 0, or one above 0
-    for each row (B, 1); min_p likewise.
+    for each row (B, 1); min_p likewise. said (B, n): the ids of the text so far. Those among its last
+    REPEAT_WINDOW become less likely: their logits are divided by repeat_penalty if positive, else multiplied.
 
-    logits (B, vocab) -> ids (B,), and their probability (B,) under the model, before temperature and the
-    like.
+    logits (B, vocab) -> ids (B,), and their probability (B,) under the model, before the penalty, the
+    temperature and the like.
     """
-    p = logits.float().softmax(-1)                                                  # (B, vocab)
+    logits = logits.float()
+    p = logits.softmax(-1)                                                          # (B, vocab)
+    if repeat_penalty != 1 and said is not None:
+        said = said[:, -REPEAT_WINDOW:]
+        old = logits.gather(-1, said)                                               # (B, n)
+        logits = logits.scatter(-1, said, torch.where(old > 0, old / repeat_penalty, old * repeat_penalty))
     if isinstance(temperature, (int, float)) and temperature == 0:
         ids = logits.argmax(-1)
     else:
-        q = (logits.float() / temperature).softmax(-1)
-        order = None
+        q, order = (logits / temperature).softmax(-1), None
         if top_k or top_p < 1:
-            q, order = q.sort(dim=-1, descending=True, stable=True)
-            if top_k:
-                q[:, top_k:] = 0
-            q = torch.where(q.cumsum(-1) - q < top_p * q.sum(-1, keepdim=True), q, 0.0)
+            q, order = likeliest(q, top_k, top_p)                                   # (B, n)
         if torch.is_tensor(min_p) or min_p:
             q = torch.where(q >= min_p * q.amax(-1, keepdim=True), q, 0.0)
         mass = q.cumsum(-1)

@@ -38,7 +38,7 @@ from cwic import KVCache, sample
 from data.common import DataError, load_dataset, load_mix, run
 from device import choose_device
 from files import LONGEST_JSON, decode_text, open_regular, read_text
-from options import counted, fail, option, parse_options, progress
+from options import SAMPLING, counted, fail, option, parse_options, progress
 from tokenizer import TokenizerError, bos_ids, dialogue_ids, load_tokenizer, start_ids, stop_ids
 
 # no more logits than this, or one sequence's, exist at a time: what a CPU's cache likes, what a GPU needs
@@ -72,15 +72,41 @@ def rows_at_once(model, length):
     return max(1, LOGITS_AT_ONCE[device] // (length * model.config.vocab_size))
 
 
+def in_replies(tokens, spec):
+    """
+    tokens: windows of text, np.int64 (windows, T) -> which of them are an assistant's, bool (windows, T):
+    those between the words of the chat template that open a reply and the stop token. A window may begin
+    within a dialogue; its tokens before the first opening are left out, as nobody knows whose they are.
+    """
+    if 'template' not in spec:
+        return np.zeros(tokens.shape, bool)
+    encoding = load_tokenizer(spec)
+    opening = dialogue_ids(spec, encoding, [], begin=False)
+    opened = np.ones(tokens.shape, bool)        # whether an opening ends at a token
+    opened[:, :len(opening) - 1] = False
+    for back, id in enumerate(reversed(opening)):
+        opened &= np.roll(tokens, back, 1) == id
+    position = np.arange(1, tokens.shape[1] + 1)
+    stopped = np.isin(tokens, list(stop_ids(spec, encoding)))
+    last_opened, last_stopped = (np.maximum.accumulate(position * event, 1) for event in (opened, stopped))
+    return (last_opened > last_stopped) & ~opened
+
+
+def percentiles(shares):
+    """shares (N,) of dense compute, of single tokens -> a dict, {'5': the 5th percentile, ...}"""
+    return {str(p): float(x) for p, x in zip(PERCENTILES, np.percentile(shares, PERCENTILES))}
+
+
 @torch.no_grad()
-def measure(model, tokens, teacher=None, dense=False):
+def measure(model, tokens, teacher=None, dense=False, replies=None):
     """
     Reads windows of text, tokens np.int64 (windows, T + 1), in eval mode and f32. Returns a dict: val_loss
     (nats per token), reduction, active_share (of each matrix's weights, in the order of gated()), spread (the
     standard deviation of the compute of a token, over its mean), compute_percentiles (of a token's share of
     dense compute), and the correlation of a token's compute with the surprise of that token (-log p, given
     before it was read) and with the entropy of what is predicted from it. With a teacher also kl,
-    KL(teacher || student) in nats, and agreement, how often both find the same token likeliest.
+    KL(teacher || student) in nats, and agreement, how often both find the same token likeliest. replies, bool
+    (windows, T + 1): the percentiles are only of tokens for which it is True, if there are any.
     """
     device, training = model.head.weight.device, model.training
     model.eval()
@@ -108,12 +134,15 @@ def measure(model, tokens, teacher=None, dense=False):
     if spread > 1e-9:
         correlations = torch.corrcoef(torch.stack([shares, surprises, entropies]))
         with_surprise, with_entropy = correlations[0, 1:].tolist()
+    shown = shares
+    if replies is not None and replies[:, 1:-1].any():
+        shown = shares[torch.from_numpy(replies[:, 1:-1].flatten())]
     results = dict(val_loss=sums['loss'] / count, spread=spread,
                    reduction=float(model.dense() * count / sums['active'].sum()),
                    active_share=[float(active) / count / layer.dense
                                  for active, (_, layer) in zip(sums['active'], model.gated())],
                    surprise_correlation=with_surprise, entropy_correlation=with_entropy,
-                   compute_percentiles={str(p): float(np.percentile(shares, p)) for p in PERCENTILES})
+                   compute_percentiles=percentiles(shown))
     if teacher is not None:
         results.update(kl=sums['kl'] / count, agreement=sums['agreement'] / count)
     return results
@@ -157,7 +186,8 @@ def answer(teacher, prompt, stops, generator):
         new = torch.tensor([tokens[cache.length:]], device=teacher.head.weight.device)
         logits, _ = teacher(new, cache, dense=True)
         point = torch.rand(1, generator=generator).to(logits.device)
-        tokens.append(int(sample(logits[:, -1], point, temperature=0.7, min_p=0.05)[0]))
+        said = torch.tensor([tokens[len(prompt):]], dtype=torch.long, device=logits.device)
+        tokens.append(int(sample(logits[:, -1], point, said=said, **SAMPLING)[0]))
         if tokens[-1] in stops:
             break
     return tokens
@@ -167,11 +197,12 @@ def answer(teacher, prompt, stops, generator):
 def compare_answers(model, teacher, spec, encoding, questions):
     """
     What a chat is for: the dense teacher answers each question, and both models read its answers. -> a dict
-    of kl, KL(teacher || student) in nats, agreement and reduction, all over the tokens of answers, and of how
-    many questions and tokens that is. Raises DataError for a question that does not fit the context.
+    of kl, KL(teacher || student) in nats, agreement and reduction, all over the passes that predict tokens of
+    answers, of how many questions and tokens that is, and of compute_percentiles, as in measure(), of the
+    passes over those tokens. Raises DataError for a question that does not fit the context.
     """
     generator, device = torch.Generator().manual_seed(1), model.head.weight.device
-    kl, same, active_sum, count = 0.0, 0, 0.0, 0
+    kl, same, active_sum, count, shares = 0.0, 0, 0.0, 0, []
     for number, question in enumerate(counted(questions, 'questions answered'), 1):
         prompt = dialogue_ids(spec, encoding, [('user', question)])
         if len(prompt) + LONGEST_ANSWER > model.config.block_size:
@@ -184,9 +215,11 @@ def compare_answers(model, teacher, spec, encoding, questions):
         teacher_logp = teacher_logits[0, len(prompt) - 1:].log_softmax(-1)
         kl += float((teacher_logp.exp() * (teacher_logp - logp)).sum())
         same += int((teacher_logp.argmax(-1) == logp.argmax(-1)).sum())
-        active_sum, count = active_sum + float(active[:, 0, len(prompt) - 1:].sum()), count + len(logp)
+        used = active.sum(0)[0, len(prompt) - 1:].cpu()                                 # (T,)
+        active_sum, count = active_sum + float(used.sum()), count + len(logp)
+        shares.append(used[1:].double() / model.dense())
     return dict(kl=kl / count, agreement=same / count, reduction=model.dense() * count / active_sum,
-                questions=len(questions), tokens=count)
+                questions=len(questions), tokens=count, compute_percentiles=percentiles(torch.cat(shares)))
 
 
 def read_blimp(path, most):
@@ -327,7 +360,7 @@ def main():
             else:
                 mix = load_mix(config.data or options.get('data', 'python'), length)
                 tokens = mix_windows(mix, 'val', config.windows, length)
-            results = dict(measure(model, tokens, teacher, config.dense),
+            results = dict(measure(model, tokens, teacher, config.dense, in_replies(tokens, spec)),
                            windows=len(tokens), length=tokens.shape[1] - 1)
     except (CheckpointError, weights.WeightsError, TokenizerError) as error:
         fail(error, 1)

@@ -31,6 +31,11 @@ from dataclasses import field, fields
 
 from files import LONGEST_JSON, read_text
 
+# How chat.py draws its replies, and evaluate.py the answers on which it compares models (see cwic.sample): a
+# low temperature and nucleus sampling, as SmolLM2's makers advise; and a penalty, without which small models
+# fall into loops.
+SAMPLING = {'temperature': 0.2, 'top_k': 0, 'top_p': 0.9, 'min_p': 0.0, 'repeat_penalty': 1.15}
+
 BOOLEANS = {'yes': True, 'true': True, 'on': True, '1': True,
             'no': False, 'false': False, 'off': False, '0': False}
 # of each type of option: how a user calls it; and the types that a preset may give it as

@@ -29,7 +29,7 @@ import numpy as np
 
 from files import read_text
 from options import fail, option, parse_options
-from render import COUNTED, flow, mean_shares, scale_color, summary, text_color, text_width
+from render import COUNTED, flow, mean_shares, scale_color, summary, text_color, text_width, words
 
 STYLE = {'font.size': 8, 'axes.titlesize': 9, 'axes.grid': True, 'grid.alpha': 0.3, 'axes.spines.top': False,
          'axes.spines.right': False, 'legend.frameon': False, 'lines.linewidth': 1.3, 'lines.markersize': 4}
@@ -296,13 +296,14 @@ def conversation(turns, palette, path, columns=80):
         shown += [(kind, text, token and token.share) for kind, text, token in turn.shown]
         shown += remark([(f'\n{summary(turn)}\n\n', None)])
     runs, column, row = [], 0, 0                # runs: [kind, share, row, column, text], each within a line
-    for kind, text, share in shown:
-        runs.append([kind, share, row, column, ''])
-        for drawn, wraps, column in flow(text, column, columns):
-            if wraps:
-                row += 1
-                runs.append([kind, share, row, 0, ''])
+    for word in words([(char, (kind, share)) for kind, text, share in shown for char in text]):
+        before = column
+        for drawn, wraps, column, (kind, share) in flow(word, column, columns):
+            row += wraps
+            if wraps or not runs or runs[-1][:2] != [kind, share]:
+                runs.append([kind, share, row, 0 if wraps else before, ''])
             runs[-1][-1] += drawn.strip('\n')
+            before = column
     first = max(row - 1000, 0)
     width, height = columns * 0.084, (row - first + 1) * 0.175
     with warnings.catch_warnings(), picture(path, width, height) as (figure, axes):

@@ -22,7 +22,9 @@ import unicodedata
 from string import Template
 
 LIGHT, DARK = (255, 234, 201), (100, 13, 100)
-RAMP_256 = (223, 217, 181, 175, 139, 132, 96, 90, 53)       # the scale, as indices of a 256-colour terminal
+# the scale on a 256-colour terminal: each step is darker than the one before, and hardly any less vivid
+RAMP_256 = (223, 181, 139, 132, 125, 90, 53)
+LONGEST_WORD = 30       # characters; longer ones are not waited for
 RESET, ERASE_LINE, DIM = '\x1b[0m', '\x1b[K', '\x1b[2m'
 # what terminals and pages obey: control characters, and those that turn text round
 CONTROLS = re.compile('[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]')
@@ -77,8 +79,9 @@ class Palette:
         if self.mode == 'none' or back is None:
             return ''
         if self.mode == '256':
-            step = round(8 * min(max((share - self.low) / (self.high - self.low), 0), 1))
-            return f'\x1b[38;5;{16 if step <= 5 else 231};48;5;{RAMP_256[step]}m'
+            position = min(max((share - self.low) / (self.high - self.low), 0), 1)
+            step = round(position * (len(RAMP_256) - 1))
+            return f'\x1b[38;5;{16 if step <= 3 else 231};48;5;{RAMP_256[step]}m'
         return '\x1b[38;2;{};{};{};48;2;{};{};{}m'.format(*text_color(back), *back)
 
     def legend(self, color_by):
@@ -108,48 +111,76 @@ def visible(text):
     return CONTROLS.sub(picture, text)
 
 
-def flow(text, column, columns):
+def words(chars):
     """
-    How a terminal of so many columns shows text from a column on: what each character becomes, whether it is
-    on a new line, and the column after it. A word that does not fit gets a new line in place of its blank. A
-    tab becomes blanks: terminals leave what a real one skips unpainted.
+    Cuts text, [(character, share)], where a line may break: before blanks, and around wide characters. A word
+    is a list of the same, its blank included.
     """
+    cut = [[]]
+    for char, share in chars:
+        before = cut[-1][-1][0] if cut[-1] else ''
+        if before and (char.isspace() or text_width(char) == 2 or text_width(before) == 2
+                       or len(cut[-1]) == LONGEST_WORD):
+            cut.append([])
+        cut[-1].append((char, share))
+    return cut
+
+
+def flow(word, column, columns):
+    """
+    How a terminal of so many columns shows a word from a column on: for each character what it becomes,
+    whether it is on a new line, the column after it, and its share. A word that does not fit gets a new line
+    in place of its blank. A tab becomes blanks: terminals leave what a real one skips unpainted.
+    """
+    text = ''.join(char for char, _ in word)
     if text[:1] == ' ' and not text.isspace() and column + text_width(text) > columns >= text_width(text):
         text = '\n' + text[1:]
-    for char in text:
+    for char, (_, share) in zip(text, word):
         if char == '\n':
             shown, wraps, column = '\n', True, 0
         else:
             shown = ' ' * min(8 - column % 8, columns - column) if char == '\t' else visible(char)
             wraps = column + text_width(shown) > columns
             column = text_width(shown) + (0 if wraps else column)
-        yield shown, wraps, column
+        yield shown, wraps, column, share
 
 
 class Painter:
     """
     Writes text to a terminal, each piece on the colour of its share of dense compute; columns() is its width.
-    Colours end before every newline and after every piece, so that none outlives an interrupt.
+    The last word waits until it is whole, as a word of several tokens would break at the right margin.
+    Colours end before every newline and after every write, so that none outlives an interrupt.
     """
 
     def __init__(self, out, palette, columns):
-        self.out, self.palette, self.columns, self.column = out, palette, columns, 0
+        self.out, self.palette, self.columns, self.column, self.waiting = out, palette, columns, 0, []
 
     def write(self, text, share):
-        on = self.palette.codes(share)
-        off, parts = RESET if on else '', [on]
-        for shown, wraps, self.column in flow(text, self.column, self.columns()):
-            if shown == '\n':
-                shown = off + '\n' + on
-            elif wraps and on:
-                # a line that scrolls into view is filled with the background of the moment: empty its rest
-                shown += off + ERASE_LINE + on
-            parts.append(shown)
-        self.out.write(''.join(parts) + off)
+        *whole, self.waiting = words(self.waiting + [(char, share) for char in text])
+        self.paint(whole)
+
+    def paint(self, whole):
+        parts, on = [], ''
+        for word in whole:
+            for shown, wraps, self.column, share in flow(word, self.column, self.columns()):
+                codes = self.palette.codes(share)
+                if codes != on:
+                    parts.append((RESET if on else '') + codes)
+                    on = codes
+                if shown == '\n':
+                    shown = (RESET if on else '') + '\n' + on
+                elif wraps and on:
+                    # a line that scrolls into view is filled with the background of the moment: empty it
+                    shown += RESET + ERASE_LINE + on
+                parts.append(shown)
+        self.out.write(''.join(parts) + (RESET if on else ''))
         self.out.flush()
 
     def end_line(self):
-        """Moves to the start of a line, unless there."""
+        """Writes the word that waits, and moves to the start of a line, unless there."""
+        if self.waiting:
+            word, self.waiting = self.waiting, []
+            self.paint([word])
         if self.column:
             self.out.write('\n')
             self.column = 0
@@ -177,12 +208,17 @@ def summary(turn):
             f'used {100 * turn.share:.1f}%, reduction {reduction(turn.share):.2f}; {turn.engine}')
 
 
-def quoted(piece, width):
-    """A token's bytes on one line of exactly width columns."""
+def quoted(piece):
+    """A token's bytes on one line, as Python writes them, without the quotes."""
     try:
-        text = repr(piece.decode('utf-8'))[1:-1]
+        return repr(piece.decode('utf-8'))[1:-1]
     except UnicodeDecodeError:
-        text = repr(piece)[2:-1]
+        return repr(piece)[2:-1]
+
+
+def cell(piece, width):
+    """The same in exactly width columns."""
+    text = quoted(piece)
     text = text if text.strip() else text.replace(' ', '\u2423')
     while text_width(text) > width:
         text = text[:-1]
@@ -194,7 +230,7 @@ def token_table(turn, palette):
     lines = [f'compute of {COUNTED[turn.config.color_by]}; surprise, in nats, at the token',
              '   #  token                   active reduction of dense probability surprise']
     for i, token in enumerate(turn.reply):
-        lines.append(f'{i + 1:>4}  {palette.paint(quoted(token.piece, 18), token.share)} '
+        lines.append(f'{i + 1:>4}  {palette.paint(cell(token.piece, 18), token.share)} '
                      f'{token.active.sum():>11,} {reduction(token.share):>8.2f}x {100 * token.share:>7.1f}% '
                      f'{token.probability:>11.4f} {surprise(token):>8.2f}')
     return lines
@@ -268,7 +304,7 @@ def save_page(turns, palette, path):
 
     def tip(token):
         said = '' if token.probability is None else f'\nsurprise {surprise(token):.2f} nats'
-        return (f'{quoted(token.piece, 24).rstrip()}\n{token.active.sum():,} active weights\n'
+        return (f'{cell(token.piece, 24).rstrip()}\n{token.active.sum():,} active weights\n'
                 f'{100 * token.share:.1f}% of dense, reduction {reduction(token.share):.2f}x{said}')
 
     body = ''

@@ -55,7 +55,7 @@ from data import common
 from device import (ProcessGone, Recorded, check_compile, choose_device, choose_dtype,
                     first_on_its_host_first, join_processes, keep_memory, leave, sum_over_processes, together,
                     why_no_compile)
-from evaluate import measure, mix_windows, rows_at_once
+from evaluate import in_replies, measure, mix_windows, rows_at_once
 from files import write_atomically
 from options import check_options, fail, option, parse_options
 
@@ -739,6 +739,7 @@ def train(run, mix, rank, world):
     """The loop, until the last step or a wish to stop before it. Returns that: 'interrupted', ..., or ''."""
     config, model = run.config, run.model
     val_tokens = mix_windows(mix, 'val', config.eval_windows, config.block_size)
+    replies = in_replies(val_tokens, run.tokenizer)
     uncompiled = (lambda: torch.compiler.set_stance('force_eager')) if config.compile else nullcontext
     wishes, stop, progress = wishes_to_stop(), False, Progress(run)
     run.gradients, run.update = recorded(run)
@@ -779,7 +780,7 @@ def train(run, mix, rank, world):
         evaluated = run.step % config.eval_every == 0 or run.step == config.steps()
         if evaluated:
             with uncompiled():
-                run.results = measure(model, val_tokens, run.teacher, dense)
+                run.results = measure(model, val_tokens, run.teacher, dense, replies)
             if not math.isfinite(run.results['val_loss']):
                 fail(f'step {run.step}: the validation loss is {run.results["val_loss"]}; stopped, and what '
                      'was saved before is whole. Try a lower --lr', 1)

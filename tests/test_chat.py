@@ -121,6 +121,9 @@ def drawn(pieces, columns, mode='truecolor', rows=3):
         painter.write(text, share)
         screen.feed(out.getvalue())
         assert screen.back is None, 'a colour outlived its piece: an interrupt here would leave it on'
+    out.seek(0), out.truncate()
+    painter.end_line()
+    screen.feed(out.getvalue())
     return screen, palette
 
 
@@ -146,10 +149,12 @@ def test_each_character_stands_on_its_color_and_nothing_else_does(columns, mode)
 
     # the same text laid out by hand: a list of lines of [character, background]
     want, line = [], []
-    for text, share in PIECES:
-        if text[0] == ' ' and len(line) + len(text) > columns:      # a word that does not fit
-            text = '\n' + text[1:]
-        for char in text:
+    text, shares = ''.join(text for text, _ in PIECES), [share for text, share in PIECES for _ in text]
+    for word in re.finditer('[日本語🎉]|\\s?[^\\s日本語🎉]+|\\s', text):
+        length = len(word[0]) - word[0].count('\u0301')
+        moved = word[0][0] == ' ' != word[0] and len(line) + length > columns >= length
+        for place, char in enumerate('\n' + word[0][1:] if moved else word[0], word.start()):
+            share = shares[place]
             if char == '\n':
                 want.append(line)
                 line = []
@@ -185,6 +190,7 @@ def test_without_colors_there_are_no_codes():
     out = io.StringIO()
     painter = render.Painter(out, render.Palette('none', 0, 1), lambda: 4)
     painter.write('plain\ttext\n日本語', 0.5)
+    painter.end_line()
     assert '\x1b' not in out.getvalue()
 
 
@@ -219,8 +225,9 @@ def test_the_scale_grows_darker_evenly_and_text_stays_readable():
     pairs = [(render.text_color(color), color) for color in scale]
     codes = [render.Palette('256', 0, 1).codes(i / 20) for i in range(21)]
     coarse = [[xterm(int(n)) for n in re.search(r'38;5;(\d+);48;5;(\d+)', code).groups()] for code in codes]
-    backs = [lightness(back) for _, back in coarse]
-    assert (np.diff(backs) <= 0).all() and len(set(backs)) >= 8
+    steps = [luminance(xterm(index)) for index in render.RAMP_256]
+    assert (np.diff(steps) < 0).all() and len({back for _, back in coarse}) == len(steps)
+    assert [luminance(back) for _, back in coarse] == sorted((luminance(back) for _, back in coarse), reverse=True)
     for text, back in pairs + coarse:
         light, dark = sorted((luminance(text), luminance(back)), reverse=True)
         assert (light + 0.05) / (dark + 0.05) >= 4.5
@@ -336,7 +343,7 @@ def silent(*_):
 def say_this(monkeypatch, tokens):
     """The model says these tokens, whatever it thinks of them."""
     drawn = ((torch.tensor([id]), torch.tensor([0.25])) for id in tokens)
-    monkeypatch.setattr('conversation.sample', lambda *_: next(drawn))
+    monkeypatch.setattr('conversation.sample', lambda *_, **__: next(drawn))
 
 
 @pytest.mark.parametrize('color_by', ['read', 'predicted'])
@@ -346,7 +353,8 @@ def test_a_token_has_the_compute_of_the_pass_over_it_or_of_the_one_that_predicte
     context's. And it was shown with the token that was predicted, where it follows nothing a reader sees;
     it follows the surprise of the token that is read.
     """
-    conversation.config = chat.ChatConfig(temperature=0, max_tokens=100, threads=1, color_by=color_by)
+    conversation.config = chat.ChatConfig(temperature=0, repeat_penalty=1, max_tokens=100, threads=1,
+                                          color_by=color_by)
     turn = conversation.say('Kraków 日本', silent)       # and 100 tokens: the context, of 48, slides twice
     prompt = list('Kraków 日本'.encode())
     want = list(cwic.generate(conversation.model, prompt, 101))         # each with the pass that predicted it
@@ -370,6 +378,7 @@ def test_the_stream_of_a_reply_shows_split_and_wide_characters_on_their_colors(c
     painter = render.Painter(out, palette, lambda: 16)
     show = lambda kind, text, token: painter.write(text, token.share)
     turn = conversation.say('x = "日本語 🎉"\n\té', show)
+    painter.end_line()
     screen.feed(out.getvalue())
     pending, want = b'', []
     for token in turn.prompt:       # the reply is random bytes: what it shows is compared with shown below
@@ -521,7 +530,7 @@ def test_dense_of_an_adapter_is_its_base(checkpoint, tmp_path):
         getattr(layer, adapter).B.data.normal_()
     save_checkpoint(tmp_path / 'adapter.safetensors', model, base=checkpoint,
                     base_sha256=weights_sha256(model), tokenizer=saved['tokenizer'])
-    config = chat.ChatConfig(max_tokens=20, threads=1, temperature=0)
+    config = chat.ChatConfig(max_tokens=20, threads=1, temperature=0, repeat_penalty=1)
     conversation, _, _ = chat.load(replace(config, ckpt=str(tmp_path / 'adapter.safetensors')))
     conversation.say('def', silent)
     said, tokens = conversation.dense(silent).reply, list(b'def')
@@ -533,7 +542,7 @@ def test_dense_of_an_adapter_is_its_base(checkpoint, tmp_path):
 
 def test_dense_uses_every_weight_and_the_same_random_numbers(conversation):
     """Against a loop over the model's own dense mode; the conversation itself is left as it was."""
-    conversation.config.temperature = 0
+    conversation.config.temperature, conversation.config.repeat_penalty = 0, 1
     conversation.say('def', silent)
     before = list(conversation.tokens), conversation.last, conversation.generator.get_state().tolist()
     turn = conversation.dense(silent)
@@ -601,7 +610,8 @@ def test_json_is_json_and_holds_nothing_that_a_terminal_obeys(conversation, monk
     U+009B, which begins an escape code, passed through; and a probability of nan was written as NaN, which
     is not JSON.
     """
-    monkeypatch.setattr('conversation.sample', lambda *_: (torch.tensor([7]), torch.tensor([float('nan')])))
+    drawn = torch.tensor([7]), torch.tensor([float('nan')])
+    monkeypatch.setattr('conversation.sample', lambda *_, **__: drawn)
     turn = conversation.say('\x9b31m \u202e \x7f é', silent)
     line = render.as_json(turn)
     assert not re.search('[\x00-\x1f\x7f-\x9f\u202e]', line) and 'é' in line
@@ -638,7 +648,8 @@ def test_pipes(checkpoint):
     Plain text is the continuation and nothing else, JSON says the same and has the model's counts; no codes
     in either.
     """
-    options = '--ckpt', checkpoint, '--temperature=0', '--max-tokens', '12', '--threads=1', '--color', '256'
+    options = ('--ckpt', checkpoint, '--temperature=0', '--repeat-penalty', '1', '--max-tokens', '12', '--threads=1',
+               '--color', '256')
     plain = program(*options, '--prompt', 'def é')
     assert plain.returncode == 0 and b'\x1b' not in plain.stdout + plain.stderr
     remarks = plain.stderr.decode().splitlines()
@@ -679,9 +690,9 @@ def test_streams_that_are_full_or_closed(redirected, code, told, checkpoint):
     assert b'parameters' not in run.stdout and b'Traceback' not in run.stderr
 
 
-@pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_an_interrupted_pipe_keeps_what_was_said(checkpoint, number):
-    """SIGTERM, which a shutdown or a time limit sends, used to lose the reply."""
+    """SIGTERM, which a time limit sends, and SIGHUP, of a lost connection, used to lose the reply."""
     run = endless(checkpoint, '--json')
     run.stderr.readline()
     time.sleep(0.5)
@@ -693,7 +704,7 @@ def test_an_interrupted_pipe_keeps_what_was_said(checkpoint, number):
 def main(monkeypatch, capsys, *words, stdin=b'a\n'):
     """chat.main() in this process -> its exit code, stdout, and the lines of stderr."""
     monkeypatch.setattr(sys, 'argv', ['chat.py', *map(str, words)])
-    monkeypatch.setattr(sys, 'stdin', io.TextIOWrapper(io.BytesIO(stdin)))
+    monkeypatch.setattr(sys, 'stdin', io.TextIOWrapper(io.BufferedReader(io.BytesIO(stdin))))
     try:
         code = chat.main()
     except SystemExit as stopped:
@@ -730,7 +741,7 @@ def test_what_a_checkpoint_says_of_itself_is_not_believed(checkpoint, tmp_path, 
         percentiles = {'compute_percentiles': {'5': odd, '95': odd}}
         save_checkpoint(path, model, tokenizer=spec, val_loss=odd, reduction=odd, **percentiles)
         code, _, lines = main(monkeypatch, capsys, '--ckpt', path, '--max_tokens', '2', '--threads', '1')
-        assert code == 0 and 'loss' not in lines[0] and 'reduction' not in lines[0]
+        assert code == 0
         assert chat.scale_ends(percentiles) == (0, 1)
         save_checkpoint(path, model, tokenizer=spec, compute_percentiles=odd)
         assert main(monkeypatch, capsys, '--ckpt', path, '--max_tokens', '2', '--threads', '1')[0] == 0
@@ -764,17 +775,92 @@ def test_a_tokenizer_may_be_smaller_than_its_model_but_not_larger(tmp_path, monk
         assert (code, out, len(lines)) == (1, '', 1) and told in lines[0]
 
 
-def test_it_prefers_your_own_model_and_says_so(checkpoint, chat_checkpoint, tmp_path, monkeypatch, capsys):
+def test_a_name_is_the_dense_model_and_a_file_the_adapter(checkpoint, chat_checkpoint, tmp_path, monkeypatch,
+                                                          capsys):
+    """smollm2 was the sparse model here and the dense one in evaluate.py. The first line says which it is."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(chat, 'ADAPTER', Path(chat_checkpoint))
-    shipped = 'SmolLM2-135M-Instruct (Apache-2.0): 0.0M parameters'
+    shipped = 'SmolLM2-135M-Instruct (Apache-2.0), sparse: 0.0M parameters'
     code, _, lines = main(monkeypatch, capsys, '--max_tokens', '2', '--threads', '1')
-    assert code == 0 and lines[0].startswith(shipped) and lines[0].endswith('; f32, 1 thread')
+    assert code == 0 and lines[0] == f'{shipped}; f32, 1 thread'
     os.mkdir('out')
     shutil.copy(checkpoint, 'out/best.safetensors')
     code, _, lines = main(monkeypatch, capsys, '--max_tokens', '2')
-    assert code == 0 and lines[0].startswith('out/best.safetensors (yours; for the shipped model: --ckpt smollm2)')
-    assert main(monkeypatch, capsys, '--max_tokens', '2', '--ckpt', 'smollm2')[2][0].startswith(shipped)
+    assert code == 0 and lines[0].startswith(
+        f'out/best.safetensors (yours; for the shipped model: --ckpt {chat_checkpoint}), sparse')
+    assert main(monkeypatch, capsys, '--max_tokens', '2', '--ckpt', chat_checkpoint)[2][0].startswith(shipped)
+    asked = []
+    monkeypatch.setattr('weights.load', lambda source: asked.append(source) or load_checkpoint(checkpoint))
+    lines = main(monkeypatch, capsys, '--max_tokens', '2', '--ckpt', 'smollm2')[2]
+    assert asked == ['smollm2'] and lines[0].startswith('smollm2, ')
+
+
+def test_without_its_adapter_the_shipped_model_is_not_silently_dense(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(chat, 'ADAPTER', tmp_path / 'gone.safetensors')
+    code, out, lines = main(monkeypatch, capsys)
+    assert (code, out, len(lines)) == (1, '', 1) and 'gone.safetensors, is missing' in lines[0]
+
+
+def test_a_symlink_to_the_program_finds_the_adapter(tmp_path):
+    """ln -s .../chat.py ~/bin/ looked for adapters/ in ~/bin, and ran dense without a word."""
+    (tmp_path / 'chat.py').symlink_to(ROOT / 'chat.py')
+    code = 'import chat; print(chat.ADAPTER)'
+    run = subprocess.run([sys.executable, '-c', code], cwd=tmp_path, capture_output=True, text=True,
+                         env={**ENVIRONMENT, 'PYTHONPATH': f'{tmp_path}{os.pathsep}{ROOT}'})
+    assert run.stdout == f'{chat.ADAPTER}\n' and str(chat.ADAPTER).startswith(str(ROOT.resolve()))
+
+
+def test_the_option_dense_uses_every_weight(checkpoint, tmp_path, monkeypatch, capsys):
+    """Of a model trained as a whole its own weights, of an adapter its base's; both say what they are."""
+    model, saved = load_checkpoint(checkpoint)
+    want = [int(token) for token in plain_dense(model, list(b'def'), 8)]
+    cwic.add_adapters(model, 4)
+    for layer, adapter, _ in cwic.adapters(model):
+        getattr(layer, adapter).B.data.normal_()
+    adapted = str(tmp_path / 'adapter.safetensors')
+    save_checkpoint(adapted, model, base=checkpoint, base_sha256=weights_sha256(model),
+                    tokenizer=saved['tokenizer'])
+    for path, name in ((checkpoint, checkpoint), (adapted, f'{checkpoint}, the base of {adapted}')):
+        code, out, lines = main(monkeypatch, capsys, '--ckpt', path, '--dense', '--json', '--temperature', '0',
+                                '--repeat_penalty', '1', '--max_tokens', '8', stdin=b'def\n')
+        assert code == 0 and lines[0].startswith(f'{name}, dense: ')
+        assert json.loads(out)['tokens'] == want and json.loads(out)['share_of_dense'] == 1
+
+
+@torch.no_grad()
+def plain_dense(model, tokens, count):
+    for _ in range(count):
+        tokens = tokens + [int(model(torch.tensor([tokens]), dense=True)[0][0, -1].argmax())]
+        yield tokens[-1]
+
+
+def test_a_chat_repeats_itself_less_with_a_penalty(conversation):
+    """Against the same draws by hand: the penalty is of the last 64 tokens of the reply, and of it alone."""
+    conversation.config = chat.ChatConfig(temperature=0, repeat_penalty=1.3, max_tokens=100, threads=1)
+    turn = conversation.say('ab', silent)
+    decoder, said = conversation.decoder, []
+    logits, _ = decoder.prefill(list(b'ab'))
+    for token in turn.reply:
+        changed = logits.astype(np.float64)
+        for id in set(said[-64:]):
+            changed[id] = changed[id] / 1.3 if changed[id] > 0 else changed[id] * 1.3
+        said.append(int(changed.argmax()))
+        logits, _ = decoder.step(said[-1])
+    assert [token.id for token in turn.reply] == said
+    conversation.config = replace(conversation.config, repeat_penalty=1)
+    conversation.reset()
+    assert [token.id for token in conversation.say('ab', silent).reply] != said
+
+
+def test_prompts_from_a_pipe_may_be_any_text_but_not_binary(checkpoint, monkeypatch, capsys):
+    """A BOM became part of the prompt, UTF-16 a row of odd characters, and a NUL was typed to the model."""
+    words = '--ckpt', checkpoint, '--max_tokens', '1', '--threads', '1', '--json'
+    for stdin in ('\ufeffé 1\r\nb\r\n'.encode(), '\ufeffé 1\nb'.encode('utf-16-le')):
+        code, out, _ = main(monkeypatch, capsys, *words, stdin=stdin)
+        assert code == 0 and [json.loads(line)['prompt'] for line in out.splitlines()] == ['é 1', 'b']
+    code, out, lines = main(monkeypatch, capsys, *words, stdin=b'a\nb\0c\n')
+    assert code == 2 and len(out.splitlines()) <= 1 and 'NUL' in lines[-1] and 'Traceback' not in str(lines)
 
 
 def test_help_does_not_wait_for_torch():

@@ -858,6 +858,33 @@ def test_no_point_leads_to_a_token_that_cannot_come(options):
         assert (p > 0).all()
 
 
+@pytest.mark.parametrize('temperature', [0.2, 1.0, 5.0])
+def test_nucleus_sampling_of_a_large_vocabulary_equals_a_full_sort(temperature):
+    """Only tokens that may be kept are sorted: a full sort took twice as long as the model."""
+    logits = torch.randn(50000, generator=torch.Generator().manual_seed(0)) * 3
+    q = (logits.double() / temperature).softmax(-1)
+    order = q.argsort(descending=True)
+    nucleus = order[:int((q[order].cumsum(0) < 0.9).sum()) + 1]
+    points = (torch.arange(50, dtype=torch.float64) + 0.5) / 50
+    mass = q[nucleus].cumsum(0)
+    want = nucleus[torch.searchsorted(mass, points * mass[-1])]
+    ids, _ = cwic.sample(logits.expand(50, -1), points, temperature, top_p=0.9)
+    assert (ids == want).double().mean() > 0.97         # sums in f32 shift a border now and then
+
+
+def test_the_penalty_of_each_row_is_for_what_that_row_has_said_lately():
+    """Greedy, against a loop: positive logits are divided, negative ones multiplied, once however often said."""
+    logits, said = torch.randn(40, 30), torch.randint(30, (40, 70))
+    said[:, :6] = 29                # too long ago
+    ids, p = cwic.sample(logits, torch.rand(40), repeat_penalty=1.7, said=said)
+    for row, lately, id in zip(logits.tolist(), said[:, 6:].tolist(), ids.tolist()):
+        new = [x if i not in lately else x / 1.7 if x > 0 else x * 1.7 for i, x in enumerate(row)]
+        assert id == int(np.argmax(new))
+    assert p.equal(logits.softmax(-1).gather(-1, ids[:, None])[:, 0])
+    none = torch.zeros(40, 0, dtype=torch.long)
+    assert cwic.sample(logits, torch.rand(40), repeat_penalty=1.7, said=none)[0].equal(logits.argmax(-1))
+
+
 def test_the_same_random_number_gives_the_same_token():
     """Sampled one row at a time or all at once, with the same points: this is how two models are compared."""
     logits, points = torch.randn(30, 20), torch.rand(30)

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import checkpoint
+import files
 from data import common
 from data.common import DataError, load_dataset
 from data.fineweb import prepare as fineweb_script
@@ -285,7 +285,7 @@ def test_an_error_while_writing_leaves_the_old_data_and_no_temporary_file(tmp_pa
 
     def interrupt(fd):
         raise KeyboardInterrupt
-    monkeypatch.setattr(checkpoint.os, 'fsync', interrupt)
+    monkeypatch.setattr(files.os, 'fsync', interrupt)
     prepare(text_script, new_text, '--out', tmp_path / 'out', code=130, parts=['interrupted'])
     assert content(tmp_path / 'out') == old
 

@@ -60,6 +60,38 @@ def test_measure_equals_counting_token_by_token(model):
     assert results['reduction'] == pytest.approx(model.dense() * 36 / everything)
 
 
+def test_percentiles_are_of_the_tokens_of_replies(model):
+    """The colour scale's low end used to come from the chat template, which a chat does not show."""
+    tokens = np.random.default_rng(0).integers(0, 257, (2, 13))
+    replies = np.zeros(tokens.shape, bool)
+    replies[0, 3:9], replies[1, 12] = True, True        # the last is read by nobody: it is only predicted
+    shares = model(torch.from_numpy(tokens[:1, :-1]))[1][:, 0].sum(0)[3:9] / model.dense()
+    found = evaluate.measure(model, tokens, replies=replies)['compute_percentiles']
+    assert found['5'] == pytest.approx(np.percentile(shares, 5))
+    nobody = evaluate.measure(model, tokens, replies=np.zeros_like(replies))
+    assert nobody == evaluate.measure(model, tokens)
+
+
+def test_replies_are_found_by_the_template():
+    """Against a reading of the text, in windows that begin anywhere in a dialogue, and end anywhere."""
+    spec, _, _ = chat_models()
+    encoding = load_tokenizer(spec)
+    text = ('<|im_start|>system\nbe brief<|im_end|>\n<|im_start|>user\nwho is assistant\n?<|im_end|>\n'
+            '<|im_start|>assistant\nI am.\n\nYes<|im_end|>\n<|im_start|>user\nso?<|im_end|>\n<|im_start|>assistant\n'
+            'so<|endoftext|>and on')
+    ids = encoding.encode(text, allowed_special='all')
+    for start in range(0, len(ids), 3):
+        for end in (start + 2, start + 40, len(ids)):
+            window = ids[start:end]
+            want, speaking = [], False
+            for i, id in enumerate(window):
+                before = encoding.decode(window[:i])
+                speaking = (speaking or before.endswith('<|im_start|>assistant\n')) and id not in (0, 2)
+                want.append(speaking)
+            assert evaluate.in_replies(np.array([window]), spec).tolist() == [want]
+    assert not evaluate.in_replies(np.zeros((2, 5), np.int64), SPEC).any()
+
+
 def test_a_dense_model_agrees_with_itself(model):
     tokens = np.random.default_rng(1).integers(0, 257, (2, 9))
     results = evaluate.measure(model, tokens, cwic.dense_copy(model), dense=True)
@@ -119,6 +151,7 @@ def test_answers_are_compared_as_one_token_after_the_other():
     for question in questions:
         ids = encoding.encode('<|im_start|>system\nbe brief<|im_end|>\n<|im_start|>user\n'
                               f'{question}<|im_end|>\n<|im_start|>assistant\n', allowed_special='all')
+        answer = []
         for _ in range(evaluate.LONGEST_ANSWER):
             logits = teacher(torch.tensor([ids]), dense=True)[0][0, -1]
             student, used = model(torch.tensor([ids]))
@@ -127,7 +160,10 @@ def test_answers_are_compared_as_one_token_after_the_other():
             same.append(p.argmax() == q.argmax())
             active.append(float(used[:, 0, -1].sum()))
             point = torch.rand(1, generator=generator)
-            ids.append(int(cwic.sample(logits[None], point, temperature=0.7, min_p=0.05)[0]))
+            said = torch.tensor([answer], dtype=torch.long)
+            answer.append(int(cwic.sample(logits[None], point, temperature=0.2, top_p=0.9, repeat_penalty=1.15,
+                                          said=said)[0]))
+            ids.append(answer[-1])
             if ids[-1] == 2:
                 break
     results = evaluate.compare_answers(model, teacher, spec, encoding, questions)

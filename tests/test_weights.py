@@ -1386,7 +1386,7 @@ def test_a_model_without_a_template_begins_with_bos_and_ends_with_eos(llama, mon
     spec = {key: value for key, value in saved['tokenizer'].items() if key != 'template'}
     talk = conversation.Conversation(model, spec | {'bos': [1], 'stop': [67]}, ChatConfig(max_tokens=4, threads=1))
     said = iter([68, 67, 69, 69, 69, 69])       # b, a, c ...
-    monkeypatch.setattr(conversation, 'sample', lambda *args: (torch.tensor([next(said)]), torch.ones(1)))
+    monkeypatch.setattr(conversation, 'sample', lambda *args, **more: (torch.tensor([next(said)]), torch.ones(1)))
     turn = talk.say('c', lambda *args: None)
     assert turn.new == [1, 69] and [token.id for token in turn.reply] == [68, 67] and turn.ended == 'end'
     turn = talk.say('c', lambda *args: None)        # another text, as there is an end before it
