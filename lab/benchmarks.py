@@ -5,8 +5,8 @@ Benchmarks of the field, through its own tool, EleutherAI's lm-evaluation-harnes
     python lab/benchmarks.py --model adapters/smollm2.pt --tasks arc_easy,hellaswag,piqa
     python lab/benchmarks.py --model adapters/smollm2.pt --tasks arc_easy,hellaswag,piqa --dense
 
-The harness fetches its own tasks from the network. Tasks of your own need none: --include_path names a folder
-of YAML files, and --tasks the names in them (or the path of one YAML file).
+The harness fetches its own tasks from the network. Tasks of your own need none: --include_path names the folder
+of their YAML files, in which --tasks are then looked up.
 
     python lab/benchmarks.py --model adapters/smollm2.pt --tasks capitals --include_path my_tasks
 
@@ -58,7 +58,7 @@ class BenchmarkConfig:
     """Accuracy on tasks of lm-evaluation-harness, and beside it the reduction."""
     model: str = option('', 'what weights.load takes: a checkpoint, an adapter, a name')
     tasks: str = option('', 'names of tasks or groups, or paths of YAML files, with commas between them')
-    include_path: str = option('', 'a folder with task files of your own')
+    include_path: str = option('', "a folder with task files of your own, read in place of the harness's")
     limit: int = option(0, 'items of each task, the first so many; 0: all', at_least=0)
     dense: bool = option(False, 'use every weight')
     json: bool = option(False, 'print one JSON object')
@@ -93,23 +93,23 @@ def score(model, pairs, dense=False, progress=lambda done: None):
     If a pair is longer than the model's context, it loses its beginning. Raises DataError if a continuation
     alone is longer.
     """
-    device, longest, askers = model.head.weight.device, model.config.block_size, {}
+    device, longest, asked = model.head.weight.device, model.config.block_size, {}
     for i, (context, continuation) in enumerate(pairs):
         if len(continuation) > longest:
             raise DataError(f'a continuation has {len(continuation)} tokens, more than the {longest} of the '
                             "model's context; leave that task out")
-        # read once what several ask about: " yes" and " no" after the same question
-        askers.setdefault(tuple((context + continuation)[:-1][-longest:]), []).append(i)
+        # what several pairs ask is read once: " yes" and " no" after the same question
+        asked.setdefault(tuple((context + continuation)[:-1][-longest:]), []).append(i)
     logp, greedy = np.zeros(len(pairs)), np.zeros(len(pairs), bool)
     active, read = np.zeros(len(pairs)), np.zeros(len(pairs), int)
-    inputs, done = sorted(askers, key=len, reverse=True), 0     # too little memory shows at once
+    inputs, done = sorted(asked, key=len, reverse=True), 0     # too little memory shows at once
     while done < len(inputs):
         length = len(inputs[done])
         batch = inputs[done:done + rows_at_once(model, length)]
         batch = [ids for ids in batch if len(ids) == length]            # no padding
         logits, counts = model(torch.tensor(batch, device=device), dense=dense)
         for ids, row, count in zip(batch, logits, counts.sum((0, 2)).tolist()):     # row: (T, vocab)
-            for i in askers[ids]:
+            for i in asked[ids]:
                 target = torch.tensor(pairs[i][1], device=device)
                 found = row[-len(target):].log_softmax(-1)
                 logp[i] = float(found.gather(-1, target[:, None]).sum())
@@ -163,7 +163,7 @@ def harness_model(model, spec, encoding, dense=False, progress=lambda done: None
                 pairs += map(make_disjoint_window, windows)
                 owners += [i] * (len(pairs) - len(owners))
             logp, _ = self.score([requests[i].task_name for i in owners], pairs)
-            return np.bincount(owners, logp, len(requests)).tolist()
+            return np.bincount(np.array(owners, int), logp, len(requests)).tolist()
 
         def generate_until(self, requests):
             raise DataError(NOT_SUPPORTED.format(requests[0].task_name))
@@ -175,11 +175,13 @@ def load_tasks(names, include_path):
     """names: of tasks and groups, or paths of YAML files -> what lm_eval.evaluate takes. Raises DataError."""
     from lm_eval.tasks import TaskManager
     try:
-        loaded = TaskManager(include_path=include_path or None).load(names)
+        # the harness takes seconds to look through its own files, which are thousands
+        manager = TaskManager(include_path=include_path or None, include_defaults=not include_path)
+        loaded = manager.load(names)
     except Exception as error:      # task files may hold code, and a network fails in a dozen ways
         reason = ' '.join(f'{type(error).__name__}: {error}'.split())[:300]
-        raise DataError(f'--tasks {",".join(names)}: cannot be loaded ({reason}); the harness fetches '
-                        'its own tasks from the network, those of yours need --include_path FOLDER') from None
+        raise DataError(f'--tasks {",".join(names)}: cannot be loaded ({reason}); tasks are '
+                        "fetched from the network, or with --include_path FOLDER read from that folder only") from None
     for name, task in loaded['tasks'].items():
         if task.OUTPUT_TYPE == 'generate_until':
             raise DataError(NOT_SUPPORTED.format(name))
@@ -192,7 +194,8 @@ def load_tasks(names, include_path):
 def collect(found, cost, dense):
     """
     found: what lm_eval.evaluate returns; cost: {task: (active weights, tokens read)}; dense: weights of a
-    token -> {'tasks': {name: {'metrics', 'stderr', 'n', 'reduction'}}, 'reduction'}. Groups lack the last two.
+    token -> {'tasks': {name: {'metrics', 'stderr', 'n', 'reduction'}}, 'reduction'}. Groups have no 'n' and no
+    'reduction'.
     """
     reduction, tasks = lambda active, read: float(dense * read / active), {}
     for name, values in found['results'].items():
