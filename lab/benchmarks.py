@@ -180,8 +180,8 @@ def load_tasks(names, include_path):
         loaded = manager.load(names)
     except Exception as error:      # task files may hold code, and a network fails in a dozen ways
         reason = ' '.join(f'{type(error).__name__}: {error}'.split())[:300]
-        raise DataError(f'--tasks {",".join(names)}: cannot be loaded ({reason}); they are fetched '
-                        'from the network, or with --include_path FOLDER looked up in that folder only') from None
+        raise DataError(f'--tasks {",".join(names)}: cannot be loaded ({reason}); they are fetched from the '
+                        'network, or with --include_path FOLDER looked up in that folder only') from None
     for name, task in loaded['tasks'].items():
         if task.OUTPUT_TYPE == 'generate_until':
             raise DataError(NOT_SUPPORTED.format(name))
@@ -194,8 +194,8 @@ def load_tasks(names, include_path):
 def collect(found, cost, dense):
     """
     found: what lm_eval.evaluate returns; cost: {task: (active weights, tokens read)}; dense: weights of a
-    token -> {'tasks': {name: {'metrics', 'stderr', 'n', 'reduction'}}, 'reduction'}. A group of tasks has neither
-    'n' nor 'reduction'.
+    token -> {'tasks': {name: {'metrics', 'stderr', 'n', 'reduction'}}, 'reduction'}. A group of tasks has
+    neither 'n' nor 'reduction'.
     """
     reduction, tasks = lambda active, read: float(dense * read / active), {}
     for name, values in found['results'].items():
