@@ -31,6 +31,7 @@ Not here: tasks that judge what a model writes (generate_until), chat templates,
 import json
 import os
 import sys
+from contextlib import redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -242,8 +243,9 @@ def main():
         fail(error, 1)
     spec = saved['tokenizer']
     lm = harness_model(model.to(device), spec, load_tokenizer(spec), config.dense, show_progress)
-    found = lm_eval.evaluate(lm, tasks, limit=config.limit or None, bootstrap_iters=BOOTSTRAPS,
-                             log_samples=False)
+    with redirect_stdout(sys.stderr):       # on stdout, what the harness says would spoil --json
+        found = lm_eval.evaluate(lm, tasks, limit=config.limit or None, bootstrap_iters=BOOTSTRAPS,
+                                 log_samples=False)
     results = dict(model=config.model, dense=config.dense, lm_eval=lm_eval.__version__,
                    **collect(found, lm.cost, model.dense()))
     if lm.cut:

@@ -151,7 +151,7 @@ def test_a_long_text_is_scored_in_windows_with_the_most_context(model):
 
 
 def test_task_files_of_ones_own_give_what_a_plain_loop_finds(model, tmp_path, monkeypatch, capsys):
-    """From files to --json: accuracies, counts and reductions of two tasks, without a network."""
+    """From files to --json, without a network. The harness talks on stdout while it computes perplexity's error."""
     harness()
     monkeypatch.setenv('HF_HOME', str(tmp_path / 'cache'))
     questions = [{'q': f'{a}+{b} is', 'choices': [' ' + str(a + b), ' no', f' {a}{b}!'], 'answer': (a + b) % 3}
@@ -160,7 +160,8 @@ def test_task_files_of_ones_own_give_what_a_plain_loop_finds(model, tmp_path, mo
     for name, rows, more in (
             ('sums', questions, 'output_type: multiple_choice\ndoc_to_choice: "{{choices}}"\n'
              'doc_to_target: "{{answer}}"\nmetric_list: [{metric: acc}, {metric: acc_norm}]\n'),
-            ('words', words, 'output_type: loglikelihood\ndoc_to_target: "{{word}}"\nmetric_list: [{metric: acc}]\n')):
+            ('words', words, 'output_type: loglikelihood\ndoc_to_target: "{{word}}"\n'
+             'metric_list: [{metric: acc}, {metric: perplexity}]\n')):
         data = tmp_path / f'{name}.json'
         data.write_text('\n'.join(map(json.dumps, rows)), encoding='utf-8')
         (tmp_path / f'{name}.yaml').write_text(
@@ -181,7 +182,8 @@ def test_task_files_of_ones_own_give_what_a_plain_loop_finds(model, tmp_path, mo
     assert 0 < right < 12       # or this would show little
     assert results['tasks']['sums']['metrics'] == pytest.approx({'acc': right / 12, 'acc_norm': right_norm / 12})
     assert results['tasks']['sums']['reduction'] == pytest.approx(model.dense() * read / active)
-    assert results['tasks']['words']['metrics'] == pytest.approx({'acc': 1 / 3})
+    perplexity = np.exp(-np.mean([one_by_one(model, row['q'], row['word'])[0] for row in words]))
+    assert results['tasks']['words']['metrics'] == pytest.approx({'acc': 1 / 3, 'perplexity': perplexity}, rel=1e-4)
     assert [results['tasks'][name]['n'] for name in ('sums', 'words')] == [12, 3]
     assert '1 contexts were longer than the 24 tokens' in printed.err
 
