@@ -1,0 +1,258 @@
+"""
+Benchmarks of the field, through its own tool, EleutherAI's lm-evaluation-harness: accuracy, and what it cost.
+
+    pip install lm-eval==0.4.13         # the version that was tested; nothing else here needs it
+    python lab/benchmarks.py --model adapters/smollm2.pt --tasks arc_easy,hellaswag,piqa
+    python lab/benchmarks.py --model adapters/smollm2.pt --tasks arc_easy,hellaswag,piqa --dense
+
+The harness fetches its own tasks from the network. Tasks of your own need none: --include_path names the
+folder of their YAML files, in which --tasks are then looked up.
+
+    python lab/benchmarks.py --model adapters/smollm2.pt --tasks capitals --include_path my_tasks
+
+    my_tasks/capitals.yaml                              my_tasks/capitals.json, one object on each line
+      task: capitals                                      {"q": "The capital of France is",
+      dataset_path: json                                   "choices": ["Paris", "Rome"], "answer": 0}
+      dataset_kwargs:
+        data_files: {test: my_tasks/capitals.json}      (from the folder where the command is given)
+      test_split: test
+      output_type: multiple_choice
+      doc_to_text: "{{q}}"
+      doc_to_choice: "{{choices}}"                      (a blank is put before each, unless target_delimiter
+      doc_to_target: "{{answer}}"                        says otherwise)
+      metric_list: [{metric: acc, aggregation: mean, higher_is_better: true}]
+
+Everything is computed in f32, and the tokens of a context are as sparse as those of an answer. The reduction
+is dense / active weights over all tokens that a task reads.
+
+Not here: tasks that judge what a model writes (generate_until), chat templates, several GPUs.
+"""
+
+import json
+import os
+import sys
+from contextlib import redirect_stdout
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))    # the repository, for the imports below
+
+import weights
+from checkpoint import CheckpointError
+from data.common import DataError, run
+from device import choose_device
+from evaluate import rows_at_once, show_progress
+from options import fail, option, parse_options
+from tokenizer import end_id, load_tokenizer
+
+LM_EVAL = 'lm-eval==0.4.13'
+NOT_SUPPORTED = '{}: judges what a model writes, which is not supported; choose tasks scored by log p'
+FEWSHOT_SEED = 1234     # the harness's default
+BOOTSTRAPS = 1000       # resamplings for the standard error of a metric that is no mean, such as perplexity
+
+
+@dataclass
+class BenchmarkConfig:
+    """Accuracy on tasks of lm-evaluation-harness, and beside it the reduction."""
+    model: str = option('', 'what weights.load takes: a checkpoint, an adapter, a name')
+    tasks: str = option('', 'names of tasks or groups, or paths of YAML files, with commas between them')
+    include_path: str = option('', "a folder with task files of your own, read in place of the harness's")
+    limit: int = option(0, 'items of each task, the first so many; 0: all', at_least=0)
+    dense: bool = option(False, 'use every weight')
+    json: bool = option(False, 'print one JSON object')
+    device: str = option('auto', 'auto, cpu, cuda or mps')
+
+
+# -----------------------------------------------------------------------------
+# log p of a continuation, with or without the harness
+
+
+def encode_pair(spec, encoding, context, continuation):
+    """
+    Two texts -> (ids of the context, never empty; ids of the continuation), cut as the harness does: both are
+    encoded as one text, of which the context has as many ids as it has alone, without blanks at its end.
+    Raises DataError if no id is left for the continuation.
+    """
+    before = encoding.encode_ordinary(context.rstrip())
+    after = encoding.encode_ordinary(context + continuation)[len(before):]
+    if not after:
+        raise DataError(f'nothing to score: {continuation!r:.80} is empty, or one token with the end of '
+                        f'{context[-80:]!r}; begin it with a blank')
+    return before or [end_id(spec, encoding)], after
+
+
+@torch.no_grad()
+def score(model, pairs, dense=False, progress=lambda done: None):
+    """
+    pairs: [(ids of a context, ids of a continuation)], none empty -> four arrays (pairs,):
+        log p(continuation | context), in nats
+        whether greedy decoding writes the continuation
+        active weights of all tokens that were read, and how many tokens that is
+    If a pair is longer than the model's context, it loses its beginning. Raises DataError if a continuation
+    alone is longer.
+    """
+    device, longest, asked = model.head.weight.device, model.config.block_size, {}
+    for i, (context, continuation) in enumerate(pairs):
+        if len(continuation) > longest:
+            raise DataError(f'a continuation has {len(continuation)} tokens, more than the {longest} of the '
+                            "model's context; leave that task out")
+        # what several pairs ask is read once: " yes" and " no" after the same question
+        asked.setdefault(tuple((context + continuation)[:-1][-longest:]), []).append(i)
+    logp, greedy = np.zeros(len(pairs)), np.zeros(len(pairs), bool)
+    active, read = np.zeros(len(pairs)), np.zeros(len(pairs), int)
+    inputs, done = sorted(asked, key=len, reverse=True), 0     # too little memory shows at once
+    while done < len(inputs):
+        length = len(inputs[done])
+        batch = inputs[done:done + rows_at_once(model, length)]
+        batch = [ids for ids in batch if len(ids) == length]            # no padding
+        logits, counts = model(torch.tensor(batch, device=device), dense=dense)
+        for ids, row, count in zip(batch, logits, counts.sum((0, 2)).tolist()):     # row: (T, vocab)
+            for i in asked[ids]:
+                target = torch.tensor(pairs[i][1], device=device)
+                found = row[-len(target):].log_softmax(-1)
+                logp[i] = float(found.gather(-1, target[:, None]).sum())
+                greedy[i] = bool((found.argmax(-1) == target).all())
+                active[i], read[i] = count, length
+        done += len(batch)
+        progress(done / len(inputs))
+    return logp, greedy, active, read
+
+
+# -----------------------------------------------------------------------------
+# the harness
+
+
+def harness_model(model, spec, encoding, dense=False, progress=lambda done: None):
+    """
+    A cwic.GPT as the harness sees models: an lm_eval.api.model.LM, which has in .cost, for each task,
+    (active weights, tokens read), and in .cut how many contexts have lost their beginning.
+    """
+    from lm_eval.api.model import LM
+    from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+
+    class HarnessModel(LM):
+        def __init__(self):
+            super().__init__()
+            self.cost, self.cut = {}, 0
+
+        def score(self, tasks, pairs):
+            """tasks: the name of each pair's. -> log p, greedy: see score()"""
+            logp, greedy, active, read = score(model, pairs, dense, progress)
+            for task in set(tasks):
+                mine = np.array([name == task for name in tasks])
+                self.cost[task] = self.cost.get(task, 0) + np.array([active[mine].sum(), read[mine].sum()])
+            return logp, greedy
+
+        def loglikelihood(self, requests):
+            """requests: with .args (context, continuation) -> [(log p, greedy)]"""
+            pairs = [encode_pair(spec, encoding, *request.args) for request in requests]
+            # the last token is scored, but not read
+            self.cut += sum(len(before + after) - 1 > model.config.block_size for before, after in pairs)
+            logp, greedy = self.score([request.task_name for request in requests], pairs)
+            return list(zip(logp.tolist(), greedy.tolist()))
+
+        def loglikelihood_rolling(self, requests):
+            """requests: with .args (text,) -> [log p of the whole text], however long it is"""
+            pairs, owners = [], []
+            for i, request in enumerate(requests):
+                ids = encoding.encode_ordinary(request.args[0])
+                windows = get_rolling_token_windows(token_list=ids, prefix_token=end_id(spec, encoding),
+                                                    max_seq_len=model.config.block_size, context_len=1)
+                pairs += map(make_disjoint_window, windows)
+                owners += [i] * (len(pairs) - len(owners))
+            logp, _ = self.score([requests[i].task_name for i in owners], pairs)
+            return np.bincount(np.array(owners, int), logp, len(requests)).tolist()
+
+        def generate_until(self, requests):
+            raise DataError(NOT_SUPPORTED.format(requests[0].task_name))
+
+    return HarnessModel()
+
+
+def load_tasks(names, include_path):
+    """names: of tasks and groups, or paths of YAML files -> what lm_eval.evaluate takes. Raises DataError."""
+    from lm_eval.tasks import TaskManager
+    try:
+        # the harness takes seconds to look through its own files, which are thousands
+        manager = TaskManager(include_path=include_path or None, include_defaults=not include_path)
+        loaded = manager.load(names)
+    except Exception as error:      # task files may hold code, and a network fails in a dozen ways
+        reason = ' '.join(f'{type(error).__name__}: {error}'.split())[:300]
+        raise DataError(f'--tasks {",".join(names)}: cannot be loaded ({reason}); they are fetched from the '
+                        'network, or with --include_path FOLDER looked up in that folder only') from None
+    for name, task in loaded['tasks'].items():
+        if task.OUTPUT_TYPE == 'generate_until':
+            raise DataError(NOT_SUPPORTED.format(name))
+        # as the harness's own command line does
+        task.set_config('num_fewshot', task.get_config('num_fewshot') or 0)
+        task.set_fewshot_seed(FEWSHOT_SEED)
+    return loaded
+
+
+def collect(found, cost, dense):
+    """
+    found: what lm_eval.evaluate returns; cost: {task: (active weights, tokens read)}; dense: weights of a
+    token -> {'tasks': {name: {'metrics', 'stderr', 'n', 'reduction'}}, 'reduction'}. A group of tasks has
+    neither 'n' nor 'reduction'.
+    """
+    reduction, tasks = lambda active, read: float(dense * read / active), {}
+    for name, values in found['results'].items():
+        metrics, errors = {}, {}
+        for key, value in values.items():       # 'acc,none', 'acc_stderr,none'; none is the name of a filter
+            metric, comma, which = key.partition(',')
+            if comma and isinstance(value, float):
+                into = errors if metric.endswith('_stderr') else metrics
+                into[metric.removesuffix('_stderr') + (comma + which) * (which != 'none')] = value
+        tasks[name] = dict(metrics=metrics, stderr=errors)
+        if name in cost:
+            tasks[name].update(n=found['n-samples'][name]['effective'], reduction=reduction(*cost[name]))
+    return dict(tasks=tasks, reduction=reduction(*sum(cost.values())))
+
+
+def table(results):
+    """results: as collect() returns them -> the lines that are printed without --json"""
+    lines = [f'{"task":24}{"metric":20}{"value":>10}{"stderr":>10}{"n":>8}{"reduction":>12}']
+    for task, found in results['tasks'].items():
+        ends = f'{found["n"]:8}{found["reduction"]:11.2f}x' if 'n' in found else ''
+        for metric, value in found['metrics'].items():
+            error = f'{found["stderr"][metric]:10.4f}' if metric in found['stderr'] else ' ' * 10
+            lines.append(f'{task:24}{metric:20}{value:10.4f}{error}{ends}')
+            task = ends = ''        # said once for all metrics of a task
+    return '\n'.join(lines + [f'{"all tokens read":72}{results["reduction"]:11.2f}x'])
+
+
+def main():
+    config, _ = parse_options(BenchmarkConfig, 'python lab/benchmarks.py')
+    names = [name.strip() for name in config.tasks.split(',') if name.strip()]
+    if not config.model or not names:
+        fail('say which --model and which --tasks, as in --model smollm2 --tasks arc_easy,piqa')
+    if config.include_path and not os.path.isdir(config.include_path):
+        fail(f'--include_path {config.include_path}: no such folder')
+    device = choose_device(config.device)
+    try:
+        import lm_eval
+    except ImportError as error:
+        fail(f'lm-evaluation-harness cannot be imported ({error}): pip install {LM_EVAL}', 1)
+    tasks = load_tasks(names, config.include_path)
+    try:
+        model, saved = weights.load(config.model)
+    except (CheckpointError, weights.WeightsError) as error:
+        fail(error, 1)
+    spec = saved['tokenizer']
+    lm = harness_model(model.to(device), spec, load_tokenizer(spec), config.dense, show_progress)
+    with redirect_stdout(sys.stderr):       # on stdout, what the harness says would spoil --json
+        found = lm_eval.evaluate(lm, tasks, limit=config.limit or None, bootstrap_iters=BOOTSTRAPS,
+                                 log_samples=False)
+    results = dict(model=config.model, dense=config.dense, lm_eval=lm_eval.__version__,
+                   **collect(found, lm.cost, model.dense()))
+    if lm.cut:
+        print(f'{lm.cut} contexts were longer than the {model.config.block_size} tokens that the model '
+              'reads, and lost their beginning', file=sys.stderr)
+    print(json.dumps(results) if config.json else table(results))
+
+
+if __name__ == '__main__':
+    run(main)

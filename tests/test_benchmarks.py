@@ -1,0 +1,200 @@
+"""lab/benchmarks.py: every log p against a plain pass over one sequence, and the harness against a plain loop."""
+
+import json
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+import cwic
+from checkpoint import save_checkpoint
+from data.common import DataError
+from lab import benchmarks
+from tokenizer import PATTERNS, bpe_spec, load_tokenizer, tokenizer_spec
+
+BYTES = tokenizer_spec('bytes')
+# the first two words are also one token together
+WORDS = bpe_spec('words', PATTERNS['gpt2'], [bytes([b]) for b in range(256)] + [b'un', b'do', b'undo', b' x'])
+
+
+@pytest.fixture(scope='module')
+def model():
+    torch.manual_seed(0)
+    config = cwic.CWICConfig(vocab_size=257, block_size=24, n_layer=2, n_head=2, n_embd=16, stripe_qkv=16)
+    model = cwic.GPT(config)
+    for _, layer in model.gated():
+        layer.sigma.fill_(1)
+        layer.theta.data.uniform_(0, 1 / layer.scale)
+    model.head.weight.data *= 20        # so that it is sure of something
+    return model.eval().requires_grad_(False)
+
+
+def one_by_one(model, context, continuation, dense=False):
+    """Bytes -> (log p, greedy, active, read), one sequence at a time and one token after the other."""
+    ids = list(context.encode() or [256]) + list(continuation.encode())
+    logp, greedy = 0.0, True
+    for i in range(len(ids) - len(continuation.encode()), len(ids)):
+        start = max(0, len(ids) - 1 - model.config.block_size)
+        logits, _ = model(torch.tensor([ids[start:i]]), dense=dense)
+        logp += float(logits[0, -1].log_softmax(-1)[ids[i]])
+        greedy = greedy and int(logits[0, -1].argmax()) == ids[i]
+    _, active = model(torch.tensor([ids[:-1][-model.config.block_size:]]), dense=dense)
+    return logp, greedy, float(active.sum()), active.shape[2]
+
+
+def likeliest(model, context):
+    """The byte that follows, as text."""
+    return chr(int(model(torch.tensor([list(context.encode())]))[0][0, -1, :128].argmax()))
+
+
+@pytest.mark.parametrize('dense', [False, True])
+def test_scores_are_those_of_one_sequence_at_a_time(model, dense):
+    """Of any length, several of one length, the same one twice, with no context, and longer than the model's."""
+    texts = [('the cat', ' sat'), ('a cat', ' is in'), ('the cat', ' sat'), ('the cat', ' sit'), ('', 'abc'),
+             ('yes or no?', 'y'), ('yes or no?', 'n'), ('0123456789' * 4, ' and so'), ('x', 'y' * 24),
+             ('who', likeliest(model, 'who'))]
+    pairs = [benchmarks.encode_pair(BYTES, load_tokenizer(BYTES), *text) for text in texts]
+    seen = []
+    logp, greedy, active, read = benchmarks.score(model, pairs, dense, seen.append)
+    expected = [one_by_one(model, *text, dense) for text in texts]
+    assert logp == pytest.approx([row[0] for row in expected], rel=1e-4)
+    assert greedy.tolist() == [row[1] for row in expected]
+    assert dense or greedy.tolist() == [False] * (len(texts) - 1) + [True]
+    assert active == pytest.approx([row[2] for row in expected], rel=1e-6)
+    assert read.tolist() == [row[3] for row in expected]
+    assert (active == model.dense() * read).all() == dense
+    assert seen == sorted(seen) and seen[-1] == 1
+
+
+def test_equal_inputs_are_read_once(model, monkeypatch):
+    rows, forward = [], model.forward
+    monkeypatch.setattr(model, 'forward', lambda tokens, **more: (rows.extend(tokens.tolist()),
+                                                                  forward(tokens, **more))[1])
+    benchmarks.score(model, [([1, 2], [3]), ([1, 2], [4]), ([1], [2, 5]), ([1], [2, 5]), ([2], [2, 5])])
+    assert sorted(rows) == [[1, 2], [2, 2]]
+
+
+@pytest.mark.parametrize('context, continuation, before, after', [
+    ('do', ' x', ['do'], [' x']),
+    ('do ', 'x', ['do'], [' x']),               # a blank belongs to the word that follows
+    ('do  \n', 'x', ['do'], [' ', ' ', '\n', 'x']),
+    ('un', 'do x', ['un'], [' x']),             # 'undo' is one token: the harness counts what the context has alone
+    ('', 'do', ['<|endoftext|>'], ['do']),
+    (' ', 'x', ['<|endoftext|>'], [' x']),
+    ('<|endoftext|>', ' x', ['<', '|', 'e', 'n', 'do', *'ftext|>'], [' x'])])
+def test_a_pair_is_cut_where_the_context_alone_ends(context, continuation, before, after):
+    encoding = load_tokenizer(WORDS)
+    found = benchmarks.encode_pair(WORDS, encoding, context, continuation)
+    assert [[encoding.decode([id]) for id in ids] for ids in found] == [before, after]
+
+
+def test_a_continuation_that_cannot_be_scored_is_refused(model):
+    encoding = load_tokenizer(WORDS)
+    for pair in (('do', ''), ('un', 'do')):
+        with pytest.raises(DataError, match='nothing to score'):
+            benchmarks.encode_pair(WORDS, encoding, *pair)
+    with pytest.raises(DataError, match='25 tokens, more than the 24'):
+        benchmarks.score(model, [([1], [2] * 25)])
+
+
+@pytest.mark.parametrize('options, line', [
+    ([], 'say which --model and which --tasks'),
+    (['--model', 'smollm2', '--tasks', ','], 'say which --model and which --tasks'),
+    (['--model', 'smollm2', '--tasks', 'a', '--include_path', 'none'], '--include_path none: no such folder'),
+    (['--model', 'smollm2', '--tasks', 'a'], 'pip install lm-eval==')])
+def test_what_is_missing_is_one_line(options, line, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, 'lm_eval', None)       # as if it were not installed
+    monkeypatch.setattr(sys, 'argv', ['benchmarks.py', *options])
+    with pytest.raises(SystemExit) as ended:
+        benchmarks.main()
+    message = capsys.readouterr().err
+    assert ended.value.code and line in message and message.count('\n') == 1
+
+
+def test_the_table_has_each_metric_with_its_error_and_the_reduction_once():
+    found = {'results': {'one': {'alias': 'one', 'acc,none': 0.25, 'acc_stderr,none': 0.125,
+                                 'f1,first': 0.5, 'f1_stderr,first': 'N/A'},
+                         'group': {'alias': 'group', 'acc,none': 0.75}},
+             'n-samples': {'one': {'original': 1000, 'effective': 40}}}
+    results = benchmarks.collect(found, {'one': np.array([50, 1]), 'two': np.array([150, 3])}, dense=100)
+    assert results == {'reduction': 2, 'tasks': {
+        'one': {'metrics': {'acc': 0.25, 'f1,first': 0.5}, 'stderr': {'acc': 0.125}, 'n': 40, 'reduction': 2},
+        'group': {'metrics': {'acc': 0.75}, 'stderr': {}}}}
+    assert [line.split() for line in benchmarks.table(results).split('\n')[1:]] == [
+        ['one', 'acc', '0.2500', '0.1250', '40', '2.00x'], ['f1,first', '0.5000'], ['group', 'acc', '0.7500'],
+        ['all', 'tokens', 'read', '2.00x']]
+
+
+# -----------------------------------------------------------------------------
+# with the harness, where it is installed
+
+
+def harness():
+    return pytest.importorskip('lm_eval', reason=f'pip install {benchmarks.LM_EVAL} to test the harness itself')
+
+
+def test_a_long_text_is_scored_in_windows_with_the_most_context(model):
+    """Each token once, the last window shifted back so that it is full."""
+    harness()
+    lm = benchmarks.harness_model(model, BYTES, load_tokenizer(BYTES))
+    texts = ['', 'short', 'x' * 24, 'abcdefghijklmnopqrstuvwxyz' * 2]
+    found = lm.loglikelihood_rolling([SimpleNamespace(args=(text,), task_name='t') for text in texts])
+    ids = [256, *texts[3].encode()]         # 52 targets: windows of 24, 24, and 4 that see 24
+    expected = [0, *(one_by_one(model, '', text)[0] for text in texts[1:3]), 0]
+    for first, last in ((1, 24), (25, 48), (49, 52)):
+        logp = model(torch.tensor([ids[last - 24:last]]))[0][0].log_softmax(-1)
+        expected[3] += sum(float(logp[i - 1 - last, ids[i]]) for i in range(first, last + 1))
+    assert found == pytest.approx(expected, rel=1e-4)
+    assert lm.cost['t'][1] == 5 + 24 + 3 * 24
+
+
+def test_task_files_of_ones_own_give_what_a_plain_loop_finds(model, tmp_path, monkeypatch, capsys):
+    """From files to --json, without a network. The harness talks on stdout while it computes perplexity's error."""
+    harness()
+    monkeypatch.setenv('HF_HOME', str(tmp_path / 'cache'))
+    questions = [{'q': f'{a}+{b} is', 'choices': [' ' + str(a + b), ' no', f' {a}{b}!'], 'answer': (a + b) % 3}
+                 for a in range(4) for b in range(3)]
+    words = [{'q': 'who', 'word': likeliest(model, 'who')}, {'q': 'who', 'word': '?'}, {'q': 'z' * 30, 'word': ' a'}]
+    for name, rows, more in (
+            ('sums', questions, 'output_type: multiple_choice\ndoc_to_choice: "{{choices}}"\n'
+             'doc_to_target: "{{answer}}"\nmetric_list: [{metric: acc}, {metric: acc_norm}]\n'),
+            ('words', words, 'output_type: loglikelihood\ndoc_to_target: "{{word}}"\n'
+             'metric_list: [{metric: acc}, {metric: perplexity}]\n')):
+        data = tmp_path / f'{name}.json'
+        data.write_text('\n'.join(map(json.dumps, rows)), encoding='utf-8')
+        (tmp_path / f'{name}.yaml').write_text(
+            f'task: {name}\ndataset_path: json\ndataset_kwargs: {{data_files: {{test: "{data.as_posix()}"}}}}\n'
+            'test_split: test\ndoc_to_text: "{{q}}"\ntarget_delimiter: ""\n' + more, encoding='utf-8')
+    save_checkpoint(str(tmp_path / 'model.pt'), model, tokenizer=BYTES)
+    monkeypatch.setattr(sys, 'argv', ['benchmarks.py', '--model', str(tmp_path / 'model.pt'), '--device', 'cpu',
+                                      '--tasks', 'sums,words', '--include_path', str(tmp_path), '--json'])
+    benchmarks.main()
+    printed = capsys.readouterr()
+    results = json.loads(printed.out)
+    right, right_norm, active, read = 0, 0, 0, 0
+    for row in questions:
+        scores = [one_by_one(model, row['q'], choice) for choice in row['choices']]
+        right += np.argmax([score[0] for score in scores]) == row['answer']
+        right_norm += np.argmax([score[0] / len(choice) for score, choice in zip(scores, row['choices'])]) == row['answer']
+        active, read = active + sum(score[2] for score in scores), read + sum(score[3] for score in scores)
+    assert 0 < right < 12       # or this would show little
+    assert results['tasks']['sums']['metrics'] == pytest.approx({'acc': right / 12, 'acc_norm': right_norm / 12})
+    assert results['tasks']['sums']['reduction'] == pytest.approx(model.dense() * read / active)
+    perplexity = np.exp(-np.mean([one_by_one(model, row['q'], row['word'])[0] for row in words]))
+    assert results['tasks']['words']['metrics'] == pytest.approx({'acc': 1 / 3, 'perplexity': perplexity}, rel=1e-4)
+    assert [results['tasks'][name]['n'] for name in ('sums', 'words')] == [12, 3]
+    assert '1 contexts were longer than the 24 tokens' in printed.err
+
+
+def test_tasks_that_cannot_be_used_are_one_line(tmp_path):
+    harness()
+    (tmp_path / 'write.json').write_text('{"q": "a", "a": "b"}', encoding='utf-8')
+    (tmp_path / 'write.yaml').write_text(
+        f'task: write\ndataset_path: json\ndataset_kwargs: {{data_files: {{test: "{tmp_path.as_posix()}/write.json"}}}}\n'
+        'test_split: test\ndoc_to_text: "{{q}}"\ndoc_to_target: "{{a}}"\noutput_type: generate_until\n', encoding='utf-8')
+    with pytest.raises(DataError, match='judges what a model writes'):
+        benchmarks.load_tasks(['write'], str(tmp_path))
+    with pytest.raises(DataError, match='--tasks none: cannot be loaded'):
+        benchmarks.load_tasks(['none'], str(tmp_path))
