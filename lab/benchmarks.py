@@ -2,13 +2,13 @@
 Benchmarks of the field, through its own tool, EleutherAI's lm-evaluation-harness: accuracy, and what it cost.
 
     pip install lm-eval==0.4.13         # the version that was tested; nothing else here needs it
-    python lab/benchmarks.py --model adapters/smollm2.pt --tasks arc_easy,hellaswag,piqa
-    python lab/benchmarks.py --model adapters/smollm2.pt --tasks arc_easy,hellaswag,piqa --dense
+    python lab/benchmarks.py --model adapters/smollm2.safetensors --tasks arc_easy,hellaswag,piqa
+    python lab/benchmarks.py --model adapters/smollm2.safetensors --tasks arc_easy,hellaswag,piqa --dense
 
 The harness fetches its own tasks from the network. Tasks of your own need none: --include_path names the
 folder of their YAML files, in which --tasks are then looked up.
 
-    python lab/benchmarks.py --model adapters/smollm2.pt --tasks capitals --include_path my_tasks
+    python lab/benchmarks.py --model adapters/smollm2.safetensors --tasks capitals --include_path my_tasks
 
     my_tasks/capitals.yaml                              my_tasks/capitals.json, one object on each line
       task: capitals                                      {"q": "The capital of France is",
@@ -44,9 +44,9 @@ import weights
 from checkpoint import CheckpointError
 from data.common import DataError, run
 from device import choose_device
-from evaluate import rows_at_once, show_progress
-from options import fail, option, parse_options
-from tokenizer import end_id, load_tokenizer
+from evaluate import rows_at_once
+from options import fail, option, parse_options, progress
+from tokenizer import bos_ids, load_tokenizer, start_ids
 
 LM_EVAL = 'lm-eval==0.4.13'
 NOT_SUPPORTED = '{}: judges what a model writes, which is not supported; choose tasks scored by log p'
@@ -81,11 +81,11 @@ def encode_pair(spec, encoding, context, continuation):
     if not after:
         raise DataError(f'nothing to score: {continuation!r:.80} is empty, or one token with the end of '
                         f'{context[-80:]!r}; begin it with a blank')
-    return before or [end_id(spec, encoding)], after
+    return bos_ids(spec) + before or start_ids(spec, encoding), after
 
 
 @torch.no_grad()
-def score(model, pairs, dense=False, progress=lambda done: None):
+def score(model, pairs, dense=False):
     """
     pairs: [(ids of a context, ids of a continuation)], none empty -> four arrays (pairs,):
         log p(continuation | context), in nats
@@ -117,7 +117,8 @@ def score(model, pairs, dense=False, progress=lambda done: None):
                 greedy[i] = bool((found.argmax(-1) == target).all())
                 active[i], read[i] = count, length
         done += len(batch)
-        progress(done / len(inputs))
+        progress(f'{done:,} of {len(inputs):,} inputs read')
+    progress()
     return logp, greedy, active, read
 
 
@@ -125,7 +126,7 @@ def score(model, pairs, dense=False, progress=lambda done: None):
 # the harness
 
 
-def harness_model(model, spec, encoding, dense=False, progress=lambda done: None):
+def harness_model(model, spec, encoding, dense=False):
     """
     A cwic.GPT as the harness sees models: an lm_eval.api.model.LM, which has in .cost, for each task,
     (active weights, tokens read), and in .cut how many contexts have lost their beginning.
@@ -140,7 +141,7 @@ def harness_model(model, spec, encoding, dense=False, progress=lambda done: None
 
         def score(self, tasks, pairs):
             """tasks: the name of each pair's. -> log p, greedy: see score()"""
-            logp, greedy, active, read = score(model, pairs, dense, progress)
+            logp, greedy, active, read = score(model, pairs, dense)
             for task in set(tasks):
                 mine = np.array([name == task for name in tasks])
                 self.cost[task] = self.cost.get(task, 0) + np.array([active[mine].sum(), read[mine].sum()])
@@ -156,10 +157,10 @@ def harness_model(model, spec, encoding, dense=False, progress=lambda done: None
 
         def loglikelihood_rolling(self, requests):
             """requests: with .args (text,) -> [log p of the whole text], however long it is"""
-            pairs, owners = [], []
+            pairs, owners, start = [], [], start_ids(spec, encoding)[-1]
             for i, request in enumerate(requests):
                 ids = encoding.encode_ordinary(request.args[0])
-                windows = get_rolling_token_windows(token_list=ids, prefix_token=end_id(spec, encoding),
+                windows = get_rolling_token_windows(token_list=ids, prefix_token=start,
                                                     max_seq_len=model.config.block_size, context_len=1)
                 pairs += map(make_disjoint_window, windows)
                 owners += [i] * (len(pairs) - len(owners))
@@ -242,7 +243,7 @@ def main():
     except (CheckpointError, weights.WeightsError) as error:
         fail(error, 1)
     spec = saved['tokenizer']
-    lm = harness_model(model.to(device), spec, load_tokenizer(spec), config.dense, show_progress)
+    lm = harness_model(model.to(device), spec, load_tokenizer(spec), config.dense)
     with redirect_stdout(sys.stderr):       # on stdout, what the harness says would spoil --json
         found = lm_eval.evaluate(lm, tasks, limit=config.limit or None, bootstrap_iters=BOOTSTRAPS,
                                  log_samples=False)
