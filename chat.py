@@ -181,6 +181,8 @@ class Chat:
             readline.set_completer(self.complete)
             libedit = 'libedit' in (readline.__doc__ or '')
             readline.parse_and_bind('bind ^I rl_complete' if libedit else 'tab: complete')
+            if not libedit:         # what is pasted is one prompt, however many lines it has
+                readline.parse_and_bind('set enable-bracketed-paste on')
         if not self.conversation.has_template and not self.conversation.config.turn_template:
             self.remark('This model has no chat template: it does not answer, it continues what you type.')
         self.remark('/help lists the commands; Ctrl-C stops a reply; Ctrl-D leaves.')
