@@ -11,7 +11,7 @@ The file: 8 bytes with the length of a header, the header in JSON, which says wh
 tensors. They are the model's, by name, and in what a run resumes from also optimizer.NAME.exp_avg and the
 like, and teacher.NAME. All else (the config, the tokenizer, results, ...) is one JSON text in the header.
 
-An adapter (see cwic.add_adapters) holds only the tensors in which it differs from its base, the name of that,
+An adapter (see cwic.add_lora) holds only the tensors in which it differs from its base, the name of that,
 and a hash of its weights.
 
 A file is written whole or not at all. Every name, size and number in it is checked before it is used.
@@ -28,7 +28,7 @@ from dataclasses import asdict
 
 import torch
 
-from cwic import GPT, CWICConfig, add_adapters, in_bases, is_threshold, merge_adapters
+from cwic import GPT, CWICConfig, add_lora, in_bases, is_threshold, merge_lora
 from files import open_regular, write_atomically
 
 DTYPES = {'F64': torch.float64, 'F32': torch.float32, 'F16': torch.float16, 'BF16': torch.bfloat16,
@@ -243,7 +243,7 @@ def model_of_form(config, tensors, rank):
     with torch.device('meta'):
         model = GPT(config)
         if rank:
-            add_adapters(model, rank)
+            add_lora(model, rank)
         expected = model.state_dict()
         for name in [name for name in expected if '.adapter' in name and f'{name}.scale' in tensors]:
             rows, columns = expected[name].shape
@@ -285,7 +285,7 @@ def load_checkpoint(path, device='cpu', base=None, merge=True):
         bad = next((name for name, x in state.items() if not is_finite(x)), None)
         model.load_state_dict(state, assign=True)
         if merge and not bad:
-            merge_adapters(model)
+            merge_lora(model)
     except torch.linalg.LinAlgError:
         raise CheckpointError(f'{path}: damaged, its bases have no inverse') from None
     except (MemoryError, RuntimeError) as error:        # of torch's allocator: all else has been checked

@@ -51,7 +51,7 @@ class Turn:
     new: list               # ids that what was typed became
     config: object          # the chat.ChatConfig of the time
     random_state: object    # of the generator, before the first number was drawn
-    decoder: object         # that made the reply; its .names and .dense (M) go with every active count
+    decoder: object         # that made the reply; its .names and .n_weights (M) go with every active count
     engine: str             # what that is, in a few words
     prompt: list = field(default_factory=list)      # of Token: those of new that fit the context
     reply: list = field(default_factory=list)       # of Token, also those of a stop sequence
@@ -112,7 +112,7 @@ class Speller:
 
 def make_decoder(model, config, dense):
     """-> a decoder, what it is in a few words, and why it is not the kernel's, or None. Raises ValueError."""
-    dtype = config.dtype if config.dtype != 'auto' else 'int8' if model.dense() > LARGE else 'f32'
+    dtype = config.dtype if config.dtype != 'auto' else 'int8' if model.n_weights() > LARGE else 'f32'
     try:
         decoder = Decoder(model, dtype, config.threads, dense)
     except KernelUnavailable as error:
@@ -135,7 +135,7 @@ class Conversation:
         self.model, self.spec, self.config, self.encoding = model, spec, config, load_tokenizer(spec)
         self.base = base
         self.stop_ids = stop_ids(spec, self.encoding)
-        self.sparse = not config.dense and any(bool(layer.theta.any()) for _, layer in model.gated())
+        self.sparse = not config.dense and any(bool(layer.theta.any()) for _, layer in model.sparse_layers())
         self.decoder, self.engine, self.no_kernel = make_decoder(model, config, dense=not self.sparse)
         self.dense_decoder = None       # made when it is first asked for
         self.reset()
@@ -236,7 +236,7 @@ class Conversation:
     def token(self, id, read, predicted, probability):
         """read, predicted: the counts of the pass over it, and of the one before."""
         active = read if self.config.color_by == 'read' else predicted
-        share = None if active is None else float(active.sum() / self.decoder.dense.sum())
+        share = None if active is None else float(active.sum() / self.decoder.n_weights.sum())
         piece, special = self.encoding.decode_single_token_bytes(id), self.encoding.is_special_token(id)
         return Token(id, piece, special, active, share, probability)
 

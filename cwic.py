@@ -161,7 +161,7 @@ def gate(c, mu, t, dtype):
     return torch.addcmul(mu, mask, c).to(dtype), mask.sum(2)
 
 
-def through_the_step(c, t, bw, d, price):
+def step_backward(c, t, bw, d, price):
     """
     The derivative of what is gated. The step m = |c| > t has none that is of use, so one is defined, with a
     window k = 1[ ||c| - t| < bw / 2 ] / bw around each threshold. d is the gradient of m * c, and price that
@@ -199,7 +199,7 @@ class Fused:
         return self.function(*args)
 
 
-fused = functools.cache(Fused)      # fused(gate), fused(through_the_step)
+fused = functools.cache(Fused)      # fused(gate), fused(step_backward)
 
 
 class GatedProduct(torch.autograd.Function):
@@ -216,7 +216,7 @@ class GatedProduct(torch.autograd.Function):
     def forward(ctx, x, mu, t, bw, W, stripe, fuse):
         ctx.save_for_backward(x, mu, t, bw, W)
         ctx.stripe, ctx.dtype = stripe, product_dtype(W)
-        ctx.gate, ctx.through = (fused(gate), fused(through_the_step)) if fuse else (gate, through_the_step)
+        ctx.gate, ctx.through = (fused(gate), fused(step_backward)) if fuse else (gate, step_backward)
         with torch.autocast(x.device.type, enabled=False):
             inputs, count = ctx.gate(x - mu, mu, t, ctx.dtype)                      # (n, N, in), (n, N)
             y = torch.bmm(inputs, by_stripe(W.to(ctx.dtype), stripe))               # (n, N, stripe)
@@ -255,11 +255,11 @@ class StripedLinear(Thresholds):
     def __init__(self, n_in, n_out, stripe, bias):
         super().__init__(n_in, stripes=math.ceil(n_out / stripe))
         self.n_out, self.stripe = n_out, min(stripe, n_out)
-        self.dense = n_in * n_out       # weights a dense layer uses for each token
+        self.n_weights = n_in * n_out       # weights a dense layer uses for each token
         self.overhead = 0               # weights that each token needs besides, where thresholds are in use
         self.weight = nn.Parameter(random_weights(n_in, n_out))                 # (in, out)
         self.bias = nn.Parameter(torch.zeros(n_out)) if bias else None          # (out,)
-        self.adapter = nn.Identity()    # or a LowRank change of the weight
+        self.adapter = nn.Identity()    # or a LoRA change of the weight
 
     def forward(self, x, dense=False):
         """x (B, T, in) -> y (B, T, out), active (B, T): the weights each token used. dense: all of them."""
@@ -270,7 +270,7 @@ class StripedLinear(Thresholds):
         """As forward(), with this weight (in, out) and no bias."""
         B, T, _ = x.shape
         if dense:
-            y, active = x @ weight, as_count(torch.full((B, T), self.dense, device=x.device))
+            y, active = x @ weight, as_count(torch.full((B, T), self.n_weights, device=x.device))
         else:
             y, active = GatedProduct.apply(x.float().view(B * T, -1), self.mu, self.thresholds(),
                                            BANDWIDTH * self.sigma, weight, self.stripe, self.fuse)
@@ -552,7 +552,7 @@ class GatedNeurons(torch.autograd.Function):
     @staticmethod
     def forward(ctx, z, h, t, bw, width, fuse):
         ctx.save_for_backward(z, h, t, bw)
-        ctx.width, ctx.through = width, fused(through_the_step) if fuse else through_the_step
+        ctx.width, ctx.through = width, fused(step_backward) if fuse else step_backward
         mask = above(z.abs(), t)                                                # (N, neurons)
         return (mask * z * h).to(h.dtype), as_count(mask.sum(1)) * width
 
@@ -574,7 +574,7 @@ class Neurons(Thresholds):
 
     def __init__(self, n_embd, n_hidden):
         super().__init__(n_hidden, 1)
-        self.dense = 2 * n_embd * n_hidden
+        self.n_weights = 2 * n_embd * n_hidden
         self.up = nn.Parameter(random_weights(n_embd, n_hidden))                # (d, neurons)
         self.down = nn.Parameter(random_weights(n_hidden, n_embd))              # (neurons, d)
         self.adapter_up, self.adapter_down = nn.Identity(), nn.Identity()
@@ -583,7 +583,7 @@ class Neurons(Thresholds):
         """x (B, T, d), z (B, T, neurons) -> y (B, T, d), active (B, T)."""
         h, down = x @ self.adapter_up(self.up), self.adapter_down(self.down)
         if dense:
-            return (h * z) @ down, as_count(torch.full(x.shape[:2], self.dense, device=x.device))
+            return (h * z) @ down, as_count(torch.full(x.shape[:2], self.n_weights, device=x.device))
         a, active = GatedNeurons.apply(z.float().flatten(0, 1), h.flatten(0, 1), self.thresholds()[0],
                                        BANDWIDTH * self.sigma, 2 * x.shape[2], self.fuse)
         return a.view_as(h) @ down, active.view(x.shape[:2])
@@ -625,15 +625,15 @@ class GPT(nn.Module):
             if adds and not weight.is_meta:
                 weight.data.div_(math.sqrt(2 * config.n_layer))
 
-    def gated(self):
+    def sparse_layers(self):
         """[(name, StripedLinear or Neurons)], in the order of every active count: 0.qkv, 0.out, ..., head."""
         layers = [(f'{i}.{name}', getattr(part, name)) for i, block in enumerate(self.blocks)
                   for part, name in zip((block.attn, block.attn, block.mlp, block.mlp), self.config.matrices)]
         return layers + [('head', self.head)]
 
-    def dense(self):
+    def n_weights(self):
         """Weights that a dense model uses for each token, head included, embeddings and norms not."""
-        return sum(layer.dense for _, layer in self.gated())
+        return sum(layer.n_weights for _, layer in self.sparse_layers())
 
     def trunk(self, tokens, cache=None, dense=False, recompute=False):
         """
@@ -675,12 +675,12 @@ class GPT(nn.Module):
 
     def fuse_gates(self):
         """From now on all gates are compiled: on a CPU, half the time they take, after some seconds."""
-        for _, layer in self.gated():
+        for _, layer in self.sparse_layers():
             layer.fuse = True
 
     def inputs(self, tokens, look, names, dense=True):
         """Calls look(name, input) for the layers of these names, on one pass over tokens (B, T)."""
-        layers = dict(self.gated())
+        layers = dict(self.sparse_layers())
         hooks = [layers[name].register_forward_pre_hook(
                     lambda _, args, name=name: look(name, args[-2]))        # x or z
                  for name in names if name != 'head']
@@ -693,7 +693,7 @@ class GPT(nn.Module):
     @torch.no_grad()
     def observe(self, tokens):
         """Sets the statistics of every layer that has none, on one dense pass over tokens (B, T)."""
-        layers = {name: layer for name, layer in self.gated() if not layer.sigma.any()}
+        layers = {name: layer for name, layer in self.sparse_layers() if not layer.sigma.any()}
         self.inputs(tokens, lambda name, x: layers[name].observe(x), layers)
 
     @torch.no_grad()
@@ -709,7 +709,7 @@ class GPT(nn.Module):
         it has learned to skip is noise, which would take the place of components.
         """
         config, bases = self.config, {}
-        readers = {name: layer for name, layer in self.gated() if name.endswith(('out', 'head'))}
+        readers = {name: layer for name, layer in self.sparse_layers() if name.endswith(('out', 'head'))}
         found = {name: Thresholds(config.n_embd, len(layer.theta)) for name, layer in readers.items()}
 
         def find(name, x):
@@ -750,7 +750,7 @@ def next_token_loss(logits, targets):
     return F.cross_entropy(logits.float(), targets)
 
 
-def teacher_loss(logits, teacher_logits, reverse):
+def kl_loss(logits, teacher_logits, reverse):
     """
     (1 - reverse) KL(teacher || student) + reverse KL(student || teacher), mean over tokens, in nats: at 1/2
     the two-way KL, at 0 what evaluate.py measures. logits (N, vocab), both.
@@ -782,7 +782,7 @@ def price(active, dense, target):
 # adapters: a pretrained model stays as it is; thresholds are learned, and a small change of each matrix
 
 
-class LowRank(nn.Module):
+class LoRA(nn.Module):
     """W + A @ B (Hu et al., "LoRA", 2021), at first W, as B starts at 0. A (in, rank), B (rank, out)."""
 
     def __init__(self, weight, rank):
@@ -800,20 +800,20 @@ class LowRank(nn.Module):
 def adapters(model):
     """[(layer, attribute that adapts a matrix, attribute that is this matrix)] of the whole model."""
     names = {'adapter': 'weight', 'adapter_up': 'up', 'adapter_down': 'down'}
-    return [(layer, adapter, names[adapter]) for _, layer in model.gated()
+    return [(layer, adapter, names[adapter]) for _, layer in model.sparse_layers()
             for adapter in names if hasattr(layer, adapter)]
 
 
-def add_adapters(model, rank):
+def add_lora(model, rank):
     """Freezes all of the model but its thresholds, and gives each matrix a change of this rank to train."""
     for name, p in model.named_parameters():
         p.requires_grad_(is_threshold(name))
     for layer, adapter, matrix in adapters(model):
-        setattr(layer, adapter, LowRank(getattr(layer, matrix), rank))
+        setattr(layer, adapter, LoRA(getattr(layer, matrix), rank))
 
 
 @torch.no_grad()
-def merge_adapters(model):
+def merge_lora(model):
     """Adds every change to its matrix, for good. The model computes the same, and nothing in it is frozen."""
     model.requires_grad_(True)
     for layer, adapter, matrix in adapters(model):

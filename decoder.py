@@ -54,8 +54,8 @@ class Arena:
 
 def packed_bytes(layer, dtype):
     """How many bytes of an Arena a PackedMatrix takes, at most."""
-    numbers = 2 * layer.theta.numel() + layer.n_in + 2 * (layer.dense // layer.n_in)    # in f32
-    return layer.dense * FORMATS[dtype].itemsize + 4 * numbers + 6 * 64
+    numbers = 2 * layer.theta.numel() + layer.n_in + 2 * (layer.n_weights // layer.n_in)    # in f32
+    return layer.n_weights * FORMATS[dtype].itemsize + 4 * numbers + 6 * 64
 
 
 def largest(weights, dim):
@@ -166,8 +166,8 @@ class ContextWindow:
 
     def __init__(self, model):
         self.config, self.window = model.config, []
-        self.names = [name for name, _ in model.gated()]
-        self.dense = np.array([layer.dense for _, layer in model.gated()], np.int64)
+        self.names = [name for name, _ in model.sparse_layers()]
+        self.n_weights = np.array([layer.n_weights for _, layer in model.sparse_layers()], np.int64)
 
     def reset(self):
         """Forgets all tokens."""
@@ -272,14 +272,14 @@ class Decoder(ContextWindow):
         self.overhead = 0 if dense else model.head.overhead
         self.kept = []                                  # tensors must live as long as C points to them
 
-        d, layers = self.config.n_embd, dict(model.gated())
+        d, layers = self.config.n_embd, dict(model.sparse_layers())
         if self.config.bases:
             layers['basis'] = StripedLinear(d, d, d, bias=False)
             layers['basis'].weight.data = model.basis.float()
         size = sum(packed_bytes(layer, dtype) for layer in layers.values())
         embeds = self.config.bases or self.config.shortlist     # else the head's columns are the embeddings
         if embeds:
-            size += model.head.dense * FORMATS[dtype].itemsize + 64
+            size += model.head.n_weights * FORMATS[dtype].itemsize + 64
         empty = Arena(size).empty
         threads = min(usable_cores(), 8) if threads is None else threads
         tasks = 2 if threads <= 2 else 4                # no more: their sums have to be added up

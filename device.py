@@ -4,7 +4,7 @@ several processes that share the work of a step. Used by train.py, bench.py and 
 
     device = choose_device('auto')                      # 'cuda', 'mps' or 'cpu'
     dtype, why = choose_dtype('auto', device)           # torch.bfloat16, 'measured: ... 3.4x as fast here'
-    device, rank, world = join_processes(device)        # as torchrun started them
+    device, rank, world_size = join_processes(device)        # as torchrun started them
 
 Not here: a choice among several GPUs, which torchrun makes.
 """
@@ -26,7 +26,7 @@ if torch.__version__ < '2.13':
     os.environ.setdefault('TORCHINDUCTOR_MIX_ORDER_REDUCTION', '0')
 
 
-def keep_memory():
+def tune_malloc():
     """
     Asks glibc to keep the memory it is given back. By default it returns large blocks to the system at once,
     and every step pays for each page again: up to a quarter of the time of a CWIC step on a CPU. Elsewhere
@@ -122,7 +122,7 @@ class CudaGraphs:
         return results, graph.replay
 
 
-class Recorded:
+class CudaGraph:
     """
     function(*arguments), recorded after some calls and from then on replayed (a CUDA graph): a GPU is done
     with a thousand small kernels sooner than Python has asked for them one by one. Nothing can be compiled
@@ -191,21 +191,21 @@ TORCHRUN = 'RANK', 'LOCAL_RANK', 'WORLD_SIZE', 'MASTER_ADDR', 'MASTER_PORT'    #
 
 def join_processes(device):
     """
-    (device, rank, world): one process alone, or what torchrun says of this one among many. Raises
+    (device, rank, world_size): one process alone, or what torchrun says of this one among many. Raises
     ProcessGone. Ends the program if torchrun cannot have said it: a cluster's jobs leave a part of it behind.
     """
     said = {name: os.environ[name] for name in TORCHRUN if name in os.environ}
     try:
-        rank, world = int(said.get('RANK', 0)), int(said.get('WORLD_SIZE', 1))
+        rank, world_size = int(said.get('RANK', 0)), int(said.get('WORLD_SIZE', 1))
         local, _ = int(said.get('LOCAL_RANK', 0)), int(said.get('MASTER_PORT', 0))
-        right = 0 <= rank < world and (world == 1 or len(said) == len(TORCHRUN))
+        right = 0 <= rank < world_size and (world_size == 1 or len(said) == len(TORCHRUN))
     except ValueError:
         right = False
     if not right:
         values = ' '.join(f'{name}={value}' for name, value in said.items())
         fail(f'{values}, in the environment, is not what torchrun would say: unset {" ".join(said)}, or '
              'start this with torchrun')
-    if world > 1:
+    if world_size > 1:
         backend = 'gloo'
         if device == 'cuda':
             if local >= torch.cuda.device_count():
@@ -214,7 +214,7 @@ def join_processes(device):
             device, backend = f'cuda:{local}', 'cpu:gloo,cuda:nccl'
             torch.cuda.set_device(device)
         reach(dist.init_process_group, backend, timeout=timedelta(hours=1))
-    return device, rank, world
+    return device, rank, world_size
 
 
 def together(collective, *args):
@@ -228,7 +228,7 @@ def meet():
     together(dist.all_reduce, torch.zeros(1))
 
 
-def sum_over_processes(tensors):
+def all_reduce(tensors):
     """
     Sums tensors over all processes, in place, as one message for each dtype.
 
@@ -252,7 +252,7 @@ def sum_over_processes(tensors):
                                     in zip(same, flat.split([t.numel() for t in same]))])
 
 
-def first_on_its_host_first(action):
+def local_main_first(action):
     """action(), by the first process of each host before the others: they find what it downloads."""
     first = os.environ.get('LOCAL_RANK', '0') == '0'
     if not first:

@@ -101,7 +101,7 @@ def percentiles(shares):
 def measure(model, tokens, teacher=None, dense=False, replies=None):
     """
     Reads windows of text, tokens np.int64 (windows, T + 1), in eval mode and f32. Returns a dict: val_loss
-    (nats per token), reduction, active_share (of each matrix's weights, in the order of gated()), spread (the
+    (nats per token), reduction, active_share (of each matrix's weights, in the order of sparse_layers()), spread (the
     standard deviation of the compute of a token, over its mean), compute_percentiles (of a token's share of
     dense compute), and the correlation of a token's compute with the surprise of that token (-log p, given
     before it was read) and with the entropy of what is predicted from it. With a teacher also kl,
@@ -124,7 +124,7 @@ def measure(model, tokens, teacher=None, dense=False, replies=None):
             teacher_logp = teacher(batch[:, :-1], dense=True)[0].log_softmax(-1)
             sums['kl'] += float((teacher_logp.exp() * (teacher_logp - logp)).sum())
             sums['agreement'] += float((teacher_logp.argmax(-1) == logp.argmax(-1)).sum())
-        shares.append((active.sum(0) / model.dense())[:, 1:].flatten())     # the first token surprises nobody
+        shares.append((active.sum(0) / model.n_weights())[:, 1:].flatten())     # the first token surprises nobody
         entropies.append(entropy[:, 1:].flatten().cpu().double())
         surprises.append(surprise[:, :-1].flatten().cpu().double())
     model.train(training)
@@ -138,9 +138,9 @@ def measure(model, tokens, teacher=None, dense=False, replies=None):
     if replies is not None and replies[:, 1:-1].any():
         shown = shares[torch.from_numpy(replies[:, 1:-1].flatten())]
     results = dict(val_loss=sums['loss'] / count, spread=spread,
-                   reduction=float(model.dense() * count / sums['active'].sum()),
-                   active_share=[float(active) / count / layer.dense
-                                 for active, (_, layer) in zip(sums['active'], model.gated())],
+                   reduction=float(model.n_weights() * count / sums['active'].sum()),
+                   active_share=[float(active) / count / layer.n_weights
+                                 for active, (_, layer) in zip(sums['active'], model.sparse_layers())],
                    surprise_correlation=with_surprise, entropy_correlation=with_entropy,
                    compute_percentiles=percentiles(shown))
     if teacher is not None:
@@ -175,7 +175,7 @@ def blimp(model, encoding, start, pairs, dense=False):
     for (paradigm, *_), (good, bad) in zip(pairs, scores):
         right.setdefault(paradigm, []).append(float(good > bad))
     accuracy = {paradigm: float(np.mean(hits)) for paradigm, hits in right.items()}
-    return accuracy, model.dense() * count / active_sum
+    return accuracy, model.n_weights() * count / active_sum
 
 
 @torch.no_grad()
@@ -217,8 +217,8 @@ def compare_answers(model, teacher, spec, encoding, questions):
         same += int((teacher_logp.argmax(-1) == logp.argmax(-1)).sum())
         used = active.sum(0)[0, len(prompt) - 1:].cpu()                                 # (T,)
         active_sum, count = active_sum + float(used.sum()), count + len(logp)
-        shares.append(used[1:].double() / model.dense())
-    return dict(kl=kl / count, agreement=same / count, reduction=model.dense() * count / active_sum,
+        shares.append(used[1:].double() / model.n_weights())
+    return dict(kl=kl / count, agreement=same / count, reduction=model.n_weights() * count / active_sum,
                 questions=len(questions), tokens=count, compute_percentiles=percentiles(torch.cat(shares)))
 
 

@@ -70,7 +70,7 @@ def picture(path, width=9.0, height=3.2, columns=1, rows=1, **more):
 def heat_map(axes, shares, matrices, highest=1.0):
     """
     The share of each matrix's weights that was used, in %, layer by layer; the head in a row of its own.
-    shares: a list, in the order of GPT.gated(); matrices: config.matrices; highest: the share at the dark
+    shares: a list, in the order of GPT.sparse_layers(); matrices: config.matrices; highest: the share at the dark
     end.
     """
     from matplotlib.colors import ListedColormap

@@ -238,7 +238,7 @@ def token_table(turn, palette):
 
 def mean_shares(turn):
     """The share of its weights that each matrix used, a list (M): the mean over a reply."""
-    return (sum(token.active for token in turn.reply) / len(turn.reply) / turn.decoder.dense).tolist()
+    return (sum(token.active for token in turn.reply) / len(turn.reply) / turn.decoder.n_weights).tolist()
 
 
 def layer_map(turn, mode):
@@ -260,7 +260,7 @@ def as_json(turn):
     text = json.dumps(dict(
         prompt=turn.typed, text=turn.text, ended=turn.ended, tokens=[token.id for token in turn.reply],
         probabilities=[finite(token.probability) for token in turn.reply],
-        counted=COUNTED[turn.config.color_by], matrices=turn.decoder.names, dense=turn.decoder.dense.tolist(),
+        counted=COUNTED[turn.config.color_by], matrices=turn.decoder.names, dense=turn.decoder.n_weights.tolist(),
         active=[token.active.tolist() for token in turn.reply],             # [token][matrix]
         reduction=finite(reduction(turn.share)), share_of_dense=turn.share,
         first_token_seconds=sum(turn.seconds[:2]), other_tokens_seconds=sum(turn.seconds[2:]),

@@ -10,7 +10,7 @@ Trains a CWIC model: first dense, then ever sparser, then sparse for good; or ma
     torchrun --nproc_per_node 2 train.py                # several processes share each step's batch
 
 With --init_from, sparsity begins at once, at the exact dense model, and the loss is the two-way KL to that
-model, unless --dense_steps, --teacher and --reverse_kl say otherwise. With --rank, its matrices stay frozen:
+model, unless --dense_steps, --teacher and --reverse_kl say otherwise. With --lora_rank, its matrices stay frozen:
 what is learned is thresholds and a low-rank change of each matrix, and checkpoints hold only that.
 --init_from such an adapter goes on from it.
 
@@ -20,7 +20,7 @@ Leaves in --out: best.safetensors (the best evaluation that met the compute targ
 A batch depends on the seed and the step alone, so there is no data position and no random state to carry: a
 resumed run draws what the uninterrupted one would have drawn, on any number of processes. Each process takes
 its share of the sequences of every step; gradients and counts are summed in one place,
-sum_over_processes(). All evaluate, the first one logs and saves. Where one ends, the rest save and end.
+all_reduce(). All evaluate, the first one logs and saves. Where one ends, the rest save and end.
 Several hosts need --out on a shared disk.
 
 Not here: an experiment tracker, dropout, sharding of weights or of the optimiser.
@@ -52,8 +52,8 @@ import weights
 from checkpoint import CheckpointError, load_optimizer, load_teacher, save_checkpoint, weights_sha256
 from cwic import GPT, CWICConfig
 from data import common
-from device import (ProcessGone, Recorded, check_compile, choose_device, choose_dtype,
-                    first_on_its_host_first, join_processes, keep_memory, leave, sum_over_processes, together,
+from device import (ProcessGone, CudaGraph, check_compile, choose_device, choose_dtype,
+                    local_main_first, join_processes, tune_malloc, leave, all_reduce, together,
                     why_no_compile)
 from evaluate import in_replies, measure, mix_windows, rows_at_once
 from files import write_atomically
@@ -76,7 +76,7 @@ class TrainConfig:
     overwrite: bool = option(False, 'start anew in an --out that holds another run, which is deleted')
     init_from: str = option('', 'model to start from: smollm2, gpt2, ..., a folder or GGUF file with such '
                             'weights, or a checkpoint of ours')
-    rank: int = option(0, 'with --init_from: freeze its matrices and learn a change of this rank of each; '
+    lora_rank: int = option(0, 'with --init_from: freeze its matrices and learn a change of this rank of each; '
                        '0: train all weights', at_least=0)
     resume: bool = option(False, 'go on from last.safetensors in --out, with the options it was started with')
     seed: int = option(1, 'of the initial weights and of the order of the data', at_least=0)
@@ -238,7 +238,7 @@ def head_loss(model, teacher, hidden, teacher_hidden, targets, dense, teacher_sh
     if teacher_share > 0:
         with torch.no_grad():
             teacher_logits = teacher.head(teacher_hidden, dense=True)[0].flatten(0, 1)
-        loss = loss + teacher_share * cwic.teacher_loss(logits, teacher_logits, reverse_kl)
+        loss = loss + teacher_share * cwic.kl_loss(logits, teacher_logits, reverse_kl)
     return loss, active
 
 
@@ -301,7 +301,7 @@ def update(run, rates, dense):
     *others, thresholds = [group['params'] for group in run.optimizer.param_groups]
     norm = torch.nn.utils.clip_grad_norm_(sum(others, []), run.config.clip or math.inf)
     threshold_norm = torch.nn.utils.get_total_norm([p.grad for p in thresholds if not dense])
-    learned = [layer for _, layer in run.model.gated() if layer.theta.requires_grad]
+    learned = [layer for _, layer in run.model.sparse_layers() if layer.theta.requires_grad]
     before = [layer.theta.detach().clone() for layer in learned]
     for group, rate in zip(run.optimizer.param_groups, rates, strict=True):
         # AdamW refuses to be recorded unless it is capturable, and warns where it need not be
@@ -315,7 +315,7 @@ def update(run, rates, dense):
 def recorded(run):
     """gradients(), update(): on a GPU and with --compile, from their fourth call on replayed as recorded."""
     replayed = run.config.compile and run.model.head.weight.is_cuda
-    return [Recorded(work) if replayed else work for work in (gradients, update)]
+    return [CudaGraph(work) if replayed else work for work in (gradients, update)]
 
 
 def train_step(run, tokens, targets, target, dense=False, stop=False):
@@ -326,13 +326,13 @@ def train_step(run, tokens, targets, target, dense=False, stop=False):
     ProcessGone before anything is changed. Ends the program where the loss or its gradient is not finite.
     """
     model, rates = run.model, [float(group['lr']) for group in run.optimizer.param_groups]
-    if isinstance(run.update, Recorded):
+    if isinstance(run.update, CudaGraph):
         rates = torch.tensor(rates, device=run.device)
     # the loss of compute, flop_loss(run.active), has one slope for all: what each active weight costs
-    price = 0.0 if dense else cwic.price(run.active.sum(), model.dense(), target)
+    price = 0.0 if dense else cwic.price(run.active.sum(), model.n_weights(), target)
     loss, active = run.gradients(run, tokens, targets, run.active.new_tensor(price), dense)
     stop = torch.tensor(float(stop), device=run.device)
-    sum_over_processes([p.grad for p in model.parameters() if p.grad is not None] + [loss, active, stop])
+    all_reduce([p.grad for p in model.parameters() if p.grad is not None] + [loss, active, stop])
     norm, threshold_norm = run.update(run, rates, dense)
     if not dense:
         # one batch's count is noise, and flop_loss, bent as it is, would mistake noise for missing reduction
@@ -346,7 +346,7 @@ def train_step(run, tokens, targets, target, dense=False, stop=False):
 
 def observed(model):
     """Whether every layer has statistics."""
-    return all(float(layer.sigma.max()) > 0 for _, layer in model.gated())
+    return all(float(layer.sigma.max()) > 0 for _, layer in model.sparse_layers())
 
 
 def observe(run, mix):
@@ -359,7 +359,7 @@ def observe(run, mix):
     tokens, _ = windows(mix, starts, config.block_size, run.device)
     with run.autocast():
         if run.config.bases:
-            sparse = any(layer.sigma.any() for _, layer in run.model.gated())       # an adapter, from before
+            sparse = any(layer.sigma.any() for _, layer in run.model.sparse_layers())       # an adapter, from before
             run.model.find_bases(tokens, dense=not sparse)
             run.optimizer.state.clear()     # what Adam knows, it knows of the matrices before
         run.model.observe(tokens)
@@ -408,11 +408,11 @@ def with_stripes(model, sizes):
     head's statistics are gone, for all that to be found.
     """
     new = new_model({name: sizes[name] for name in asdict(model.config)})
-    if sizes.get('rank'):
-        cwic.add_adapters(new, sizes['rank'])
+    if sizes.get('lora_rank'):
+        cwic.add_lora(new, sizes['lora_rank'])
     state = {name: tensor for name, tensor in model.state_dict().items() if not name.endswith('theta')}
     new.load_state_dict(state, strict=False)
-    for (_, layer), (_, old) in zip(new.gated(), model.gated()):
+    for (_, layer), (_, old) in zip(new.sparse_layers(), model.sparse_layers()):
         if isinstance(layer, cwic.StripedLinear):
             layer.theta.data = old.theta.data[torch.arange(len(layer.theta)) * layer.stripe // old.stripe]
         else:
@@ -431,8 +431,8 @@ def starting_model(config, given):
         fail(f'--init_from {source}: {error}', 1)
     sizes, base = asdict(model.config), saved.get('base')
     if base:                    # an adapter: goes on from where it stands
-        sizes.update(init_from=base, rank=model.head.adapter.A.shape[1])
-    elif any(float(layer.theta.detach().max()) > 0 for _, layer in model.gated()):
+        sizes.update(init_from=base, lora_rank=model.head.adapter.A.shape[1])
+    elif any(float(layer.theta.detach().max()) > 0 for _, layer in model.sparse_layers()):
         fail(f'--init_from {source}: is sparse already; start from a dense model, such as one trained with '
              '--target_reduction 1')
     for name in sorted(given & sizes.keys() - {'init_from'}):
@@ -445,9 +445,9 @@ def starting_model(config, given):
         sizes[name] = asked
     if any(sizes[name] != size for name, size in asdict(model.config).items()):
         model = with_stripes(model, sizes)
-    if config.rank and not base:
+    if config.lora_rank and not base:
         saved.update(base=source, base_sha256=weights_sha256(model))
-        cwic.add_adapters(model, config.rank)
+        cwic.add_lora(model, config.lora_rank)
     implied = {**sizes, 'dense_steps': 0, 'teacher': 1.0 if config.teacher < 0 else config.teacher}
     options = TrainConfig.__dataclass_fields__.keys() - (given & {'dense_steps', 'block_size'})
     return model, saved, replace(config, **{name: implied[name] for name in options & implied.keys()})
@@ -553,7 +553,7 @@ def begin(config, given, device):
     optimizer = torch.optim.AdamW(model.parameter_groups(config.lr, config.lr, config.weight_decay),
                                   betas=(0.9, config.beta2), fused=device != 'mps')
     exact = torch.float32 if device == 'mps' else torch.float64
-    active = torch.tensor([layer.dense for _, layer in model.gated()], dtype=exact, device=device)
+    active = torch.tensor([layer.n_weights for _, layer in model.sparse_layers()], dtype=exact, device=device)
     base = {name: saved[name] for name in ('base', 'base_sha256') if name in saved}
     run = Run(config, model, tokenizer, optimizer, device, torch.float32, active, base=base,
               head_loss=head_loss, gradients=gradients, update=update)
@@ -632,18 +632,18 @@ def clock(seconds):
     return f'{int(seconds) // 60}:{int(seconds) % 60:02d}'
 
 
-def announce(run, mix, world, why):
+def announce(run, mix, world_size, why):
     """What will be done, on what, in a few lines."""
     config = run.config
     total = sum(p.numel() for p in run.model.parameters())
     trained = sum(p.numel() for p in run.model.parameters() if p.requires_grad)
     lines = [f'model   {total:,} parameters' + (f', {trained:,} of them trained' if trained < total else '')
-             + f'; {run.model.dense():,} dense weights per token'
+             + f'; {run.model.n_weights():,} dense weights per token'
              + (f'; from {config.init_from}' if config.init_from else '')]
     if mix is not None:
         tokens = config.batch_size * config.block_size
         threads = f', {torch.get_num_threads()} threads' if run.device == 'cpu' else ''
-        processes = f', {world} processes' if world > 1 else ''
+        processes = f', {world_size} processes' if world_size > 1 else ''
         for part in mix:
             share = f'{100 * part.share:.3g}% from ' if len(mix) > 1 else ''
             lines.append(f'data    {share}data/{part.name}: {len(part.train):,} tokens to train on, '
@@ -735,7 +735,7 @@ def wishes_to_stop():
     return wishes
 
 
-def train(run, mix, rank, world):
+def train(run, mix, rank, world_size):
     """The loop, until the last step or a wish to stop before it. Returns that: 'interrupted', ..., or ''."""
     config, model = run.config, run.model
     val_tokens = mix_windows(mix, 'val', config.eval_windows, config.block_size)
@@ -746,7 +746,7 @@ def train(run, mix, rank, world):
 
     def batch(step):
         """This process's share of a step: inputs, targets (B, T)."""
-        starts = np.array_split(step_starts(mix, config, step), world)[rank]
+        starts = np.array_split(step_starts(mix, config, step), world_size)[rank]
         return windows(mix, starts, config.block_size, run.device)
 
     def say(line):
@@ -785,7 +785,7 @@ def train(run, mix, rank, world):
                 fail(f'step {run.step}: the validation loss is {run.results["val_loss"]}; stopped, and what '
                      'was saved before is whole. Try a lower --lr', 1)
         run.seconds += time.perf_counter() - started
-        reduction = model.dense() / max(float(active.sum()), 1.0)
+        reduction = model.n_weights() / max(float(active.sum()), 1.0)
         if evaluated or run.step % 10 == 0:
             val_loss = run.results['val_loss'] if evaluated else None
             run.log.append([run.step, round(run.seconds, 2), loss, val_loss, reduction, target, lr])
@@ -811,23 +811,23 @@ def main():
     config, given = parse_options(TrainConfig, 'python train.py', presets=True)
     if not config.steps():
         fail('--dense_steps, --ramp_steps and --hold_steps must not all be 0')
-    if config.rank and not config.init_from and not config.resume:
-        fail('--rank changes a pretrained model: say which with --init_from')
+    if config.lora_rank and not config.init_from and not config.resume:
+        fail('--lora_rank changes a pretrained model: say which with --init_from')
     if config.bases and not config.init_from and not config.resume:
         fail('--bases are those of a pretrained model: say which with --init_from')
-    keep_memory()
-    device, rank, world = join_processes(choose_device(config.device))
+    tune_malloc()
+    device, rank, world_size = join_processes(choose_device(config.device))
     lock = claim_folder(config) if rank == 0 else None      # noqa: F841  kept until the program ends
-    run, mix = first_on_its_host_first(lambda: begin(config, given, device))
+    run, mix = local_main_first(lambda: begin(config, given, device))
     config = run.config
-    if config.batch_size < world:
-        fail(f'--batch_size {config.batch_size} is too small to be shared by {world} processes')
+    if config.batch_size < world_size:
+        fail(f'--batch_size {config.batch_size} is too small to be shared by {world_size} processes')
     choice = [choose_dtype(config.dtype, torch.device(device).type)]
     together(dist.broadcast_object_list, choice)                    # measured by each, decided by the first
     run.dtype, why = choice[0]
     config.dtype = str(run.dtype).removeprefix('torch.')            # a resumed run does not measure again
     if rank == 0:
-        announce(run, mix, world, why)
+        announce(run, mix, world_size, why)
         for name in FILES if config.overwrite and not config.resume else ():
             if os.path.exists(run.path(name)):
                 os.remove(run.path(name))
@@ -836,7 +836,7 @@ def main():
             save(run, BEST)
             print(f'no step to do: saved as it is; talk to it: python chat.py --ckpt {run.path(BEST)}')
         return
-    wish = train(run, mix, rank, world)
+    wish = train(run, mix, rank, world_size)
     if rank == 0 and (wish or run.step < config.steps()):
         with suppress(OSError):             # a terminal that is gone
             print(f'\n{wish or "stopped"} at step {run.step}, which is saved; go on with: '

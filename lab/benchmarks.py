@@ -248,7 +248,7 @@ def main():
         found = lm_eval.evaluate(lm, tasks, limit=config.limit or None, bootstrap_iters=BOOTSTRAPS,
                                  log_samples=False)
     results = dict(model=config.model, dense=config.dense, lm_eval=lm_eval.__version__,
-                   **collect(found, lm.cost, model.dense()))
+                   **collect(found, lm.cost, model.n_weights()))
     if lm.cut:
         print(f'{lm.cut} contexts were longer than the {model.config.block_size} tokens that the model '
               'reads, and lost their beginning', file=sys.stderr)

@@ -13,13 +13,13 @@ import numpy as np
 import pytest
 import torch
 
-import baselines
+from lab import baselines
 import cwic
 import evaluate
-import methods
+from lab import methods
 import train
 import weights
-from baselines import ALL_METHODS
+from lab.baselines import ALL_METHODS
 from checkpoint import save_checkpoint
 from data import common
 from test_cwic import one_thread, small_model           # noqa: F401  one_thread: a fixture, for all
@@ -55,7 +55,7 @@ SIZES_OF_RUN = {**{name: value for name, value in SIZES.items() if name != 'voca
 def compare(setting, out, *more):
     """The program, in this process; returns the rows that it leaves, but for what time they took."""
     argv, handler = sys.argv, signal.getsignal(signal.SIGINT)
-    sys.argv = ['baselines.py', 'compare', '--subject', str(setting / 'dense.safetensors'), '--out', str(out),
+    sys.argv = ['lab/baselines.py', 'compare', '--subject', str(setting / 'dense.safetensors'), '--out', str(out),
                 '--recipe', str(setting / 'recipe.toml'), '--picture', str(out) + '.png', '--device', 'cpu',
                 '--windows', '4', *more]
     try:
@@ -69,15 +69,15 @@ def compare(setting, out, *more):
 
 def test_own_targets_charge_each_matrix_the_slope_of_its_own_loss(monkeypatch):
     _, model, _ = changed('CWIC: own targets')
-    total, target, paid = model.dense(), 3.0, {}
+    total, target, paid = model.n_weights(), 3.0, {}
     run = train.Run(None, model, {}, None, 'cpu', torch.float32,
-                    torch.tensor([layer.dense * (0.3 + 0.05 * i) for i, (_, layer) in enumerate(model.gated())]))
+                    torch.tensor([layer.n_weights * (0.3 + 0.05 * i) for i, (_, layer) in enumerate(model.sparse_layers())]))
     monkeypatch.setattr(train, 'train_step', lambda run, tokens, targets, target:
                         paid.update(price=cwic.price(run.active.sum(), total, target)))
     ALL_METHODS['CWIC: own targets'].step(run, None, None, target)
-    for active, (_, layer) in zip(run.active.tolist(), model.gated()):
+    for active, (_, layer) in zip(run.active.tolist(), model.sparse_layers()):
         def loss(active):
-            return layer.dense / total * max(target - layer.dense / active, 0) ** 2
+            return layer.n_weights / total * max(target - layer.n_weights / active, 0) ** 2
         slope = (loss(active + 0.01) - loss(active - 0.01)) / 0.02
         assert layer.push * paid['price'] == pytest.approx(slope, rel=1e-3, abs=1e-9)
         x = torch.randn(1, 3, layer.n_in, requires_grad=True)
@@ -116,7 +116,7 @@ def test_a_smaller_model_is_counted_against_the_dense_one(setting, tmp_path, mon
     models, measure = [], evaluate.measure
     monkeypatch.setattr(evaluate, 'measure', lambda model, *args: models.append(model) or measure(model, *args))
     row, = compare(setting, tmp_path / 'out', '--methods', 'smaller dense', '--trained_targets', '2', '--seeds', '1')
-    small, dense = (sum(layer.dense for _, layer in model.gated())
+    small, dense = (sum(layer.n_weights for _, layer in model.sparse_layers())
                     for model in (models[-1], weights.load(str(setting / 'dense.safetensors'))[0]))
     assert row['reduction'] == pytest.approx(dense / small) and row['reduction'] >= 2
     assert row['trained_tokens'] == (5 + 12) * 4 * 16       # the dense model's steps, and the recipe's
@@ -150,7 +150,7 @@ def test_a_llama_and_an_adapter(setting, tmp_path):
     """As the chat model is compared: matrices frozen, a low-rank change of each learned."""
     dense = small_model('llama', thresholds=0.0, **SIZES)
     save_checkpoint(tmp_path / 'llama.safetensors', dense, tokenizer={'kind': 'bytes'})
-    recipe = (setting / 'recipe.toml').read_text(encoding='utf-8') + 'rank = 2\n'
+    recipe = (setting / 'recipe.toml').read_text(encoding='utf-8') + 'lora_rank = 2\n'
     (tmp_path / 'rank.toml').write_text(recipe, encoding='utf-8')
     rows = compare(setting, tmp_path / 'out', '--quick', '--subject', str(tmp_path / 'llama.safetensors'),
                    '--recipe', str(tmp_path / 'rank.toml'), '--targets', '1.3')
@@ -292,7 +292,7 @@ def test_what_a_user_gets_wrong_is_one_line(setting, tmp_path, monkeypatch, caps
         error = capsys.readouterr().err
         assert ended.value.code in (1, 2) and error.count('\n') == 1 and says in error, error
     monkeypatch.chdir(tmp_path)                     # nothing was trained yet, and no --subject is said
-    monkeypatch.setattr(sys, 'argv', ['baselines.py', 'compare', '--recipe', str(setting / 'recipe.toml')])
+    monkeypatch.setattr(sys, 'argv', ['lab/baselines.py', 'compare', '--recipe', str(setting / 'recipe.toml')])
     with pytest.raises(SystemExit):
         baselines.main()
     assert 'train.py --target_reduction 1 --out out/dense' in capsys.readouterr().err

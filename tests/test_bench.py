@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-import bench
+from lab import bench
 import cwic
 from checkpoint import load_checkpoint, save_checkpoint, weights_sha256
 from data import common
@@ -28,7 +28,7 @@ def call(*args):
     """-> (exit code, stdout, stderr) of bench.py with these arguments, in this process"""
     out, err, code, argv = io.StringIO(), io.StringIO(), 0, sys.argv
     out.reconfigure = lambda **more: None
-    sys.argv = ['bench.py', *map(str, args)]
+    sys.argv = ['lab/bench.py', *map(str, args)]
     try:
         with redirect_stdout(out), redirect_stderr(err):
             common.run(bench.main)
@@ -71,7 +71,7 @@ def counted_reduction(model, data, longest, begin, end):
     texts = torch.from_numpy(np.stack([val[:longest], val[len(val) - longest:]]).astype(int))[:, :end]
     with torch.no_grad():
         _, active = model(texts)
-    first, last = model.dense() / active.sum(0)[:, begin:].mean(1)
+    first, last = model.n_weights() / active.sum(0)[:, begin:].mean(1)
     assert abs(float(first / last) - 1) > 1e-4
     return float(first + last) / 2
 
@@ -86,8 +86,8 @@ def test_decode_counts_what_the_model_counts(models, data, tmp_path, arch):
     written, _ = rows('decode', models[arch], tmp_path, '--tokens', 20, '--data', data)
     model, _ = load_checkpoint(models[arch])
     reduction = counted_reduction(model, data, 36, 16, 36)
-    thresholds = sum(layer.theta.numel() for _, layer in model.gated())
-    columns = sum(layer.down.shape[1] if hasattr(layer, 'down') else layer.n_out for _, layer in model.gated())
+    thresholds = sum(layer.theta.numel() for _, layer in model.sparse_layers())
+    columns = sum(layer.down.shape[1] if hasattr(layer, 'down') else layer.n_out for _, layer in model.sparse_layers())
     ours = [row for row in written if row['engine'] == 'cwic']
     assert [row['dtype'] for row in ours] == ['f32', 'f32', 'bf16', 'bf16', 'int8', 'int8']
     for row, sparse in zip(ours, 3 * (False, True)):
@@ -96,7 +96,7 @@ def test_decode_counts_what_the_model_counts(models, data, tmp_path, arch):
         # in bf16 and int8 what follows the first matrices is rounded, and so are a few comparisons
         assert row['reduction'] == pytest.approx(expected, rel=1e-9 if row['dtype'] == 'f32' else 0.05)
         assert row['thresholds_gb_per_token'] * 1e9 == pytest.approx(4 * (thresholds + scales))
-        weights = model.dense() / row['reduction'] * BYTES[row['dtype']]        # but for what a mean is off by
+        weights = model.n_weights() / row['reduction'] * BYTES[row['dtype']]        # but for what a mean is off by
         assert row['gb_per_token'] * 1e9 == pytest.approx(weights + 4 * (thresholds + scales), rel=1e-3)
         assert row['tok_s_min'] <= row['tok_s'] <= row['tok_s_max'] and row['bandwidth_gb_s'] > 0
     assert [row['dtype'] for row in written if row['engine'] == 'torch'] == ['f32', 'bf16']
@@ -174,7 +174,7 @@ def test_text_that_the_model_writes_itself(models):
     always the same. (When there was one for all rounds, a reduction of 2.5 or of 4.3 was a matter of luck.)
     """
     model, saved = load_checkpoint(models['gpt2'])
-    config, _ = parse_options(bench.BenchConfig, 'bench.py', argv=[])
+    config, _ = parse_options(bench.BenchConfig, 'lab/bench.py', argv=[])
     texts = bench.texts_to_read(config, model, saved, 70)
     assert len(texts) == config.rounds == len({str(text) for text in texts})
     assert all(text[0] == 256 and len(text) == 70 and len(set(text)) > 20 for text in texts)
@@ -194,10 +194,10 @@ def test_a_shape_gets_the_reductions_asked_for(monkeypatch, tmp_path, arch):
     assert [row['speed_over_dense'] > 0 for row in written] == [True] * 5
     counts = [round(row['thresholds_gb_per_token'] * 1e9 / 4) for row in written[:3]]
     for count, stripe in ((counts, 8), ([round(row['thresholds_gb_per_token'] * 1e9 / 4) for row in wide], 2 ** 20)):
-        model, _ = bench.choose_model(parse_options(bench.BenchConfig, 'bench.py', argv=[])[0], stripe)
-        assert count == 3 * [sum(layer.theta.numel() for _, layer in model.gated())]
+        model, _ = bench.choose_model(parse_options(bench.BenchConfig, 'lab/bench.py', argv=[])[0], stripe)
+        assert count == 3 * [sum(layer.theta.numel() for _, layer in model.sparse_layers())]
     assert counts == 3 * [sum(layer.n_in * -(-layer.n_out // 8) if hasattr(layer, 'n_out') else layer.n_in
-                              for _, layer in model.gated())]
+                              for _, layer in model.sparse_layers())]
 
 
 def test_another_engine_that_crashes_is_left_out(models, tmp_path):
@@ -273,7 +273,7 @@ def adapter(models, tmp_path_factory):
     """An adapter of the Llama, far enough from it."""
     path = str(tmp_path_factory.mktemp('adapter') / 'adapter.safetensors')
     model, _ = load_checkpoint(models['llama'])
-    cwic.add_adapters(model, 2)
+    cwic.add_lora(model, 2)
     with torch.no_grad():
         for layer, name, _ in cwic.adapters(model):
             getattr(layer, name).B.normal_(std=0.05)
@@ -302,7 +302,7 @@ def test_loss_is_that_of_the_model(models, data, tmp_path, adapter, kind):
                                                             log_target=True, reduction='batchmean')))
                 same.append(float((base.argmax(-1) == logits.argmax(-1)).float().mean()))
     assert f32['loss'] == pytest.approx(sum(losses) / 2, abs=1e-4) and f32['loss_over_first'] == 0
-    assert f32['reduction'] == pytest.approx(model.dense() / active, rel=1e-6)
+    assert f32['reduction'] == pytest.approx(model.n_weights() / active, rel=1e-6)
     for row in (bf16, int8):
         assert abs(row['loss'] - f32['loss']) < 0.1 and row['loss_over_first'] == row['loss'] - f32['loss']
     assert ('kl' in f32) == (kind == 'adapter')
@@ -355,7 +355,7 @@ def test_what_a_user_gets_wrong_is_one_line(args, code, words, tmp_path, models,
 def test_ctrl_c(models, tmp_path):
     """While torch is imported, and while it measures: nothing is said, and the shell sees 130."""
     args = ['decode', '--model', models['gpt2'], '--rounds', '300', '--out', tmp_path]
-    early, late = start('bench.py', *args), start('bench.py', *args)
+    early, late = start('lab/bench.py', *args), start('lab/bench.py', *args)
     time.sleep(0.3)
     early.send_signal(signal.SIGINT)
     assert late.stdout.readline() and 'huge pages' in late.stdout.readline()

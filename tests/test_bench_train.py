@@ -10,8 +10,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-import bench
-import bench_train
+from lab import bench
+from lab import bench_train
 from options import parse_options
 from test_bench import call
 from test_cwic import one_thread, small_model     # noqa: F401  one_thread: a fixture, for all
@@ -49,7 +49,7 @@ def test_a_shape_is_trained_as_its_preset_says(monkeypatch):
     """The model has the shape's sizes, batches are the preset's; of the chat model's preset also its adapter."""
     monkeypatch.setattr(bench_train, 'choose_dtype', lambda *args: (torch.float32, ''))
     shape = small_model('llama', block_size=16).config
-    config, _ = parse_options(bench.BenchConfig, 'bench.py', argv=['--device', 'cpu', '--model', 'smollm2-shape'])
+    config, _ = parse_options(bench.BenchConfig, 'lab/bench.py', argv=['--device', 'cpu', '--model', 'smollm2-shape'])
     run = bench_train.make_run(config, shape)
     assert run.model.config == shape and (run.config.batch_size, run.config.micro_batch) == (64, 32)
     assert run.model.head.adapter.A.shape[1] == 39
@@ -59,7 +59,7 @@ def test_a_shape_is_trained_as_its_preset_says(monkeypatch):
 def test_disagreement_sees_a_gradient_that_is_wrong(monkeypatch):
     """0 where both sides are this CPU; not where one weight is another on the other side."""
     monkeypatch.setattr(bench_train, 'choose_dtype', lambda *args: (torch.float32, ''))
-    run = bench_train.make_run(parse_options(bench.BenchConfig, 'bench.py', argv=['--device', 'cpu'])[0])
+    run = bench_train.make_run(parse_options(bench.BenchConfig, 'lab/bench.py', argv=['--device', 'cpu'])[0])
     run.model = small_model(block_size=64)
     tokens = torch.randint(0, 50, (1, 65))
     assert bench_train.disagreement(run, tokens) == [0, 0, 0]

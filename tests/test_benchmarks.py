@@ -24,7 +24,7 @@ def model():
     torch.manual_seed(0)
     config = cwic.CWICConfig(vocab_size=257, block_size=24, n_layer=2, n_head=2, n_embd=16, stripe_qkv=16)
     model = cwic.GPT(config)
-    for _, layer in model.gated():
+    for _, layer in model.sparse_layers():
         layer.sigma.fill_(1)
         layer.theta.data.uniform_(0, 1 / layer.scale)
     model.head.weight.data *= 20        # so that it is sure of something
@@ -63,7 +63,7 @@ def test_scores_are_those_of_one_sequence_at_a_time(model, dense):
     assert dense or greedy.tolist() == [False] * (len(texts) - 1) + [True]
     assert active == pytest.approx([row[2] for row in expected], rel=1e-6)
     assert read.tolist() == [row[3] for row in expected]
-    assert (active == model.dense() * read).all() == dense
+    assert (active == model.n_weights() * read).all() == dense
 
 
 def test_equal_inputs_are_read_once(model, monkeypatch):
@@ -104,7 +104,7 @@ def test_a_continuation_that_cannot_be_scored_is_refused(model):
     (['--model', 'smollm2', '--tasks', 'a'], 'pip install lm-eval==')])
 def test_what_is_missing_is_one_line(options, line, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, 'lm_eval', None)       # as if it were not installed
-    monkeypatch.setattr(sys, 'argv', ['benchmarks.py', *options])
+    monkeypatch.setattr(sys, 'argv', ['lab/benchmarks.py', *options])
     with pytest.raises(SystemExit) as ended:
         benchmarks.main()
     message = capsys.readouterr().err
@@ -166,7 +166,7 @@ def test_task_files_of_ones_own_give_what_a_plain_loop_finds(model, tmp_path, mo
             f'task: {name}\ndataset_path: json\ndataset_kwargs: {{data_files: {{test: "{data.as_posix()}"}}}}\n'
             'test_split: test\ndoc_to_text: "{{q}}"\ntarget_delimiter: ""\n' + more, encoding='utf-8')
     save_checkpoint(str(tmp_path / 'model.safetensors'), model, tokenizer=BYTES)
-    monkeypatch.setattr(sys, 'argv', ['benchmarks.py', '--model', str(tmp_path / 'model.safetensors'), '--device', 'cpu',
+    monkeypatch.setattr(sys, 'argv', ['lab/benchmarks.py', '--model', str(tmp_path / 'model.safetensors'), '--device', 'cpu',
                                       '--tasks', 'sums,words', '--include_path', str(tmp_path), '--json'])
     benchmarks.main()
     printed = capsys.readouterr()
@@ -179,7 +179,7 @@ def test_task_files_of_ones_own_give_what_a_plain_loop_finds(model, tmp_path, mo
         active, read = active + sum(score[2] for score in scores), read + sum(score[3] for score in scores)
     assert 0 < right < 12       # or this would show little
     assert results['tasks']['sums']['metrics'] == pytest.approx({'acc': right / 12, 'acc_norm': right_norm / 12})
-    assert results['tasks']['sums']['reduction'] == pytest.approx(model.dense() * read / active)
+    assert results['tasks']['sums']['reduction'] == pytest.approx(model.n_weights() * read / active)
     perplexity = np.exp(-np.mean([one_by_one(model, row['q'], row['word'])[0] for row in words]))
     assert results['tasks']['words']['metrics'] == pytest.approx({'acc': 1 / 3, 'perplexity': perplexity}, rel=1e-4)
     assert [results['tasks'][name]['n'] for name in ('sums', 'words')] == [12, 3]

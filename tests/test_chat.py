@@ -296,11 +296,11 @@ def make_checkpoint(path, spec, vocab_size, **sizes):
         for p in model.parameters():
             p.add_(torch.randn_like(p) * 0.05)
         model.observe(torch.randint(vocab_size, (8, 48)))
-        for _, layer in model.gated():
+        for _, layer in model.sparse_layers():
             layer.theta.copy_(torch.rand(layer.theta.shape) * 1.5 / layer.scale)
         for id in stop_ids(spec, load_tokenizer(spec)):
             model.head.weight[:, id] = -10 * model.head.mu        # never says it
-        shares = model.eval()(torch.randint(vocab_size, (4, 48)))[1].sum(0) / model.dense()
+        shares = model.eval()(torch.randint(vocab_size, (4, 48)))[1].sum(0) / model.n_weights()
     percentiles = {str(p): float(np.percentile(shares, p)) for p in (5, 50, 95)}
     save_checkpoint(path, model, tokenizer=spec, val_loss=5.5, reduction=float(1 / shares.mean()),
                     compute_percentiles=percentiles)
@@ -362,7 +362,7 @@ def test_a_token_has_the_compute_of_the_pass_over_it_or_of_the_one_that_predicte
     passes = [active for _, active in want[color_by == 'read':]]
     for token, active in zip(turn.reply, passes):
         assert token.active.tolist() == active.tolist()
-        assert token.share == pytest.approx(active.sum().item() / conversation.model.dense())
+        assert token.share == pytest.approx(active.sum().item() / conversation.model.n_weights())
     _, active = conversation.model(torch.tensor([prompt]))          # (M, 1, T)
     passes = active[:, 0].t().tolist()
     assert [token.active if token.active is None else token.active.tolist() for token in turn.prompt] == (
@@ -525,7 +525,7 @@ def test_dense_of_an_adapter_is_its_base(checkpoint, tmp_path):
     every one of them in use SmolLM2 said "bread bread bread" to a question about eggs.
     """
     model, saved = load_checkpoint(checkpoint)
-    cwic.add_adapters(model, 4)
+    cwic.add_lora(model, 4)
     for layer, adapter, _ in cwic.adapters(model):
         getattr(layer, adapter).B.data.normal_()
     save_checkpoint(tmp_path / 'adapter.safetensors', model, base=checkpoint,
@@ -553,7 +553,7 @@ def test_dense_uses_every_weight_and_the_same_random_numbers(conversation):
         tokens.append(token.id)
     assert before == (conversation.tokens, conversation.last, conversation.generator.get_state().tolist())
     # a model without thresholds skips nothing, not even zeros, and the same random numbers give the same text
-    for _, layer in conversation.model.gated():
+    for _, layer in conversation.model.sparse_layers():
         layer.theta.data.zero_()
     same = Conversation(conversation.model, conversation.spec, chat.ChatConfig(max_tokens=20, threads=1))
     turn = same.say('def', silent)
@@ -665,10 +665,10 @@ def test_pipes(checkpoint):
         assert reply['tokens'] == [token for token, _ in want[:12]]
         assert reply['counted'] == 'the pass over each token'
         assert reply['active'] == [active.tolist() for active in passes]
-        assert reply['matrices'] == [name for name, _ in model.gated()]
-        assert sum(reply['dense']) == model.dense() and reply['ended'] == 'length'
+        assert reply['matrices'] == [name for name, _ in model.sparse_layers()]
+        assert sum(reply['dense']) == model.n_weights() and reply['ended'] == 'length'
         mean = np.mean([active.sum() for active in passes])
-        assert reply['reduction'] == pytest.approx(model.dense() / mean)
+        assert reply['reduction'] == pytest.approx(model.n_weights() / mean)
         assert reply['first_token_seconds'] > 0 and reply['tokens_per_second'] > 0
 
 
@@ -747,7 +747,7 @@ def test_what_a_checkpoint_says_of_itself_is_not_believed(checkpoint, tmp_path, 
         assert main(monkeypatch, capsys, '--ckpt', path, '--max_tokens', '2', '--threads', '1')[0] == 0
     for p in model.parameters():
         p.data.zero_()
-    for _, layer in model.gated():
+    for _, layer in model.sparse_layers():
         layer.theta.data.fill_(1)
     save_checkpoint(path, model, tokenizer=spec)
     code, out, _ = main(monkeypatch, capsys, '--ckpt', path, '--max_tokens', '2', '--json')
@@ -815,7 +815,7 @@ def test_the_option_dense_uses_every_weight(checkpoint, tmp_path, monkeypatch, c
     """Of a model trained as a whole its own weights, of an adapter its base's; both say what they are."""
     model, saved = load_checkpoint(checkpoint)
     want = [int(token) for token in plain_dense(model, list(b'def'), 8)]
-    cwic.add_adapters(model, 4)
+    cwic.add_lora(model, 4)
     for layer, adapter, _ in cwic.adapters(model):
         getattr(layer, adapter).B.data.normal_()
     adapted = str(tmp_path / 'adapter.safetensors')
@@ -1010,7 +1010,7 @@ def test_a_dialogue_on_a_terminal_is_drawn_on_its_colors(chat_checkpoint):
     ids = dialogue_ids(CHAT_SPEC, load_tokenizer(CHAT_SPEC), [('user', 'a日本b')])
     with torch.no_grad():
         active = model(torch.tensor([ids]))[1]          # (M, 1, T)
-    shares = active[:, 0].sum(0) / model.dense()        # of the pass over each id; the typed bytes begin at
+    shares = active[:, 0].sum(0) / model.n_weights()        # of the pass over each id; the typed bytes begin at
     first = next(i for i in range(len(ids)) if ids[i:i + 8] == [b + 3 for b in 'a日本b'.encode()])
     palette = render.Palette('truecolor', *(saved['compute_percentiles'][p] for p in ('5', '95')))
     want = [palette.rgb(float(shares[first + i])) for i in (0, 3, 3, 6, 6, 7)]

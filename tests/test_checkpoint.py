@@ -331,7 +331,7 @@ def test_adapter_is_saved_loaded_and_merged(arch, rank, tmp_path):
     """
     path, tokens = tmp_path / 'a.safetensors', random_tokens(1, 16)
     model = small_model(arch)
-    cwic.add_adapters(model, rank)
+    cwic.add_lora(model, rank)
     train_a_little(model)
     expected, expected_active = model(tokens)
     save_checkpoint(path, model, base='the base', base_sha256=weights_sha256(small_model(arch)), rank=rank)
@@ -363,7 +363,7 @@ def test_adapter_is_saved_loaded_and_merged(arch, rank, tmp_path):
 def test_adapter_in_int8_is_smaller_and_as_good(tmp_path):
     """Each rank term to 8 bits of its largest: a rounding error of 1 / 254 of that, or less."""
     model, tokens = small_model(), random_tokens(1, 16)
-    cwic.add_adapters(model, 8)
+    cwic.add_lora(model, 8)
     train_a_little(model)
     base = {'base': 'b', 'base_sha256': weights_sha256(small_model())}
     save_checkpoint(tmp_path / 'wide.safetensors', model, **base)
@@ -389,7 +389,7 @@ def test_adapter_in_int8_is_smaller_and_as_good(tmp_path):
 def test_adapter_that_does_not_fit_is_one_line(tmp_path, kind, says):
     """One of these made 3 billion numbers of 3; a base with other weights of the same sizes was taken in silence."""
     model, path = small_model(bases=kind == 'singular'), tmp_path / 'a.safetensors'
-    cwic.add_adapters(model, 3)
+    cwic.add_lora(model, 3)
     save_checkpoint(path, model, narrow=True, base='the base', base_sha256=weights_sha256(small_model()))
     saved = read_file(path)
     state, A = saved['model'], 'head.adapter.A'

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-import compute
+from lab import compute
 import cwic
 from checkpoint import load_checkpoint, save_checkpoint, weights_sha256
 from data import common
@@ -60,7 +60,7 @@ def test_each_token_against_passes_over_it_alone(arch):
         p = torch.softmax(model(read)[0][0, t].double(), 0)
         q = torch.softmax(teacher(read, dense=True)[0][0, t].double(), 0)
         target = int(windows[w, t + 1])
-        assert found['share'][w, t] == pytest.approx(model(read)[1][:, 0, t].sum().item() / model.dense(), rel=1e-6)
+        assert found['share'][w, t] == pytest.approx(model(read)[1][:, 0, t].sum().item() / model.n_weights(), rel=1e-6)
         assert found['loss'][w, t] == pytest.approx(-math.log(float(p[target].detach())), abs=1e-4)
         assert found['entropy'][w, t] == pytest.approx(-sum(x * math.log(x) for x in p.tolist()), abs=1e-4)
         assert found['gain'][w, t] == pytest.approx(math.log((q[target] / p[target]).item()), abs=1e-4)
@@ -93,8 +93,8 @@ def test_matrices_and_heads_against_a_loop(arch):
         assert shares[:3] == pytest.approx([used[end - width:end].mean() / len(inputs[i, 'qkv']) / 32
                                             for end, width in zip(ends, widths)]) and len(set(shares[:3])) > 1
         assert np.dot(shares[:3], widths) * 32 * 32 == pytest.approx(active[4 * i].sum().item())
-        expected = [float(active[4 * i + j].sum()) / 32 / layer.dense for j, (_, layer) in
-                    enumerate(model.gated()[4 * i:4 * i + 4])]
+        expected = [float(active[4 * i + j].sum()) / 32 / layer.n_weights for j, (_, layer) in
+                    enumerate(model.sparse_layers()[4 * i:4 * i + 4])]
         assert shares[3:] == pytest.approx(expected[1:])
         gate, silent = block.attn.out, np.zeros(4)
         t, mu = gate.thresholds().detach().numpy(), gate.mu.numpy()
@@ -103,7 +103,7 @@ def test_matrices_and_heads_against_a_loop(arch):
                 some = slice(8 * head, 8 * head + 8)
                 silent[head] += not any((np.abs(x - mu)[some] > stripe[some]).any() for stripe in t)
         assert found['heads'][i].tolist() == pytest.approx((silent / 32).tolist()) and silent[0] > 0
-    assert found['matrices'][-1] == pytest.approx(float(active[-1].sum()) / 32 / model.head.dense)
+    assert found['matrices'][-1] == pytest.approx(float(active[-1].sum()) / 32 / model.head.n_weights)
 
 
 def test_one_stripe_cannot_tell_q_from_k():
@@ -156,7 +156,7 @@ def program(tmp_path, monkeypatch):
                     options={'block_size': 16, 'data': str(tmp_path)})
 
     def call(*more):
-        monkeypatch.setattr(sys, 'argv', ['compute.py', *more])
+        monkeypatch.setattr(sys, 'argv', ['lab/compute.py', *more])
         common.run(compute.main)
     return call
 
@@ -172,7 +172,7 @@ def test_program_reads_windows_without_the_next_ones_first_token(program, tmp_pa
     out = capsys.readouterr().out
     model = load_checkpoint(tmp_path / 'sparse.safetensors')[0]
     _, active = model(torch.from_numpy(seen[0][:, :-1]))
-    assert f'75 tokens, which use {float(active.detach().sum()) / 75 / model.dense():.1%} of the weights' in out
+    assert f'75 tokens, which use {float(active.detach().sum()) / 75 / model.n_weights():.1%} of the weights' in out
     assert (tmp_path / 'p.png').read_bytes().startswith(b'\x89PNG')
 
 
@@ -190,7 +190,7 @@ def test_only_dialogues(tmp_path, monkeypatch, capsys):
     seen, measure = [], compute.measure
     monkeypatch.setattr(compute, 'measure', lambda model, teacher, windows: seen.append(windows) or
                         measure(model, teacher, windows))
-    monkeypatch.setattr(sys, 'argv', ['compute.py', str(tmp_path / 'chat.safetensors'), '--dialogues', '--device', 'cpu'])
+    monkeypatch.setattr(sys, 'argv', ['lab/compute.py', str(tmp_path / 'chat.safetensors'), '--dialogues', '--device', 'cpu'])
     common.run(compute.main)
     assert len(seen[0]) >= 9 and all(window.tolist() in ids[::3].tolist() for window in seen[0])
     kinds = [line.split()[0] for line in capsys.readouterr().out.splitlines()[3:] if '%' in line]
@@ -201,7 +201,7 @@ def test_an_adapter_is_compared_with_its_base(program, tmp_path, monkeypatch):
     """Its own matrices with every weight in use are no model that anybody trained."""
     base = small_model(thresholds=0.0, **SIZES)
     save_checkpoint(tmp_path / 'base.safetensors', base, tokenizer={'kind': 'bytes'})
-    cwic.add_adapters(base, 2)
+    cwic.add_lora(base, 2)
     for layer, adapter, _ in cwic.adapters(base):
         torch.nn.init.normal_(getattr(layer, adapter).B)
     save_checkpoint(tmp_path / 'adapter.safetensors', base, base=str(tmp_path / 'base.safetensors'),

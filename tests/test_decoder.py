@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from cwic import GPT, MARGIN_SCALE, CWICConfig, Neurons, add_adapters, generate, merge_adapters
+from cwic import GPT, MARGIN_SCALE, CWICConfig, Neurons, add_lora, generate, merge_lora
 from decoder import Decoder, PackedMatrix, TorchDecoder, quantise, usable_cores
 
 torch.set_num_threads(1)        # tiny matrices: more threads only wait for each other
@@ -33,7 +33,7 @@ def random_model(arch='gpt2', share=None, **changes):
             p.add_(torch.randn_like(p) * 0.05)
         if config.shortlist:
             model.head.margin.fill_(0.5 / MARGIN_SCALE)
-        for _, layer in model.gated():
+        for _, layer in model.sparse_layers():
             neurons = isinstance(layer, Neurons)
             layer.sigma.fill_(0.05 if neurons and share is None else 1)
             if not neurons:
@@ -73,10 +73,10 @@ def test_step_equals_the_model(changes, share, dense):
             want_active[:-1] = rough_active[:-1]
         if model.config.shortlist and not dense:
             listed = (want_active - rough_active).reshape(-1, len(decoder.names))[-1]
-            assert not listed[:-1].any() and 0 < listed[-1] <= decoder.dense[-1] * (1 if share == 0 else 0.99)
+            assert not listed[:-1].any() and 0 < listed[-1] <= decoder.n_weights[-1] * (1 if share == 0 else 0.99)
             assert listed[-1] % model.config.n_embd == 0
         assert active.dtype == np.int64 and active.shape == want_active.shape and (active == want_active).all()
-        assert not dense or (active == decoder.dense).all()
+        assert not dense or (active == decoder.n_weights).all()
         worst = max(worst, np.abs(logits - want).max() / np.abs(want).max())
     print(f'largest difference {worst:.1e}')
     assert worst < 1e-4
@@ -90,7 +90,7 @@ def test_thresholds_within_rounding(arch):
     """
     model = random_model(arch)
     inputs, equal = {}, 0
-    for name, layer in model.gated():
+    for name, layer in model.sparse_layers():
         layer.register_forward_hook(lambda layer, args, out, name=name: inputs.__setitem__(name, args[-2][0]))
     for start in range(20):
         tokens = random_tokens(model, 20 + start)[start:]
@@ -100,7 +100,7 @@ def test_thresholds_within_rounding(arch):
             assert np.abs(logits - want).max() < 1e-4 * np.abs(want).max()
             continue
         token, matrix = sorted(np.argwhere(active != want_active).tolist(), key=lambda at: at[1])[0]
-        name, layer = model.gated()[matrix]
+        name, layer = model.sparse_layers()[matrix]
         assert ((inputs[name][token] - layer.mu).abs() - layer.thresholds()).abs().min() < 1e-5
     assert equal > 10
 
@@ -228,7 +228,7 @@ def test_is_a_snapshot_made_anew_each_time():
     old = Decoder(model)
     before, _ = old.prefill([1, 2])
     with torch.no_grad():
-        for _, layer in model.gated():
+        for _, layer in model.sparse_layers():
             layer.mu.add_(0.5)
             layer.weight.mul_(1.5)
             if layer.bias is not None:
@@ -241,14 +241,14 @@ def test_is_a_snapshot_made_anew_each_time():
 def test_adapters(arch):
     """A model with a low-rank change beside its weights is packed as what the two amount to."""
     model = random_model(arch, 0.5)
-    add_adapters(model, 3)
+    add_lora(model, 3)
     with torch.no_grad():
         for name, p in model.named_parameters():
             if name.endswith('.B'):
                 p.normal_(0, 0.1)
     logits, _ = Decoder(model).prefill([1, 2, 3])
     assert np.allclose(logits, TorchDecoder(model).prefill([1, 2, 3])[0], atol=1e-4)
-    merge_adapters(model)
+    merge_lora(model)
     assert np.allclose(logits, Decoder(model).prefill([1, 2, 3])[0], atol=1e-4)
 
 

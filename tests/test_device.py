@@ -56,7 +56,7 @@ def test_nothing_is_recorded_before_a_call_that_compiles_nothing(compiling_in, r
             times['what was timed'].append(0.5)
         return 2 * x
 
-    recorded = device.Recorded(twice, graphs)
+    recorded = device.CudaGraph(twice, graphs)
     for call in range(1, 10):
         assert float(recorded(torch.tensor(float(call)))) == 2 * call
     assert graphs.done == ['run'] * (recorded_in - 1) + ['record'] + ['replay'] * (10 - recorded_in)
@@ -77,7 +77,7 @@ def test_torch_says_when_something_was_compiled():
 def test_what_cannot_be_recorded_is_called(capsys):
     """And that is said once, in a line: it is slower, but it is no reason to end."""
     graphs = Graphs(fails=True)
-    recorded = device.Recorded(torch.neg, graphs)
+    recorded = device.CudaGraph(torch.neg, graphs)
     assert [float(recorded(torch.tensor(float(i)))) for i in range(8)] == [-i for i in range(8)]
     assert graphs.done == ['run'] * 3 + ['record'] + ['run'] * 5
     error = capsys.readouterr().err

@@ -69,16 +69,16 @@ def test_distillation_starts_at_the_exact_dense_model(arch, rank):
     """
     model = dense_model(arch).train()
     if rank:
-        cwic.add_adapters(model, rank)
+        cwic.add_lora(model, rank)
     run = new_run(model, batch_size=4, teacher=1.0)
     run.teacher = train.frozen_teacher(run)
     before = {name: x.clone() for name, x in model.state_dict().items()}
     model.observe(batch(64, vocab=257)[0])
-    assert all(float(layer.sigma.min()) > 0 for _, layer in model.gated())
+    assert all(float(layer.sigma.min()) > 0 for _, layer in model.sparse_layers())
     assert all(torch.equal(before[name], x) for name, x in model.state_dict().items()
                if not name.endswith(('mu', 'sigma')))
     loss, active = train.backward(run, *batch(vocab=257), dense=False, price=0.0)
-    assert abs(float(loss)) < 1e-9 and abs(float(active.sum()) / model.dense() - 1) < 1e-6
+    assert abs(float(loss)) < 1e-9 and abs(float(active.sum()) / model.n_weights() - 1) < 1e-6
     # far from what a wrong start would give
     run.teacher = cwic.dense_copy(small_model(arch, vocab_size=257))
     assert float(train.backward(run, *batch(vocab=257), dense=False, price=0.0)[0]) > 0.1
@@ -94,7 +94,7 @@ def test_the_first_step_of_the_program(dense, data, tmp_path):
     assert float(row['target']) > 1
     model, saved = load_checkpoint(tmp_path / 'last.safetensors')
     assert saved['step'] == 1 and saved['options']['dense_steps'] == 0 and saved['options']['teacher'] == 1
-    for _, layer in model.gated():
+    for _, layer in model.sparse_layers():
         in_sigmas = layer.theta.detach() * layer.scale
         assert cwic.FLOOR * 0.999 <= float(in_sigmas.min())
         assert float(in_sigmas.max()) <= cwic.BANDWIDTH / 2 * 1.001
@@ -109,9 +109,9 @@ def test_statistics_stay_those_of_the_dense_model():
     """
     run = new_run(small_model(), cwic.dense_copy(small_model(seed=3)), batch_size=4)
     run.model.observe(batch()[0])
-    before = [x.clone() for _, layer in run.model.gated() for x in (layer.mu, layer.sigma)]
+    before = [x.clone() for _, layer in run.model.sparse_layers() for x in (layer.mu, layer.sigma)]
     train.train_step(run, *batch(), target=3.0)
-    after = [x for _, layer in run.model.gated() for x in (layer.mu, layer.sigma)]
+    after = [x for _, layer in run.model.sparse_layers() for x in (layer.mu, layer.sigma)]
     assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
 
 
@@ -234,14 +234,14 @@ def test_an_adapter_goes_on_with_finer_stripes(adapter):
     out, _ = adapter
     old = weights.load(str(out / 'best.safetensors'))[0]
     model, config = starting(init_from=str(out / 'best.safetensors'), stripe_qkv=8, stripe_up=8, stripe_head=50)
-    assert (config.stripe_qkv, config.stripe_head, config.rank) == (8, 50, 3)
+    assert (config.stripe_qkv, config.stripe_head, config.lora_rank) == (8, 50, 3)
     assert len(model.head.theta) == 6 and len(old.head.theta) == 3
     tokens = batch(vocab=257)[0]
     with torch.no_grad():
         (logits, active), (old_logits, old_active) = model.eval()(tokens), old(tokens)
     torch.testing.assert_close(logits, old_logits, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(active, old_active)
-    assert float(active.sum()) < 0.95 * model.dense() * tokens.numel()
+    assert float(active.sum()) < 0.95 * model.n_weights() * tokens.numel()
 
 
 def test_windows_shorter_than_the_context(dense, data, tmp_path):
@@ -303,9 +303,9 @@ def base_of(name):
 
 @pytest.fixture(scope='session', params=['gpt2', 'llama'])
 def adapter(request, dense, data, tmp_path_factory):
-    """(folder, path of its base) of a whole run with --rank 3."""
+    """(folder, path of its base) of a whole run with --lora_rank 3."""
     out = tmp_path_factory.mktemp(f'adapter_{request.param}')
-    ended = distil(dense[request.param], data, out, '--rank', 3)
+    ended = distil(dense[request.param], data, out, '--lora_rank', 3)
     assert ended.returncode == 0 and 'of them trained' in ended.stdout, ended
     return out, dense[request.param]
 
@@ -349,7 +349,7 @@ def test_a_merged_adapter_is_the_full_model(adapter):
             expected = expected + saved[f'{key}.A'].double().numpy() @ saved[f'{key}.B'].double().numpy()
             changed += 1
         np.testing.assert_allclose(p.detach().numpy(), expected, rtol=1e-5, atol=1e-6)
-    assert changed == sum(2 if isinstance(layer, cwic.Neurons) else 1 for _, layer in merged.gated())
+    assert changed == sum(2 if isinstance(layer, cwic.Neurons) else 1 for _, layer in merged.sparse_layers())
     tokens = batch(vocab=257)[0]
     with torch.no_grad():
         for x, y in zip(merged(tokens), apart(tokens)):
@@ -358,7 +358,7 @@ def test_a_merged_adapter_is_the_full_model(adapter):
 
 def test_a_resumed_adapter_equals_the_uninterrupted_one(adapter, data, tmp_path):
     out, base = adapter
-    assert distil(base, data, tmp_path, '--rank', 3, '--max_steps', 3).returncode == 0
+    assert distil(base, data, tmp_path, '--lora_rank', 3, '--max_steps', 3).returncode == 0
     assert resume(tmp_path).returncode == 0
     assert equal(trained(tmp_path), trained(out))
 
@@ -373,19 +373,19 @@ def test_going_on_from_an_adapter(adapter, data, tmp_path):
     argv = ['--init_from', str(source), '--data', data]
     begun, _ = train.begin(*parse_options(train.TrainConfig, 'train', argv=argv), 'cpu')
     config, state = begun.config, begun.model.state_dict()
-    assert (config.init_from, config.rank, config.dense_steps, config.teacher) == (base, 3, 0, 1.0)
+    assert (config.init_from, config.lora_rank, config.dense_steps, config.teacher) == (base, 3, 0, 1.0)
     for name, x in saved['model'].items():
         if not name.endswith('.scale'):
             assert equal(state[name], x.float() * saved['model'].get(f'{name}.scale', 1.0))
-    reduction = begun.model.dense() / float(begun.active.sum())
+    reduction = begun.model.n_weights() / float(begun.active.sum())
     assert abs(reduction - saved['reduction']) < 1e-6 and reduction > 1.1
     assert distil(source, data, tmp_path, '--ramp_steps', 0, '--hold_steps', 2).returncode == 0
     assert os.path.normpath(tmp_path / load(tmp_path)['base']) == base and load(tmp_path, 'best.safetensors')['reduction'] > 1.1
     for shares in ('x', [], [0.5, 'x'], [9.0] * len(begun.active)):        # a file may say anything
         write_file(tmp_path / 'odd.safetensors', {**saved, 'base': base, 'active_share': shares})
         config = train.TrainConfig(init_from=str(tmp_path / 'odd.safetensors'), max_steps=0)
-        assert float(train.begin(config, {'init_from'}, 'cpu')[0].active.sum()) == begun.model.dense()
-    for name, value in (('rank', 5), ('stripe_up', 64), ('n_layer', 2)):
+        assert float(train.begin(config, {'init_from'}, 'cpu')[0].active.sum()) == begun.model.n_weights()
+    for name, value in (('lora_rank', 5), ('stripe_up', 64), ('n_layer', 2)):
         ended = distil(source, data, tmp_path / 'b', f'--{name}', value)
         assert f'--{name} {value}: {source} has' in one_line(ended, 2)
 
@@ -400,7 +400,7 @@ def test_an_adapter_with_bases_and_a_shortlist(arch, dense, data, tmp_path, monk
     find, looked = cwic.GPT.find_bases, []
     monkeypatch.setattr(cwic.GPT, 'find_bases', lambda model, tokens, dense: looked.append(dense) or
                         find(model, tokens, dense))
-    more = ['--rank', 3, '--bases', '--shortlist', '--eval_every', 1]
+    more = ['--lora_rank', 3, '--bases', '--shortlist', '--eval_every', 1]
     assert distil(dense[arch], data, tmp_path / 'a', *more).returncode == 0
     with open(tmp_path / 'a' / 'log.csv', encoding='utf-8') as f:
         row = next(csv.DictReader(f))
@@ -420,7 +420,7 @@ def test_an_adapter_with_bases_and_a_shortlist(arch, dense, data, tmp_path, monk
     again = weights.load(str(tmp_path / 'b' / 'last.safetensors'))[0]
     for x, y in zip(model.parameters(), again.parameters()):
         torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-5)
-    assert distil(dense[arch], data, tmp_path / 'without', '--rank', 3).returncode == 0
+    assert distil(dense[arch], data, tmp_path / 'without', '--lora_rank', 3).returncode == 0
     ended = distil(tmp_path / 'without' / 'best.safetensors', data, tmp_path / 'c', '--bases')
     assert ended.returncode == 0 and not torch.equal(load(tmp_path / 'c')['model']['basis'], cwic.axes(16))
     assert looked == [True, True, False]
@@ -450,7 +450,7 @@ def test_compiling_changes_nothing(arch, dense, rank, one_stripe):
         model, frozen = small_model(arch, shortlist=bool(rank), **stripes), cwic.dense_copy(small_model(arch, seed=3))
         run = new_run(model, frozen, batch_size=8, teacher=0.5)
         if rank:
-            cwic.add_adapters(model, rank)
+            cwic.add_lora(model, rank)
         if compiled:
             options = dict(backend='aot_eager', fullgraph=True)     # all of the compiler but what writes C++
             run.head_loss = torch.compile(train.head_loss, **options)

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 
-import bench_train
+from lab import bench_train
 import cwic
 import device
 import test_bench
@@ -131,10 +131,10 @@ def test_processes_start_from_the_same_bases(data, tmp_path):
 
     torch.manual_seed(5)
     dense = small_model('llama', thresholds=0.0, vocab_size=257, n_layer=1)
-    for _, layer in dense.gated():
+    for _, layer in dense.sparse_layers():
         layer.sigma.zero_()
     save_checkpoint(tmp_path / 'dense.safetensors', dense, tokenizer={'kind': 'bytes'})
-    options = ['--init_from', tmp_path / 'dense.safetensors', '--rank', 3, '--bases', '--block_size', 16, '--batch_size', 4,
+    options = ['--init_from', tmp_path / 'dense.safetensors', '--lora_rank', 3, '--bases', '--block_size', 16, '--batch_size', 4,
                '--ramp_steps', 2, '--hold_steps', 4, '--dtype', 'float32', '--device', 'cpu', '--data', data]
     assert call(*options, '--out', tmp_path / 'one').returncode in (0, 1)       # its target met or not
     both = together(*options, '--out', tmp_path / 'two', call=call_with_others)
@@ -263,11 +263,11 @@ def test_bench_compares_two_processes_with_one(tmp_path, monkeypatch, lost):
         run, model = make_run(*args), small_model(block_size=16)
         return replace(run, config=replace(run.config, block_size=16), model=model,
                        optimizer=torch.optim.AdamW(model.parameter_groups(0.0, 0.0, 0.0)),
-                       active=torch.tensor([float(layer.dense) for _, layer in model.gated()]))
+                       active=torch.tensor([float(layer.n_weights) for _, layer in model.sparse_layers()]))
 
     monkeypatch.setattr(bench_train, 'make_run', small_run)
     if lost:
-        monkeypatch.setattr(train, 'sum_over_processes', lambda tensors: None)
+        monkeypatch.setattr(train, 'all_reduce', lambda tensors: None)
     file = tmp_path / 'rows.json'
     first, second = together('train', '--processes', 2, '--device', 'cpu', '--rounds', 1, '--batch', 4,
                              '--json', file, call=test_bench.call)

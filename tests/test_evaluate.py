@@ -26,7 +26,7 @@ def model():
     torch.manual_seed(0)
     config = cwic.CWICConfig(vocab_size=257, block_size=40, n_layer=1, n_head=2, n_embd=16, stripe_qkv=16)
     model = cwic.GPT(config)
-    for _, layer in model.gated():
+    for _, layer in model.sparse_layers():
         layer.sigma.fill_(1)
         layer.theta.data.uniform_(0, 1 / layer.scale)
     return model.eval().requires_grad_(False)
@@ -46,7 +46,7 @@ def test_measure_equals_counting_token_by_token(model):
             kls.append(float((teacher_p[i] * (teacher_p[i] / p).log()).sum()))
             same.append(float(p.argmax() == teacher_p[i].argmax()))
             if i:
-                shares.append(float(active[:, 0, i].sum()) / model.dense())
+                shares.append(float(active[:, 0, i].sum()) / model.n_weights())
                 surprises.append(-float(logits[0, i - 1].log_softmax(-1)[row[i]]))
                 entropies.append(-float((p * p.log()).sum()))
     assert results['val_loss'] == pytest.approx(np.mean(losses), rel=1e-5)
@@ -57,7 +57,7 @@ def test_measure_equals_counting_token_by_token(model):
     # (f32 probabilities of a model that knows nothing hardly differ: hence the tolerance of the correlations)
     assert results['compute_percentiles']['50'] == pytest.approx(np.percentile(shares, 50))
     everything = sum(float(model(torch.from_numpy(row[None, :-1]))[1].sum()) for row in tokens)
-    assert results['reduction'] == pytest.approx(model.dense() * 36 / everything)
+    assert results['reduction'] == pytest.approx(model.n_weights() * 36 / everything)
 
 
 def test_percentiles_are_of_the_tokens_of_replies(model):
@@ -65,7 +65,7 @@ def test_percentiles_are_of_the_tokens_of_replies(model):
     tokens = np.random.default_rng(0).integers(0, 257, (2, 13))
     replies = np.zeros(tokens.shape, bool)
     replies[0, 3:9], replies[1, 12] = True, True        # the last is read by nobody: it is only predicted
-    shares = model(torch.from_numpy(tokens[:1, :-1]))[1][:, 0].sum(0)[3:9] / model.dense()
+    shares = model(torch.from_numpy(tokens[:1, :-1]))[1][:, 0].sum(0)[3:9] / model.n_weights()
     found = evaluate.measure(model, tokens, replies=replies)['compute_percentiles']
     assert found['5'] == pytest.approx(np.percentile(shares, 5))
     nobody = evaluate.measure(model, tokens, replies=np.zeros_like(replies))
@@ -120,7 +120,7 @@ def test_blimp_reads_sentences_of_one_length_together_and_scores_them_as_one_by_
         for text in texts:
             ids = [start] + encoding.encode_ordinary(text)
             active, count = active + float(model(torch.tensor([ids[:-1]]))[1].sum()), count + len(ids) - 1
-    assert reduction == pytest.approx(model.dense() * count / active)
+    assert reduction == pytest.approx(model.n_weights() * count / active)
     assert evaluate.blimp(model, encoding, [start], pairs, dense=True)[1] == 1
 
 
@@ -137,7 +137,7 @@ def chat_models():
         config = cwic.CWICConfig(vocab_size=259, block_size=160, n_layer=1, n_head=2, n_embd=16, stripe_qkv=16)
         models.append(cwic.GPT(config).eval().requires_grad_(False))
         models[-1].head.weight[:, 2] += 0.6 * seed * models[-1].head.weight[:, 50]
-    for _, layer in models[0].gated():
+    for _, layer in models[0].sparse_layers():
         layer.sigma.fill_(1)
         layer.theta.data.uniform_(0, 1 / layer.scale)
     return spec, *models
@@ -170,7 +170,7 @@ def test_answers_are_compared_as_one_token_after_the_other():
     assert results['questions'] == 3 and results['tokens'] == len(kls) < 3 * evaluate.LONGEST_ANSWER
     assert results['kl'] == pytest.approx(np.mean(kls), rel=1e-4)
     assert results['agreement'] == pytest.approx(np.mean(same))
-    assert results['reduction'] == pytest.approx(model.dense() / np.mean(active)) and results['reduction'] > 1.1
+    assert results['reduction'] == pytest.approx(model.n_weights() / np.mean(active)) and results['reduction'] > 1.1
 
 
 def test_questions_that_cannot_be_asked_are_one_line(tmp_path, monkeypatch, capsys):

@@ -9,11 +9,11 @@ import pytest
 import torch
 
 import evaluate
-import methods
+from lab import methods
 import train
-from baselines import ALL_METHODS
+from lab.baselines import ALL_METHODS
 from cwic import StripedLinear
-from methods import METHODS
+from lab.methods import METHODS
 from test_cwic import BOTH, one_thread, small_model     # noqa: F401  one_thread: a fixture, for all
 
 RULES = [name for name, method in METHODS.items() if not (method.learned or method.dense or method.predicts)]
@@ -84,7 +84,7 @@ def weights_used(gate, x):
         x = np.maximum(x, 0)
     t, mu = gate.thresholds().detach().numpy(), gate.mu.numpy()
     if not isinstance(gate, StripedLinear):
-        return int((np.abs(x) > t[0]).sum()) * gate.dense // gate.n_in
+        return int((np.abs(x) > t[0]).sum()) * gate.n_weights // gate.n_in
     used = 0
     for column in range(gate.n_out):
         if column >= gate.n_out - getattr(gate, 'unread', 0):       # which ones makes no difference to the count
@@ -103,7 +103,7 @@ def test_reduction_is_what_a_plain_count_gives_and_meets_the_target(name, arch, 
         counted = sum(weights_used(gate, x) for name, gate in gates.items() for x in found[name])
         windows = np.concatenate([tokens.numpy(), np.zeros((8, 1), np.int64)], axis=1)
         reduction = evaluate.measure(model, windows)['reduction']
-        assert reduction == pytest.approx(model.dense() * tokens.numel() / counted, rel=1e-9)
+        assert reduction == pytest.approx(model.n_weights() * tokens.numel() / counted, rel=1e-9)
         # ReLU may already skip more than its share
         assert reduction >= 1.75 if name == 'ProSparse' else reduction == pytest.approx(target, rel=0.03)
 
@@ -267,7 +267,7 @@ def test_chosen_heads_and_neurons_are_all_that_is_used_and_counted(name, monkeyp
             layer.register_forward_pre_hook(lambda _, args, mask=mask: (args[0] * torch.from_numpy(mask), args[1]))
     assert float(active.sum()) == pytest.approx(used, rel=1e-9)
     assert torch.allclose(logits, dense(tokens, dense=True)[0], atol=2e-4)
-    assert used == pytest.approx(dense.dense() * 128 / 1.5, rel=0.03)
+    assert used == pytest.approx(dense.n_weights() * 128 / 1.5, rel=0.03)
 
 
 def training_run(model, target):
@@ -334,7 +334,7 @@ def test_shadowllms_importance_is_a_times_its_gradient(monkeypatch):
 
 def test_what_cannot_be_reached_says_so():
     dense = small_model(thresholds=0.0, **SIZES)
-    never = sum(layer.dense for name, layer in dense.gated() if not name.endswith('down')) / dense.dense()
+    never = sum(layer.n_weights for name, layer in dense.sparse_layers() if not name.endswith('down')) / dense.n_weights()
     with pytest.raises(methods.Cannot, match=f'at most 1.*x: every token uses {never:.0%}'):
         METHODS['CATS'].check(dense, {}, 2.0)
     with pytest.raises(methods.Cannot, match='not at hand'):

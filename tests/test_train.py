@@ -153,7 +153,7 @@ def new_run(model, frozen=None, **options):
     """A Run as begin() makes it, of a model of its own; frozen: its teacher."""
     config = train.TrainConfig(**{'block_size': 16, 'clip': 0.0, 'device': 'cpu', **options})
     optimizer = torch.optim.AdamW(model.parameter_groups(config.lr, config.lr * config.threshold_lr, 0.0))
-    dense = torch.tensor([layer.dense for _, layer in model.gated()], dtype=torch.float64)
+    dense = torch.tensor([layer.n_weights for _, layer in model.sparse_layers()], dtype=torch.float64)
     return train.Run(config, model.train(), {'kind': 'bytes'}, optimizer, 'cpu', torch.float32, dense, frozen,
                      head_loss=train.head_loss, gradients=train.gradients, update=train.update)
 
@@ -218,8 +218,8 @@ def test_what_a_gpu_replays_is_what_would_have_been_computed():
         run, losses = new_run(small_model(), batch_size=4, micro_batch=2, clip=0.5), []
         run.update = lambda run, rates, dense: train.update(run, torch.tensor(rates), dense)
         if recording:
-            run.gradients = device.Recorded(train.gradients, Graphs())
-            run.update = device.Recorded(train.update, Graphs())
+            run.gradients = device.CudaGraph(train.gradients, Graphs())
+            run.update = device.CudaGraph(train.update, Graphs())
         for step in range(14):
             for group in run.optimizer.param_groups:
                 group['lr'] = 1e-2 / (step + 1)
@@ -242,7 +242,7 @@ def test_gradient_is_that_of_the_loss_written_plainly():
     logits, counts = plain(tokens)
     # the flop loss at the running mean; the count of this batch is what it can change
     mean = counts.sum(0).mean()
-    flop = (3.0 - plain.dense() / (mean - mean.detach() + 0.6 * plain.dense())) ** 2
+    flop = (3.0 - plain.n_weights() / (mean - mean.detach() + 0.6 * plain.n_weights())) ** 2
     (cwic.next_token_loss(logits.flatten(0, 1), targets.flatten()) + flop).backward()
     for ours, theirs in zip(run.model.parameters(), plain.parameters(), strict=True):
         atol = 1e-5 * float(theirs.grad.abs().max())
@@ -257,8 +257,8 @@ def test_the_mean_that_sets_the_price_runs():
     """
     run = new_run(small_model(), batch_size=4, lr=0.0)
     _, active, _ = train.train_step(run, *batch(), target=3.0)
-    dense = torch.tensor([layer.dense for _, layer in run.model.gated()]).double()
-    assert 0 < float(active.sum()) < run.model.dense()
+    dense = torch.tensor([layer.n_weights for _, layer in run.model.sparse_layers()]).double()
+    assert 0 < float(active.sum()) < run.model.n_weights()
     torch.testing.assert_close(run.active, 0.9 * dense + 0.1 * active)
     silent = new_run(small_model(thresholds=1e4), batch_size=4)
     silent.active.zero_()
@@ -357,7 +357,7 @@ def test_evaluation_leaves_the_model_as_it_was(dense):
         logits, active = model.eval()(tokens, dense=dense)
     expected = -logits.log_softmax(-1).gather(-1, targets[:, :, None]).mean()
     assert abs(measured['val_loss'] - float(expected)) < 1e-5
-    assert abs(measured['reduction'] - model.dense() / float(active.sum(0).mean())) < 1e-9
+    assert abs(measured['reduction'] - model.n_weights() / float(active.sum(0).mean())) < 1e-9
 
 
 def test_gates_are_compiled_where_that_pays_and_works(monkeypatch):
@@ -429,7 +429,7 @@ def test_target_1_trains_a_dense_model(data, tmp_path):
     assert call(*TINY, '--data', data, '--target_reduction', 1, '--out', tmp_path).returncode == 0
     model, saved = load_checkpoint(tmp_path / 'best.safetensors')
     assert saved['reduction'] == 1
-    assert all(float(layer.theta.detach().abs().max()) == 0 for _, layer in model.gated())
+    assert all(float(layer.theta.detach().abs().max()) == 0 for _, layer in model.sparse_layers())
 
 
 def test_a_run_on_data_made_of_windows(tmp_path):
@@ -787,7 +787,7 @@ def test_what_is_not_finite_is_not_saved(data, tmp_path, monkeypatch):
     (['--teacher', '1.5'], 2, '--teacher must be at most 1'),
     (['--resume=maybe'], 2, '--resume'),
     (['--dense_steps', '0', '--ramp_steps', '0', '--hold_steps', '0'], 2, 'must not all be 0'),
-    (['--rank', '4'], 2, 'say which with --init_from'),
+    (['--lora_rank', '4'], 2, 'say which with --init_from'),
     (['--n_head', '7'], 2, '--n_embd (16) must be a multiple of n_head (7)'),
     (['--n_layer', '0'], 2, '--n_layer'),
     (['--stripe_up', '0'], 2, '--stripe_up'),

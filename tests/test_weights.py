@@ -55,7 +55,7 @@ def assert_same_logits(model, expected, tokens, tolerance=1e-4):
         with torch.no_grad():
             logits, active = model(torch.from_numpy(tokens)[None], dense=dense)
         np.testing.assert_allclose(logits[0].numpy(), expected, rtol=tolerance, atol=tolerance)
-        assert 0.9 * model.dense() < float(active.sum(0).mean()) <= model.dense()
+        assert 0.9 * model.n_weights() < float(active.sum(0).mean()) <= model.n_weights()
 
 
 # -----------------------------------------------------------------------------
@@ -167,7 +167,7 @@ def test_gpt2_equals_numpy(folder, kind):
     tokens = np.random.default_rng(1).integers(0, VOCAB, CONTEXT)
     assert_same_logits(model, gpt2_forward(tensors, tokens), tokens)
     assert saved['tokenizer']['name'] == 'gpt2' and not model.training
-    assert all(not layer.theta.any() and not layer.sigma.any() for _, layer in model.gated())
+    assert all(not layer.theta.any() and not layer.sigma.any() for _, layer in model.sparse_layers())
     assert all(x.is_contiguous() and x.requires_grad for x in model.parameters())
 
 
@@ -306,7 +306,7 @@ def test_a_llama_folder_equals_numpy(llama, kind):
     c = model.config
     assert c.block_size == weights.LLAMA_CONTEXT == 2048
     assert (c.stripe_qkv, c.stripe_out, c.stripe_up, c.stripe_head) == (128, WIDTH, HIDDEN, SMOL_VOCAB)
-    assert all(len(layer.theta) == 1 for _, layer in model.gated())
+    assert all(len(layer.theta) == 1 for _, layer in model.sparse_layers())
     assert tokenizer.load_tokenizer(saved['tokenizer']).n_vocab == SMOL_VOCAB
 
 
@@ -967,7 +967,7 @@ def test_a_gpt2_without_tokenizer_takes_tiktokens_or_says_what_to_fetch(folder, 
 def test_an_adapter_finds_its_base_but_no_other_adapter(llama, tmp_path):
     base, saved = weights.load(str(llama))
     model, _ = weights.load(str(llama))
-    cwic.add_adapters(model, 2)
+    cwic.add_lora(model, 2)
     for layer in (model.blocks[1].attn.qkv, model.head):
         torch.nn.init.normal_(layer.adapter.B)
     path, of_base = tmp_path / 'adapter.safetensors', {**saved, 'base_sha256': weights_sha256(base)}
@@ -998,7 +998,7 @@ def test_an_adapter_finds_its_base_from_any_folder_and_knows_it(llama, tmp_path,
     model, saved = weights.load('llama')
     saved.update(base=weights.base_for('out/a.safetensors', 'llama'), base_sha256=weights_sha256(model))
     assert saved['base'] == os.path.join('..', 'llama') and weights.base_for('out/a', 'smollm2') == 'smollm2'
-    cwic.add_adapters(model, 2)
+    cwic.add_lora(model, 2)
     save_checkpoint('out/a.safetensors', model, **saved)
     os.mkdir('elsewhere')
     monkeypatch.chdir('elsewhere')
@@ -1344,7 +1344,7 @@ def test_the_real_smollm2_says_what_it_should():
             logits, _ = model(torch.tensor([reply[-1:]]), cache, dense=True)
     assert best.indices.tolist() == [504, 60, 15319, 2219, 7026]
     np.testing.assert_allclose(best.values, [25.32538, 25.24328, 24.94242, 24.40167, 24.31463], atol=2e-4)
-    assert float(active[:, 0, -1].sum()) == model.dense() == 134_479_872
+    assert float(active[:, 0, -1].sum()) == model.n_weights() == 134_479_872
     assert encoding.decode(reply) == 'The capital of France is Paris.<|im_end|>'
     assert reply[-1] in tokenizer.stop_ids(saved['tokenizer'], encoding)
 

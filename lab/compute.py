@@ -1,8 +1,8 @@
 """
 What gets compute: which tokens, where in the text, in which matrices, and what it is good for.
 
-    python compute.py out/best.safetensors
-    python compute.py adapters/smollm2.safetensors --dialogues --picture assets/tokens.png     # some minutes
+    python lab/compute.py out/best.safetensors
+    python lab/compute.py adapters/smollm2.safetensors --dialogues --picture assets/tokens.png     # some minutes
 
 Reads validation text and asks of every token what share of the weights the pass over it used, what the model
 knew by then, and how much better the prediction would have been with every weight. Every weight means the
@@ -16,11 +16,15 @@ Not here: why. That two things go together does not say that one makes the other
 
 import keyword
 import re
+import sys
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))    # the repository, for the imports below
 
 import plots
 import weights
@@ -28,7 +32,7 @@ from checkpoint import CheckpointError
 from data.common import load_dataset, run
 from device import choose_device
 from evaluate import rows_at_once, validation_windows, windows_of_kind
-from methods import hooked
+from lab.methods import hooked
 from options import counted, fail, option, parse_options
 from tokenizer import load_tokenizer
 
@@ -133,11 +137,11 @@ def measure(model, teacher, windows):
             logits, active = model(batch[:, :-1])
         dense_logp, logp = teacher(batch[:, :-1], dense=True)[0].log_softmax(-1), logits.log_softmax(-1)
         loss, dense_loss = (-x.gather(-1, batch[:, 1:, None])[:, :, 0] for x in (logp, dense_logp))
-        entropy, share = -(logp.exp() * logp).sum(-1), active.sum(0) / model.dense()
+        entropy, share = -(logp.exp() * logp).sum(-1), active.sum(0) / model.n_weights()
         tokens.append(torch.stack([x.cpu().double() for x in (share, loss, entropy, loss - dense_loss)]))
         active_sum = active_sum + active.sum((1, 2)).cpu()
     share, loss, entropy, gain = torch.cat(tokens, 1).numpy()
-    used = [float(a) / share.size / layer.dense for a, (_, layer) in zip(active_sum, model.gated())]
+    used = [float(a) / share.size / layer.n_weights for a, (_, layer) in zip(active_sum, model.sparse_layers())]
     matrices = []
     for i, columns in enumerate(inputs):
         matrices += [float(part.mean()) / share.size / model.config.n_embd for part in columns.split(widths)]
@@ -224,7 +228,7 @@ def show(found, kinds, pieces, matrices):
 
 
 def main():
-    config, _ = parse_options(ComputeConfig, 'python compute.py')
+    config, _ = parse_options(ComputeConfig, 'python lab/compute.py')
     path = config.checkpoint[0] if config.checkpoint else 'out/best.safetensors'
     if len(config.checkpoint) > 1:
         fail('give one checkpoint')

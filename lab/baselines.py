@@ -1,10 +1,10 @@
 """
 The other ways to skip compared, on the same models, with the same training, counted the same way.
 
-    python baselines.py compare                     # every method on the small Python model: hours
-    python baselines.py compare --quick             # does all of it work? minutes
-    python baselines.py compare --methods TEAL,CWIC --targets 2,3 --trained_targets 3
-    python baselines.py compare --subject smollm2 --recipe config/smollm2_distill.toml --blimp blimp.jsonl.xz
+    python lab/baselines.py compare                     # every method on the small Python model: hours
+    python lab/baselines.py compare --quick             # does all of it work? minutes
+    python lab/baselines.py compare --methods TEAL,CWIC --targets 2,3 --trained_targets 3
+    python lab/baselines.py compare --subject smollm2 --recipe config/smollm2_distill.toml --blimp blimp.jsonl.xz
 
 It starts from a dense model: python train.py --target_reduction 1 --out out/dense
 Processes may share its methods and seeds, each with an --out and --picture of its own; the rows.jsonl of all,
@@ -27,9 +27,12 @@ import os
 import sys
 import time
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))    # the repository, for the imports below
 
 import cwic
 import evaluate
@@ -39,10 +42,10 @@ import weights
 from checkpoint import CheckpointError
 from cwic import Thresholds
 from data import common
-from device import choose_device, choose_dtype, keep_memory
+from device import choose_device, choose_dtype, tune_malloc
 from evaluate import mix_windows
 from files import write_atomically
-from methods import LEARNED, METHODS, Cannot, Changed, Method, uncompiled
+from lab.methods import LEARNED, METHODS, Cannot, Changed, Method, uncompiled
 from options import fail, option, parse_options, progress
 from tokenizer import load_tokenizer, start_ids
 
@@ -78,9 +81,9 @@ class OwnTargets(Method):
 
     def step(self, run, tokens, targets, target):
         # what train_step() will charge for a weight: with a target out of reach, it is not 0
-        price = cwic.price(run.active.sum(), run.model.dense(), target + 1)
-        for active, (_, layer) in zip(run.active, run.model.gated()):
-            own = cwic.price(active, layer.dense, target) * layer.dense / run.model.dense()
+        price = cwic.price(run.active.sum(), run.model.n_weights(), target + 1)
+        for active, (_, layer) in zip(run.active, run.model.sparse_layers()):
+            own = cwic.price(active, layer.n_weights, target) * layer.n_weights / run.model.n_weights()
             layer.push = torch.tensor(own / price)
         train.train_step(run, tokens, targets, target + 1)
 
@@ -201,7 +204,7 @@ def run_method(job, config, recipe, given, teacher, saved, pairs, report):
             right, _ = evaluate.blimp(model, encoding, start, pairs, method.dense)
             results['blimp'] = float(np.mean(list(right.values())))
     return {'method': name, 'target': target, 'seed': seed,
-            'reduction': results['reduction'] * teacher.dense() / model.dense(),        # one may be smaller
+            'reduction': results['reduction'] * teacher.n_weights() / model.n_weights(),        # one may be smaller
             **{key: results.get(key) for key in ('val_loss', 'kl', 'agreement', 'blimp')},
             'cv': results['spread'],
             'trained_tokens': method.trained * options.steps() * options.batch_size * options.block_size,
@@ -266,7 +269,7 @@ def compare(config, given):
     plots.check_picture(config.picture)
     pairs = evaluate.read_blimp(config.blimp, config.blimp_pairs) if config.blimp else []
     model, saved = weights.load(config.subject)
-    if any(float(layer.theta.detach().max()) > 0 for _, layer in model.gated()):
+    if any(float(layer.theta.detach().max()) > 0 for _, layer in model.sparse_layers()):
         fail(f'--subject {config.subject} is sparse already; for a dense model: '
              'python train.py --target_reduction 1 --out out/dense', 1)
     if config.quick and 'options' in saved:     # the smaller model is not trained as long as this one was
@@ -319,10 +322,10 @@ def compare(config, given):
 
 def main():
     if sys.argv[1:2] != ['compare']:
-        fail('say what to do: python baselines.py compare; then --help says how')
+        fail('say what to do: python lab/baselines.py compare; then --help says how')
     try:
-        keep_memory()
-        compare(*parse_options(CompareConfig, 'python baselines.py compare', argv=sys.argv[2:]))
+        tune_malloc()
+        compare(*parse_options(CompareConfig, 'python lab/baselines.py compare', argv=sys.argv[2:]))
     except (CheckpointError, weights.WeightsError) as error:
         fail(error, 1)
     except torch.OutOfMemoryError:

@@ -1,14 +1,14 @@
 """
 How fast the kernel is, against the memory it reads from and against others.
 
-    python bench.py decode                          # tokens/s, beside PyTorch with dense weights
-    python bench.py decode --llama_bench PATH --gguf f32.gguf,q8_0.gguf         # and beside llama.cpp
-    python bench.py decode --model adapters/smollm2.safetensors      # a real model, reading real text
-    python bench.py decode --stripe 64,320,matrix   # what wider stripes gain; the last: one to a matrix
-    python bench.py probe                           # what bounds decoding: rows alone, and a token's time
-    python bench.py prefill                         # prompts of several lengths: time to the first token
-    python bench.py train                           # training steps, on one GPU or several: bench_train.py
-    python bench.py loss --model out/best.safetensors        # what narrower weights cost in validation loss
+    python lab/bench.py decode                          # tokens/s, beside PyTorch with dense weights
+    python lab/bench.py decode --llama_bench PATH --gguf f32.gguf,q8_0.gguf         # and beside llama.cpp
+    python lab/bench.py decode --model adapters/smollm2.safetensors      # a real model, reading real text
+    python lab/bench.py decode --stripe 64,320,matrix   # what wider stripes gain; the last: one to a matrix
+    python lab/bench.py probe                           # what bounds decoding: rows alone, and a token's time
+    python lab/bench.py prefill                         # prompts of several lengths: time to the first token
+    python lab/bench.py train                           # training steps, on one GPU or several: bench_train.py
+    python lab/bench.py loss --model out/best.safetensors        # what narrower weights cost in validation loss
 
 Decoding waits for weights, and memory's speed swings as neighbours come and go. So all cases take turns in
 rounds, each with a probe of the bandwidth just before and just after it; every round has a text of its own;
@@ -48,19 +48,21 @@ from pathlib import Path
 import numpy as np
 import torch
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))    # the repository, for the imports below
+
 import build_kernel
 import cwic
 import evaluate
 import plots
 import weights
-from bench_train import measure_train, start_processes
 from checkpoint import CheckpointError
 from cwic import GPT, CWICConfig, KVCache
 from data import common
 from decoder import FORMATS, Decoder, PackedMatrix, pointer
 from device import ProcessGone
 from files import write_atomically
-from methods import calibrate, gates, hooked
+from lab.bench_train import measure_train, start_processes
+from lab.methods import calibrate, gates, hooked
 from options import counted, fail, option, parse_options, printable, progress
 from tokenizer import load_tokenizer, start_ids
 
@@ -179,10 +181,10 @@ class Setting:
         def remember(name, layer, args):        # x, dense; of neurons x, z, dense: z comes first
             self.inputs[name] = [x[0, -1].clone() for x in args[-2::-1]]
 
-        for name, layer in model.gated():
+        for name, layer in model.sparse_layers():
             tensors = PackedMatrix(layer, dense=dense).tensors
             self.tensors[name] = {key: tensors[key] for key in ('thresholds', 'mu', 'base')}
-        with hooked([(layer, partial(remember, name)) for name, layer in model.gated()]):
+        with hooked([(layer, partial(remember, name)) for name, layer in model.sparse_layers()]):
             model(torch.tensor([prompt]), dense=dense)
 
     def prepare(self, decoder, threads):
@@ -197,7 +199,7 @@ class Setting:
 def make_settings(model, saved, reductions, prompt):
     """A shape at each of the reductions; another model dense, and as it is."""
     if saved:
-        sparse = any(float(layer.theta.detach().max()) > 0 for _, layer in model.gated())
+        sparse = any(float(layer.theta.detach().max()) > 0 for _, layer in model.sparse_layers())
         return [Setting(model, dense, prompt) for dense in (True, False) if dense or sparse]
     settings, tokens = [], torch.randint(model.config.vocab_size, (24, PROMPT + 32))
     for reduction in counted(reductions, 'reductions calibrated'):
@@ -241,7 +243,7 @@ def kernel_reading(decoder, active, tokens, seconds):
     thresholds = sum(x[key].nbytes for x in tensors for key in ('thresholds', 'row_scale', 'column_scale')
                      if key in x)
     weights = active / tokens * FORMATS[decoder.dtype].itemsize
-    return reading(tokens / seconds, weights, thresholds, int(decoder.dense.sum()) * tokens / max(active, 1))
+    return reading(tokens / seconds, weights, thresholds, int(decoder.n_weights.sum()) * tokens / max(active, 1))
 
 
 def run_matrices(decoder, setting, threads):
@@ -285,7 +287,7 @@ def run_torch(model, threads, prompt, tokens):
             start = time.perf_counter()
         hidden, _ = model.trunk(torch.tensor([ids]), cache, dense=True)
         model.head(hidden[:, -1:], dense=True)
-    return reading(len(tokens or prompt) / (time.perf_counter() - start), model.dense() * dtype.itemsize)
+    return reading(len(tokens or prompt) / (time.perf_counter() - start), model.n_weights() * dtype.itemsize)
 
 
 def run_llama(program, file, threads, prompt, tokens):
@@ -497,8 +499,8 @@ def where_time_goes(measured, model, columns):
             share[r['dtype'], r['threads'], r['asked'], r['columns'], r['megabytes']] = r['roofline']
         if r['part'] == 'token':
             key, token, of_rows = (r['dtype'], r['threads']), 1e6 / r['tok_s'], {'layers': 0.0, 'head': 0.0}
-            for name, layer in model.gated():       # what rows alone would take, memory being as fast as now
-                gigabytes = layer.dense / r['reduction'] * FORMATS[r['dtype']].itemsize / 1e9
+            for name, layer in model.sparse_layers():       # what rows alone would take, memory being as fast as now
+                gigabytes = layer.n_weights / r['reduction'] * FORMATS[r['dtype']].itemsize / 1e9
                 speed = share[*key, r['asked'], columns[name], r['megabytes']] * r['bandwidth_gb_s']
                 of_rows['head' if name == 'head' else 'layers'] += 1e6 * gigabytes / speed
             silent, stream = us['silent', *key], token * r['roofline']
@@ -539,11 +541,11 @@ def measure_probe(config):
     for dtype in config.dtypes.split(','):
         progress(f'packing the model in {dtype}')
         decoder, narrow = Decoder(model, dtype, max(threads)), Decoder(small, dtype, max(threads))
-        for name, layer in model.gated():       # a row of neurons is one of up and one of down
+        for name, layer in model.sparse_layers():       # a row of neurons is one of up and one of down
             sizes = decoder.packed[name].sizes
-            columns[name] = sizes['tile'] * (layer.dense // (sizes['n_in'] * sizes['n_out']))
+            columns[name] = sizes['tile'] * (layer.n_weights // (sizes['n_in'] * sizes['n_out']))
         # half a gigabyte, of which no cache helps; and as much as the model has, of which one may hold a part
-        size = min(model.dense() * FORMATS[dtype].itemsize, PROBE_BYTES)
+        size = min(model.n_weights() * FORMATS[dtype].itemsize, PROBE_BYTES)
         sizes = sorted({(PROBE_BYTES, width) for width in WIDTHS} | {(size, c) for c in columns.values()})
         alone = [(dict(asked=reduction, columns=width, megabytes=size // 10 ** 6),
                   RowsAlone(kernel, memory[:size], dtype, width, 1 / reduction))
@@ -653,10 +655,10 @@ def check_file(name, path):
 
 
 def main():
-    config, _ = parse_options(BenchConfig, 'python bench.py')
+    config, _ = parse_options(BenchConfig, 'python lab/bench.py')
     what = config.what[0] if len(config.what) == 1 else ''
     if what not in MEASURES:
-        fail(f'say what to measure, one of {", ".join(MEASURES)}; for example: python bench.py decode')
+        fail(f'say what to measure, one of {", ".join(MEASURES)}; for example: python lab/bench.py decode')
     if config.processes > 1 and what != 'train':
         fail('--processes is an option of train')
     if config.processes > 1 and 'RANK' not in os.environ:

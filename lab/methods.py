@@ -1,7 +1,7 @@
 """
 The other ways to skip: a survey of what CWIC builds on and is compared with, each in a few lines.
 
-    python baselines.py compare         # how good they are; baselines.py says more
+    python lab/baselines.py compare         # how good they are; baselines.py says more
     model, saved = weights.load('out/dense/best.safetensors')
     calibrate(model, (tokens,), dict.fromkeys(gates(model), 0.5))       # TEAL at 2x, on tokens (B, T)
 
@@ -118,7 +118,7 @@ class Apart(Thresholds):
     def __init__(self, neurons):
         n_embd, n_hidden = neurons.up.shape
         super().__init__(n_hidden, 1)
-        self.dense = neurons.dense
+        self.n_weights = neurons.n_weights
         self.up = StripedLinear(n_embd, n_hidden, ONE, bias=False)
         self.down = StripedLinear(n_hidden, n_embd, ONE, bias=False)
         self.up.weight, self.up.adapter = neurons.up, neurons.adapter_up
@@ -136,7 +136,7 @@ class LowRankRest(Changed):
 
     def __init__(self, layer):
         super().__init__(layer)
-        rank = int(LOW_RANK * layer.dense / (layer.n_in + layer.n_out))
+        rank = int(LOW_RANK * layer.n_weights / (layer.n_in + layer.n_out))
         U, S, V = torch.svd_lowrank(layer.weight.detach(), rank, niter=8)
         self.register_buffer('A', U * S)                            # (in, rank)
         self.register_buffer('B', V.t().contiguous())               # (rank, out)
@@ -255,12 +255,12 @@ class Method:
 
     def skipping(self, model):
         """-> the weights of all that skips; what each token uses besides the model's weights"""
-        skipping = sum(gate.dense for name, gate in gates(model).items() if self.skips(name))
-        return skipping, LOW_RANK * model.dense() if self.layer is LowRankRest else 0
+        skipping = sum(gate.n_weights for name, gate in gates(model).items() if self.skips(name))
+        return skipping, LOW_RANK * model.n_weights() if self.layer is LowRankRest else 0
 
     def share(self, model, target):
         """What share of its weights all that skips must use, for 1 / target of the whole. Raises Cannot."""
-        total, (skipping, more) = model.dense(), self.skipping(model)
+        total, (skipping, more) = model.n_weights(), self.skipping(model)
         fixed = total - skipping + more
         if total / target < fixed + LEAST * skipping:
             raise Cannot(f'at most {total / (fixed + LEAST * skipping):.2f}x: every token uses '
@@ -310,7 +310,7 @@ class Greedy(Method):
             model(tokens[:8], dense=True)
         shares = {'head': share}
         for i, block in enumerate(model.blocks):
-            y, sizes = block(*inputs[block])[0], {name: gate.dense for name, gate in gates(block).items()}
+            y, sizes = block(*inputs[block])[0], {name: gate.n_weights for name, gate in gates(block).items()}
             sparse, best = (*inputs[block][:-1], False), dict.fromkeys(sizes, 1.0)
             while (excess := sum(sizes[name] * (best[name] - share) for name in sizes)) >= 1:
                 cut = min(0.05 * sum(sizes.values()), excess)
@@ -350,9 +350,9 @@ class Pruning(Method):
 
     def share(self, model, target):
         # of values and neurons, columns that only pruned rows could read, share ** 2 is used and not share
-        doubly = sum(block.attn.qkv.dense / 3 + block.mlp.up.dense for block in model.blocks)
-        simply = model.dense() - doubly
-        return ((simply ** 2 + 4 * doubly * model.dense() / target) ** 0.5 - simply) / (2 * doubly)
+        doubly = sum(block.attn.qkv.n_weights / 3 + block.mlp.up.n_weights for block in model.blocks)
+        simply = model.n_weights() - doubly
+        return ((simply ** 2 + 4 * doubly * model.n_weights() / target) ** 0.5 - simply) / (2 * doubly)
 
     def limit(self, model, target, tokens):
         pruned = float((model.head.theta > 0).float().mean())
@@ -379,7 +379,7 @@ class DejaVu(Method):
     def skipping(self, model):
         places = self.places(model)
         pairs = [pair for _, pairs in places for pair in pairs]
-        return (sum(columns.dense + rows.dense for columns, rows, _ in pairs),
+        return (sum(columns.n_weights + rows.n_weights for columns, rows, _ in pairs),
                 RANK * (len(places) * model.config.n_embd + sum(count for *_, count in pairs)))
 
     def change(self, model):
@@ -449,7 +449,7 @@ class SmallerDense(Method):
         for n_embd in range(model.config.n_embd, 0, -2 * model.config.n_head):
             config.update(n_embd=n_embd, n_hidden=model.config.n_hidden * n_embd // model.config.n_embd)
             with torch.device('meta'):
-                if cwic.GPT(CWICConfig(**config)).dense() <= model.dense() / recipe.target_reduction:
+                if cwic.GPT(CWICConfig(**config)).n_weights() <= model.n_weights() / recipe.target_reduction:
                     break
         sizes = {name: config[name] for name in config.keys() & asdict(old).keys()}
         steps = old.dense_steps + recipe.ramp_steps + recipe.hold_steps

@@ -2,9 +2,9 @@
 What a training step costs: dense, as CWIC that skips two thirds, and that with a teacher; and whether a GPU,
 or several processes, compute what they should.
 
-    python bench.py train                               # the default model of train.py
-    python bench.py train --model gpt2-shape --compile
-    python bench.py train --processes 2                 # two GPUs, or processes of a CPU, against one
+    python lab/bench.py train                               # the default model of train.py
+    python lab/bench.py train --model gpt2-shape --compile
+    python lab/bench.py train --processes 2                 # two GPUs, or processes of a CPU, against one
 
 bench.py has the options, prints the rows of measure_train() and saves them. All kinds of steps take turns in
 rounds, on random ids; learning rates are 0, so every round measures the same model.
@@ -28,9 +28,9 @@ import torch.distributed as dist
 import cwic
 import train
 from cwic import GPT, CWICConfig
-from device import (check_compile, choose_device, choose_dtype, join_processes, keep_memory, meet,
-                    sum_over_processes, together)
-from methods import calibrate, gates
+from device import (check_compile, choose_device, choose_dtype, join_processes, tune_malloc, meet,
+                    all_reduce, together)
+from lab.methods import calibrate, gates
 from options import fail, parse_options, progress
 
 PRESETS = {'gpt2-shape': 'gpt2_124m_scratch.toml', 'smollm2-shape': 'smollm2_distill.toml'}     # of train.py
@@ -44,7 +44,7 @@ def make_run(config, shape=None):
     """
     if config.model not in ('', *PRESETS):
         fail(f'--model {config.model}: training is measured of {", ".join(PRESETS)}, or the default')
-    preset = [str(Path(__file__).resolve().parent / 'config' / PRESETS[config.model])] if config.model else []
+    preset = [str(Path(__file__).resolve().parents[1] / 'config' / PRESETS[config.model])] if config.model else []
     options, _ = parse_options(train.TrainConfig, 'python train.py', presets=True, argv=preset)
     batch = config.batch or min(options.batch_size, 4 * options.micro_batch)
     options = replace(options, batch_size=batch, teacher=1.0, compile=config.compile)
@@ -54,11 +54,11 @@ def make_run(config, shape=None):
     torch.manual_seed(0)
     sizes = {f.name: getattr(options, f.name) for f in fields(CWICConfig) if hasattr(options, f.name)}
     model = GPT(shape or CWICConfig(**sizes))
-    if options.rank:
-        cwic.add_adapters(model, options.rank)
+    if options.lora_rank:
+        cwic.add_lora(model, options.lora_rank)
     model.to(device)
     optimizer = torch.optim.AdamW(model.parameter_groups(0.0, 0.0, 0.0), fused=device != 'mps')
-    active = torch.tensor([float(layer.dense) for _, layer in model.gated()], device=device)
+    active = torch.tensor([float(layer.n_weights) for _, layer in model.sparse_layers()], device=device)
     return train.Run(options, model, {}, optimizer, device, choose_dtype('auto', device)[0], active,
                      head_loss=train.head_loss, gradients=train.gradients, update=train.update)
 
@@ -76,9 +76,9 @@ def start_processes(config):
 @contextmanager
 def alone():
     """Inside, this process trains as if there were no other."""
-    summed, train.sum_over_processes = train.sum_over_processes, lambda tensors: None
+    summed, train.all_reduce = train.all_reduce, lambda tensors: None
     yield
-    train.sum_over_processes = summed
+    train.all_reduce = summed
 
 
 # -----------------------------------------------------------------------------
@@ -125,23 +125,23 @@ def gradients(run, tokens, micro_batch):
     return loss, {name: p.grad.clone() for name, p in run.model.named_parameters() if p.grad is not None}
 
 
-def compare_with_one(run, tokens, rank, world):
+def compare_with_one(run, tokens, rank, world_size):
     """
-    {case: two differences} of a step on tokens (4 * world, T + 1): all processes, each with its share,
+    {case: two differences} of a step on tokens (4 * world_size, T + 1): all processes, each with its share,
     against the first alone; and, to compare with, that one against itself with another micro-batch. In f32
     and in bf16; with thresholds at their floor, where all but the tiniest inputs are used, and as they are,
     where what is rounded otherwise may use other inputs. Only the first process has a result.
     """
     run = replace(run, config=replace(run.config, batch_size=len(tokens)))
-    as_they_are = [layer.theta.detach().clone() for _, layer in run.model.gated()]
+    as_they_are = [layer.theta.detach().clone() for _, layer in run.model.sparse_layers()]
     cases = {}
     for inputs in ('all inputs', 'a third'):
-        for (_, layer), theta in zip(run.model.gated(), as_they_are):
+        for (_, layer), theta in zip(run.model.sparse_layers(), as_they_are):
             floor = torch.full_like(theta, cwic.FLOOR / layer.scale)
             layer.theta.data.copy_(floor if inputs == 'all inputs' else theta)
         for dtype in (torch.float32, torch.bfloat16):
             run = replace(run, dtype=dtype)
-            shared = gradients(run, tokens.chunk(world)[rank], 2)
+            shared = gradients(run, tokens.chunk(world_size)[rank], 2)
             if rank == 0:
                 with alone():
                     one, otherwise = gradients(run, tokens, 2), gradients(run, tokens, 4)
@@ -149,7 +149,7 @@ def compare_with_one(run, tokens, rank, world):
                 cases[case] = [difference(shared, one), difference(otherwise, one)]
                 ours, theirs = ('loss {:.1e}, weights {:.1e}, thresholds {:.1e}'.format(*values)
                                 for values in cases[case])
-                print(f'{case}: relative differences of {world} processes to one at most {ours}; of one '
+                print(f'{case}: relative differences of {world_size} processes to one at most {ours}; of one '
                       f'process with other micro-batches {theirs}', flush=True)
     return cases
 
@@ -184,7 +184,7 @@ def time_steps(rows, run, tokens, rounds, rank, teacher=None):
                                               row['engine'] == 'dense')[1]
                 synchronize()
                 times.append(time.perf_counter() - start)
-                row['reduction'] = float(run.model.dense() / active.sum())
+                row['reduction'] = float(run.model.n_weights() / active.sum())
                 if run.device == 'cuda':        # what is replayed takes no memory anew
                     peak = torch.cuda.max_memory_allocated() / 2 ** 30
                     row['memory_gib'] = max(row.get('memory_gib', 0.0), peak)
@@ -204,7 +204,7 @@ def message_seconds(run, rounds):
     for _ in range(rounds + WARM_UP):
         meet()
         start = time.perf_counter()
-        sum_over_processes(message)
+        all_reduce(message)
         getattr(torch, run.device).synchronize()
         times.append(time.perf_counter() - start)
     seconds = float(np.median(times[WARM_UP:]))
@@ -220,15 +220,15 @@ def measure_train(config, shape):
     with a batch of its own; what of it is the message; and first, whether all compute what one does. On one
     GPU, first whether it computes what a CPU does.
     """
-    keep_memory()
-    device, rank, world = join_processes(choose_device(config.device))
+    tune_malloc()
+    device, rank, world_size = join_processes(choose_device(config.device))
     progress('making the model')
     run = make_run(config, shape)
     batch, length, model, choice = run.config.batch_size, run.config.block_size, run.model, [run.dtype]
     together(dist.broadcast_object_list, choice)                    # on a CPU, measured by each
     run.dtype = choice[0]
-    tokens = torch.randint(model.config.vocab_size, (max(batch, 4) * world, length + 1)).to(device)
-    checks, check = {}, world == 1 and run.device != 'cpu'
+    tokens = torch.randint(model.config.vocab_size, (max(batch, 4) * world_size, length + 1)).to(device)
+    checks, check = {}, world_size == 1 and run.device != 'cpu'
     progress('checking gradients and setting thresholds')
     if check:
         _, checks['all active'], _ = disagreement(run, tokens)      # there are no statistics yet
@@ -244,17 +244,17 @@ def measure_train(config, shape):
     progress()
     if rank == 0:
         print(', '.join(f'{key} {value}' for key, value in (about | checks).items()), flush=True)
-    about['differences'] = compare_with_one(run, tokens[:4 * world], rank, world) if world > 1 else checks
-    teacher = train.frozen_teacher(run) if world == 1 else None
+    about['differences'] = compare_with_one(run, tokens[:4 * world_size], rank, world_size) if world_size > 1 else checks
+    teacher = train.frozen_teacher(run) if world_size == 1 else None
     train.fuse_gates(run)               # as a run does: on a CPU
     if config.compile:
         run.head_loss = torch.compile(train.head_loss)
         for block in model.blocks:
             block.compile()
     rows = [dict(about, engine=engine, processes=processes) for engine in ('dense', 'cwic', 'cwic + teacher')
-            for processes in ((world, 1) if world > 1 else (1,)) if teacher or 'teacher' not in engine]
+            for processes in ((world_size, 1) if world_size > 1 else (1,)) if teacher or 'teacher' not in engine]
     time_steps(rows, run, tokens[rank * batch:(rank + 1) * batch], config.rounds, rank, teacher)
-    if world > 1:
+    if world_size > 1:
         seconds = message_seconds(run, config.rounds)
         dist.destroy_process_group()
         if rank > 0:

@@ -1,0 +1,1 @@
+"""What measures and compares. Nothing outside imports from here."""
