@@ -164,7 +164,7 @@ def distil(run, mix, method, calibration, report):
         train.fuse_gates(run)
     for run.step in range(config.steps()):
         target, lr = train.target_at(run.step, config), train.lr_at(run.step, config)
-        if not (method.learned or method.dense) and run.step % EVERY == 0:
+        if not (method.learned or method.is_dense) and run.step % EVERY == 0:
             with uncompiled():
                 method.follow(model, target, config.target_reduction, calibration[:8])
         for group, share in zip(run.optimizer.param_groups, (1, 1, config.threshold_lr), strict=True):
@@ -195,13 +195,13 @@ def run_method(job, config, recipe, given, teacher, saved, pairs, report):
     if method.trained:
         distil(run, mix, method, calibration, report)
     with uncompiled():
-        if not (method.learned or method.dense):
+        if not (method.learned or method.is_dense):
             method.limit(model, target, calibration)
-        results = evaluate.measure(model, validation, teacher, method.dense)
+        results = evaluate.measure(model, validation, teacher, method.is_dense)
         if pairs:
             encoding = load_tokenizer(saved['tokenizer'])
             start = start_ids(saved['tokenizer'], encoding)
-            right, _ = evaluate.blimp(model, encoding, start, pairs, method.dense)
+            right, _ = evaluate.blimp(model, encoding, start, pairs, method.is_dense)
             results['blimp'] = float(np.mean(list(right.values())))
     return {'method': name, 'target': target, 'seed': seed,
             'reduction': results['reduction'] * teacher.n_weights() / model.n_weights(),        # one may be smaller
