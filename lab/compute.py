@@ -141,7 +141,8 @@ def measure(model, teacher, windows):
         tokens.append(torch.stack([x.cpu().double() for x in (share, loss, entropy, loss - dense_loss)]))
         active_sum = active_sum + active.sum((1, 2)).cpu()
     share, loss, entropy, gain = torch.cat(tokens, 1).numpy()
-    used = [float(a) / share.size / layer.n_weights for a, (_, layer) in zip(active_sum, model.sparse_layers())]
+    used = [float(active) / share.size / layer.n_weights
+            for active, (_, layer) in zip(active_sum, model.sparse_layers())]
     matrices = []
     for i, columns in enumerate(inputs):
         matrices += [float(part.mean()) / share.size / model.config.n_embd for part in columns.split(widths)]
