@@ -118,19 +118,21 @@ def test_prefill_reads_prompts_of_the_lengths_asked_for(models, data, tmp_path):
 def test_every_build_reads_the_same_text(models, data, monkeypatch):
     """
     Once the model wrote its own texts through the kernel, so two builds read different ones. The rounds' texts
-    are windows of validation data: data/heldout's for SmolLM2's tokenizer, else those of the model's own data.
+    are pieces of validation data: of data/heldout for SmolLM2's tokenizer, else of what the model was trained on.
     """
     model, saved = load_checkpoint(models['gpt2'])
     config, _ = parse_options(bench.BenchConfig, 'lab/bench.py', argv=[])
     monkeypatch.setattr(bench.Decoder, 'step', None)
-    heldout = np.fromfile(common.DATA / 'heldout' / 'val.bin', np.uint16).reshape(-1, 512)
+    heldout, own = (np.fromfile(f'{folder}/val.bin', np.uint16) for folder in (common.DATA / 'heldout', data))
+
+    def pieces(ids, length):
+        return [ids[start:start + length].tolist() for start in np.linspace(0, len(ids) - length, 7).astype(int)]
+
     spec = json.loads((common.DATA / 'heldout' / 'meta.json').read_text(encoding='utf-8'))['tokenizer']
     texts = bench.texts_to_read(config, model, {'tokenizer': spec, 'options': {'data': data}}, 1000)
-    assert [text[:512] for text in texts] == heldout[np.linspace(0, 382, 7).astype(int)].tolist()
-    assert {len(text) for text in texts} == {1000}
-    own = np.fromfile(f'{data}/val.bin', np.uint16)
+    assert texts == pieces(heldout, 1000)
     texts = bench.texts_to_read(config, model, saved | {'options': {'data': data}}, 70)
-    assert texts == [own[start:start + 70].tolist() for start in np.linspace(0, len(own) - 70, 7).astype(int)]
+    assert texts == pieces(own, 70)
     with pytest.raises(common.DataError, match=f'{len(own):,} validation tokens; {len(own) + 1:,} are needed'):
         bench.texts_to_read(config, model, saved | {'options': {'data': data}}, len(own))
 
