@@ -20,8 +20,8 @@ The bytes are those of the active weights, of all thresholds, and with int8 of a
 biases and norms are not counted.
 
 The shapes have random weights, as speed does not depend on their values, and their thresholds are quantiles
-of their inputs. The reduction in the table is the one that the kernel counts. Other models are measured
-dense, and also sparse if they have thresholds of their own.
+of their inputs. The reduction in the table is counted by the kernel. Other models are measured dense, and
+also sparse if they have thresholds of their own.
 
 Not here: several sequences at once.
 """
@@ -96,7 +96,7 @@ class BenchConfig:
     gguf: str = option('', 'models for it, separated by commas; on a CPU its fastest format is Q4_0, which '
                        'it repacks')
     data: str = option('', 'folder in data/ whose validation split is read; left out: heldout for a model '
-                       "with SmolLM2's tokenizer, else the one that the model was trained on")
+                       "with SmolLM2's tokenizer, else the model's own training data")
     windows: int = option(16, 'loss: sequences to read, each as long as those of training', at_least=1)
     device: str = option('auto', 'train: auto, cpu, cuda or mps; everything else runs on the CPU')
     compile: bool = option(False, 'train: use torch.compile')

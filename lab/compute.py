@@ -41,7 +41,7 @@ from tokenizer import load_tokenizer
 class ComputeConfig:
     """Which tokens of validation text get compute, at which positions, and in which matrices."""
     checkpoint: tuple = option((), 'a checkpoint or an adapter (out/best.safetensors)')
-    data: str = option('', 'folder in data/; left out: the one that the checkpoint was trained on')
+    data: str = option('', 'folder in data/; left out: the checkpoint\'s training data')
     dialogues: bool = option(False, "of a chat model's text, only windows that begin with its chat template")
     windows: int = option(64, 'windows of text', at_least=1)
     picture: str = option('', 'file for a picture; left out: none is drawn')

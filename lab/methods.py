@@ -237,9 +237,9 @@ class Cannot(Exception):
 @dataclass
 class Method:
     """
-    start() copies the dense model, change() replaces layers if the method has its own, limit() sets what is
-    skipped. In training, step() is one optimiser step, and follow() is called every few steps: it adapts what
-    is skipped to the new weights, and to the target, which rises from 1 to its final value.
+    start() copies the dense model, change() replaces layers if the method has its own, limit() sets the
+    thresholds. In training, step() is one optimiser step, and follow() is called every few steps: it adapts
+    the thresholds to the new weights, and to the target, which rises from 1 to its final value.
     """
     weighed: bool = False       # these three: see calibrate()
     centred: bool = False
@@ -367,7 +367,7 @@ class Pruning(Method):
 
     def limit(self, model, target, tokens):
         pruned = float((model.head.theta > 0).float().mean())
-        # what is pruned stays pruned, until the target has risen
+        # pruned inputs stay pruned until the target has risen
         if not pruned or pruned < 1 - self.share(model, target) - 1 / model.head.n_in:
             super().limit(model, target, tokens)
         for block in model.blocks:
