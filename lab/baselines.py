@@ -1,26 +1,27 @@
 """
-The other ways to skip compared, on the same models, with the same training, counted the same way.
+Compares the other ways to skip: the same models, the same training, the same count of weights.
 
     python lab/baselines.py compare                     # every method on the small Python model: hours
-    python lab/baselines.py compare --quick             # does all of it work? minutes
+    python lab/baselines.py compare --quick             # does everything work? minutes
     python lab/baselines.py compare --methods TEAL,CWIC --targets 2,3 --trained_targets 3
-    python lab/baselines.py compare --subject smollm2 --recipe config/smollm2_distill.toml --blimp blimp.jsonl.xz
+    python lab/baselines.py compare --subject smollm2 --recipe config/smollm2_distill.toml --blimp FILE
 
 It starts from a dense model: python train.py --target_reduction 1 --out out/dense
-Processes may share its methods and seeds, each with an --out and --picture of its own; the rows.jsonl of all,
-written one after the other into a new --out, are the whole, and the command for the whole draws it.
 
-Thresholds are set on training text, results are for validation text, every token of it is sparse, the LM head
-counts.
+Several processes may share the methods and seeds, each with its own --out and --picture. Then concatenate
+their rows.jsonl into a new --out, and give the command for all of them: it finds the rows and only draws.
 
-Not here: the methods, which are surveyed in methods.py, but for CWIC less one thing at a time; and speed, as
-few of their patterns have a kernel.
+Thresholds are set on training text, and results are for validation text. Every token is sparse, and the LM
+head counts.
+
+Not here: the methods, which methods.py surveys, except for variants of CWIC that lack one thing each; and
+speed, as few of the methods have a kernel.
 """
 
 import signal
 
 if __name__ == '__main__':
-    signal.signal(signal.SIGINT, signal.SIG_DFL)    # Ctrl-C while torch is imported, for seconds
+    signal.signal(signal.SIGINT, signal.SIG_DFL)    # Ctrl-C while torch is imported, which takes seconds
 
 import json
 import os
@@ -49,20 +50,20 @@ from lab.methods import LEARNED, METHODS, Cannot, Changed, Method, uncompiled
 from options import fail, option, parse_options, progress
 from tokenizer import load_tokenizer, start_ids
 
-EVERY = 10              # optimiser steps between calibrations, where weights are trained
-CALIBRATION = 32        # windows of training text that thresholds are set on; while weights are trained, 8
+EVERY = 10              # optimiser steps between calibrations in training
+CALIBRATION = 32        # windows of training text on which thresholds are set; in training, 8 of them
 
 # -----------------------------------------------------------------------------
-# CWIC less one thing
+# CWIC without one of its parts
 
 
 class Uncentred(Changed):
-    """Learned thresholds on |x|."""
+    """Learned thresholds on |x|, not on |x - mu|."""
     centred = False
 
 
 class OneThreshold(Changed):
-    """A learned threshold for the whole matrix."""
+    """One learned threshold for the whole matrix."""
 
     def thresholds(self):
         return (self.theta[:1, :1] * self.scale * self.sigma.mean()).expand_as(self.theta)
@@ -70,7 +71,7 @@ class OneThreshold(Changed):
 
 class OwnPrice(Changed):
     """An active weight of this matrix costs `push` times the price."""
-    push = torch.tensor(1.0)        # for each number, torch would compile anew
+    push = torch.tensor(1.0)        # a tensor: torch would compile again for each new number
 
     def forward(self, x, dense=False):
         y, active = super().forward(x, dense)
@@ -78,9 +79,10 @@ class OwnPrice(Changed):
 
 
 class OwnTargets(Method):
+    """Each matrix has its own flop_loss, with the same target, instead of one for the whole model."""
 
     def step(self, run, tokens, targets, target):
-        # what train_step() will charge for a weight: with a target out of reach, it is not 0
+        # train_step() charges this price for a weight; target + 1 is out of reach, so the price is never 0
         price = cwic.price(run.active.sum(), run.model.n_weights(), target + 1)
         for active, (_, layer) in zip(run.active, run.model.sparse_layers()):
             own = cwic.price(active, layer.n_weights, target) * layer.n_weights / run.model.n_weights()
@@ -106,20 +108,20 @@ ALL_METHODS = METHODS | ABLATIONS
 @dataclass
 class CompareConfig:
     """
-    Runs every way to skip on one dense model. Each result is kept in --out as soon as it is there: the same
-    command goes on where it was stopped.
+    Applies every method to one dense model. Each result is saved in --out at once, so the same command
+    continues where it was stopped.
     """
-    subject: str = option('out/dense/best.safetensors', 'dense model to make sparse, or smollm2, gpt2, ...')
-    recipe: str = option('config/distill_small.toml', 'preset of train.py that all training follows')
-    methods: str = option('', f'some of: {", ".join(ALL_METHODS)}; without it, all')
+    subject: str = option('out/dense/best.safetensors', 'the dense model: a checkpoint, smollm2, gpt2, ...')
+    recipe: str = option('config/distill_small.toml', 'preset of train.py for all training')
+    methods: str = option('', f'some of: {", ".join(ALL_METHODS)}; left out: all')
     targets: str = option('1.25,1.5,2,3,4', 'reductions, for methods without training')
-    trained_targets: str = option('2,3', 'reductions, for methods with training; ablations have the highest')
-    seeds: str = option('1,2,3', 'of each trained method at its highest target; at others the first of them')
+    trained_targets: str = option('2,3', 'reductions, for methods with training; ablations get the highest')
+    seeds: str = option('1,2,3', 'for each trained method at its highest target; at others only the first')
     steps: int = option(0, 'optimiser steps of training; 0: as many as the recipe has', at_least=0)
     windows: int = option(128, 'windows of validation text', at_least=1)
-    blimp: str = option('', 'BLiMP as JSON lines, packed with xz or not: measured as well, see evaluate.py')
-    blimp_pairs: int = option(200, 'of each paradigm, the first so many', at_least=1)
-    quick: bool = option(False, 'a few steps and windows, to see that everything works')
+    blimp: str = option('', 'BLiMP as JSON lines, packed with xz or not, to measure as well: see evaluate.py')
+    blimp_pairs: int = option(200, 'how many pairs of each paradigm, from the first on', at_least=1)
+    quick: bool = option(False, 'a few steps and windows, to see whether everything works')
     out: str = option('out/baselines', 'folder for rows.jsonl and table.md')
     picture: str = option('assets/frontier.png', 'file of the picture')
     device: str = option('auto', 'auto, cpu, cuda or mps')
@@ -129,7 +131,7 @@ QUICK = {'targets': '2', 'trained_targets': '2', 'seeds': '1', 'steps': 2, 'wind
 
 
 def plan(config, model, saved):
-    """-> [(method, target, seed)] to run, and rows for those that cannot be run, which say why"""
+    """-> [(method, target, seed)] to run; and a row for each that cannot be run, which says why"""
     jobs, cannot = [], []
     try:
         targets = {trained: sorted({float(number) for number in text.split(',')})
@@ -156,7 +158,7 @@ def plan(config, model, saved):
 
 
 def distil(run, mix, method, calibration, report):
-    """Trains run.model, which method.change() has made of a dense model; report(steps done, steps in all)."""
+    """Trains run.model, already changed by the method; calls report(steps done, steps in all)."""
     config, model = run.config, run.model
     if method.learned:
         with uncompiled():
@@ -164,7 +166,7 @@ def distil(run, mix, method, calibration, report):
         train.fuse_gates(run)
     for run.step in range(config.steps()):
         target, lr = train.target_at(run.step, config), train.lr_at(run.step, config)
-        if not (method.learned or method.dense) and run.step % EVERY == 0:
+        if not (method.learned or method.is_dense) and run.step % EVERY == 0:
             with uncompiled():
                 method.follow(model, target, config.target_reduction, calibration[:8])
         for group, share in zip(run.optimizer.param_groups, (1, 1, config.threshold_lr), strict=True):
@@ -175,36 +177,36 @@ def distil(run, mix, method, calibration, report):
 
 
 def run_method(job, config, recipe, given, teacher, saved, pairs, report):
-    """-> the row of one (method, target, seed); pairs: of BLiMP, or none"""
+    """-> the row of a job, (method, target, seed). pairs: BLiMP's, may be empty."""
     name, target, seed = job
     started, method, device = time.perf_counter(), ALL_METHODS[name], recipe.device
-    torch.compiler.reset()      # it compiles a block only so many times, and the last method had other layers
+    torch.compiler.reset()      # torch compiles a block only a few times, and each method has other layers
     run, mix = method.start(teacher, saved, replace(recipe, target_reduction=target, seed=seed), given)
     run.teacher, run.dtype = teacher, getattr(torch, recipe.dtype)
     model, options = run.model, run.config
     method.change(model)
     for layer in model.modules() if not method.learned else ():
-        if isinstance(layer, Thresholds):       # a step of train.py leaves to the method what is not learned
+        if isinstance(layer, Thresholds):       # the method sets them, so a step of train.py must not
             layer.theta.requires_grad_(False)
     run.optimizer = torch.optim.AdamW(model.parameter_groups(options.lr, options.lr, options.weight_decay),
                                       betas=(0.9, options.beta2), fused=device != 'mps')
-    # thresholds are set on training text, results are for validation text: windows, evenly spread
     calibration = mix_windows(mix, 'train', CALIBRATION, options.block_size)[:, :-1]
     calibration = torch.from_numpy(calibration).to(device)
     validation = mix_windows(mix, 'val', config.windows, options.block_size)
     if method.trained:
         distil(run, mix, method, calibration, report)
     with uncompiled():
-        if not (method.learned or method.dense):
+        if not (method.learned or method.is_dense):
             method.limit(model, target, calibration)
-        results = evaluate.measure(model, validation, teacher, method.dense)
+        results = evaluate.measure(model, validation, teacher, method.is_dense)
         if pairs:
             encoding = load_tokenizer(saved['tokenizer'])
             start = start_ids(saved['tokenizer'], encoding)
-            right, _ = evaluate.blimp(model, encoding, start, pairs, method.dense)
+            right, _ = evaluate.blimp(model, encoding, start, pairs, method.is_dense)
             results['blimp'] = float(np.mean(list(right.values())))
     return {'method': name, 'target': target, 'seed': seed,
-            'reduction': results['reduction'] * teacher.n_weights() / model.n_weights(),        # one may be smaller
+            # against the dense model's weights, also if this one is smaller
+            'reduction': results['reduction'] * teacher.n_weights() / model.n_weights(),
             **{key: results.get(key) for key in ('val_loss', 'kl', 'agreement', 'blimp')},
             'cv': results['spread'],
             'trained_tokens': method.trained * options.steps() * options.batch_size * options.block_size,
@@ -212,12 +214,12 @@ def run_method(job, config, recipe, given, teacher, saved, pairs, report):
 
 
 COLUMNS = {'reduction': ('reduction', '.2f'), 'kl': ('KL to dense', '.4f'), 'val_loss': ('loss', '.4f'),
-           'agreement': ('same likeliest token', '.1%'), 'blimp': ('BLiMP', '.1%'),
+           'agreement': ('top-1 agreement', '.1%'), 'blimp': ('BLiMP', '.1%'),
            'cv': ('spread of compute', '.1%'), 'trained_tokens': ('tokens trained on', ',.0f')}
 
 
 def table(rows):
-    """Markdown, a line for each method and target; where there are seeds, the median and the extremes."""
+    """Markdown, a line for each method and target; for several seeds, the median and the extremes."""
     def cell(same, key):
         values, form = [r[key] for r in same if r.get(key) is not None], COLUMNS[key][1]
         if len(set(values)) < 2:
@@ -239,7 +241,10 @@ def table(rows):
 
 
 def earlier_rows(path, config, settings):
-    """What rows.jsonl holds, but for what could not be run. Rows of this subject must have these settings."""
+    """
+    The rows in rows.jsonl, without those of this subject that could not be run. Ends the program if the file
+    is no comparison, or if this subject was compared with other settings.
+    """
     try:
         with open(path, encoding='utf-8') as f:
             rows = [dict(json.loads(line)) for line in f]
@@ -247,23 +252,31 @@ def earlier_rows(path, config, settings):
     except FileNotFoundError:
         return []
     except (ValueError, TypeError, KeyError):
-        fail(f'{path}: not what this program writes; choose another --out, or delete it', 1)
+        fail(f'{path}: not written by this program; choose another --out, or delete it', 1)
     if others:
         fail(f'--out {config.out} holds a comparison of {config.subject} with other options, or of another '
              'model of that name; choose another --out, or delete it', 1)
-    rows = {(r['subject'], r['method'], r['target'], r.get('seed')): r for r in rows}       # none twice
+    rows = {(r['subject'], r['method'], r['target'], r.get('seed')): r for r in rows}       # no duplicates
     return [r for r in rows.values() if r['subject'] != config.subject or 'seed' in r]
+
+
+def read_recipe(config):
+    """-> TrainConfig of all training, with as many steps as --steps says; the names that the preset gave"""
+    recipe, given = parse_options(train.TrainConfig, 'train.py', presets=True, argv=[config.recipe])
+    of_recipe = recipe.ramp_steps + recipe.hold_steps
+    steps = config.steps or of_recipe
+    ramp = round(steps * recipe.ramp_steps / of_recipe)
+    recipe = replace(recipe, ramp_steps=ramp, hold_steps=steps - ramp,
+                     warmup_steps=min(recipe.warmup_steps, steps), init_from=config.subject, out=config.out,
+                     device=choose_device(config.device))
+    return recipe, given
 
 
 def compare(config, given):
     for name in QUICK.keys() - given if config.quick else ():
         setattr(config, name, QUICK[name])
-    recipe, of_recipe = parse_options(train.TrainConfig, 'train.py', presets=True, argv=[config.recipe])
-    recipe = replace(recipe, init_from=config.subject, out=config.out, device=choose_device(config.device))
-    steps = config.steps or recipe.ramp_steps + recipe.hold_steps
-    ramp = round(steps * recipe.ramp_steps / (recipe.ramp_steps + recipe.hold_steps))
-    recipe = replace(recipe, ramp_steps=ramp, hold_steps=steps - ramp,
-                     warmup_steps=min(recipe.warmup_steps, steps))
+    recipe, given_in_recipe = read_recipe(config)
+    steps = recipe.ramp_steps + recipe.hold_steps
     if config.subject == CompareConfig.subject and not os.path.exists(config.subject):
         fail(f'{config.subject} is not there: python train.py --target_reduction 1 --out out/dense', 1)
     plots.check_picture(config.picture)
@@ -272,10 +285,10 @@ def compare(config, given):
     if any(float(layer.theta.detach().max()) > 0 for _, layer in model.sparse_layers()):
         fail(f'--subject {config.subject} is sparse already; for a dense model: '
              'python train.py --target_reduction 1 --out out/dense', 1)
-    if config.quick and 'options' in saved:     # the smaller model is not trained as long as this one was
+    if config.quick and 'options' in saved:     # 'smaller dense' trains as long as this model did
         saved['options'].update(dense_steps=0, ramp_steps=0, hold_steps=0)
     path, (jobs, cannot) = os.path.join(config.out, 'rows.jsonl'), plan(config, model, saved)
-    # what a result depends on besides its method, target and seed
+    # what results depend on, besides method, target and seed
     settings = {'recipe': config.recipe, 'steps': steps, 'windows': config.windows,
                 'blimp_pairs': config.blimp and config.blimp_pairs, 'dense': saved.get('val_loss')}
     common_to_all = {'subject': config.subject, 'settings': settings}
@@ -305,7 +318,7 @@ def compare(config, given):
             progress(f'{label}  step {step} of {of}{left}')
 
         progress(f'{label}{left}')
-        row = run_method(job, config, recipe, of_recipe, model, saved, pairs, report)
+        row = run_method(job, config, recipe, given_in_recipe, model, saved, pairs, report)
         progress()
         rows.append({**common_to_all, **row})
         keep()
@@ -315,14 +328,14 @@ def compare(config, given):
     text = table(rows)
     write_atomically(os.path.join(config.out, 'table.md'), lambda file: file.write(text.encode()))
     files = [path, os.path.join(config.out, 'table.md')]
-    if plots.frontier(rows, config.picture):        # ablations are in the table only
+    if plots.frontier(rows, config.picture):        # there is none of ablations alone
         files.append(config.picture)
     print(f'\n{text}\nfiles: {", ".join(files)}')
 
 
 def main():
     if sys.argv[1:2] != ['compare']:
-        fail('say what to do: python lab/baselines.py compare; then --help says how')
+        fail('say what to do: python lab/baselines.py compare; its options: compare --help')
     try:
         tune_malloc()
         compare(*parse_options(CompareConfig, 'python lab/baselines.py compare', argv=sys.argv[2:]))

@@ -1,18 +1,17 @@
 """
-What a training step costs: dense, as CWIC that skips two thirds, and that with a teacher; and whether a GPU,
-or several processes, compute what they should.
+What a training step costs: dense, as CWIC at a reduction of three, and as CWIC with a teacher.
 
     python lab/bench.py train                               # the default model of train.py
     python lab/bench.py train --model gpt2-shape --compile
-    python lab/bench.py train --processes 2                 # two GPUs, or processes of a CPU, against one
+    python lab/bench.py train --processes 2                 # two GPUs, or processes on a CPU, and one alone
 
-bench.py has the options, prints the rows of measure_train() and saves them. All kinds of steps take turns in
-rounds, on random ids; learning rates are 0, so every round measures the same model.
+bench.py has the options, and prints and saves the rows that measure_train() returns. All kinds of steps take
+turns in rounds, on random ids. Learning rates are 0, so every round measures the same model.
 
-Not here: what train.py does between steps, which are evaluations and checkpoints.
+Not here: evaluations and checkpoints, which train.py makes between steps. tests/test_distributed.py checks
+that several processes compute the same as one.
 """
 
-import copy
 import os
 import socket
 import sys
@@ -28,26 +27,29 @@ import torch.distributed as dist
 import cwic
 import train
 from cwic import GPT, CWICConfig
-from device import (check_compile, choose_device, choose_dtype, join_processes, tune_malloc, meet,
-                    all_reduce, together)
-from lab.methods import calibrate, gates
+from device import check_compile, choose_device, choose_dtype, join_processes, tune_malloc
+from lab.methods import calibrate, sparse_layers_of
 from options import fail, parse_options, progress
 
-PRESETS = {'gpt2-shape': 'gpt2_124m_scratch.toml', 'smollm2-shape': 'smollm2_distill.toml'}     # of train.py
-WARM_UP = 4         # rounds that are not counted: they compile, take memory, and are recorded
+PRESETS = {'gpt2-shape': 'gpt2_124m_distill.toml', 'smollm2-shape': 'smollm2_distill.toml',      # of train.py
+           'llama1b-shape': 'smollm2_distill.toml'}
+WARM_UP = 4         # rounds that are not counted: they compile, allocate memory, and record CUDA graphs
 
 
 def make_run(config, shape=None):
     """
-    A train.Run in which nothing moves: of train.py's defaults, or of a preset with a model of this shape, a
-    CWICConfig. config: bench.BenchConfig.
+    A train.Run with learning rates of 0: of train.py's default model, or of a shape, a CWICConfig, with the
+    options of its preset. config: a bench.BenchConfig.
     """
     if config.model not in ('', *PRESETS):
-        fail(f'--model {config.model}: training is measured of {", ".join(PRESETS)}, or the default')
-    preset = [str(Path(__file__).resolve().parents[1] / 'config' / PRESETS[config.model])] if config.model else []
-    options, _ = parse_options(train.TrainConfig, 'python train.py', presets=True, argv=preset)
+        fail(f'--model {config.model}: train measures {", ".join(PRESETS)}, or the default')
+    root = Path(__file__).resolve().parents[1]
+    preset = [str(root / 'config' / PRESETS[config.model])] if config.model else []
+    options, given = parse_options(train.TrainConfig, 'python train.py', presets=True, argv=preset)
     batch = config.batch or min(options.batch_size, 4 * options.micro_batch)
     options = replace(options, batch_size=batch, teacher=1.0, compile=config.compile)
+    if shape and 'block_size' not in given:
+        options = replace(options, block_size=shape.block_size)
     device = choose_device(config.device)
     if config.compile:
         check_compile(device)
@@ -75,93 +77,21 @@ def start_processes(config):
 
 @contextmanager
 def alone():
-    """Inside, this process trains as if there were no other."""
-    summed, train.all_reduce = train.all_reduce, lambda tensors: None
+    """with alone(): this process trains as if there were no other."""
+    all_reduce, train.all_reduce = train.all_reduce, lambda tensors: None
     yield
-    train.all_reduce = summed
+    train.all_reduce = all_reduce
 
 
-# -----------------------------------------------------------------------------
-# is it right? Gradients are compared: {name: gradient}, with the loss
-
-
-def difference(a, b):
-    """
-    [|difference of the losses| / loss, and ||difference|| / ||gradient|| of the tensor in which that is
-    largest, of weights and of thresholds], of two pairs (loss, gradients).
-    """
-    worst = [float(abs(a[0] - b[0]) / b[0]), 0.0, 0.0]
-    for name, gradient in b[1].items():
-        kind = 2 if cwic.is_threshold(name) else 1
-        share = (a[1][name] - gradient).norm() / gradient.norm().clamp_min(1e-30)
-        worst[kind] = max(worst[kind], float(share))
-    return worst
-
-
-def disagreement(run, tokens):
-    """
-    The difference of a CWIC step in f32 here from the same on the CPU. In a sparse model it is more than
-    rounding: one of its millions of comparisons turns out the other way, and changes what follows. Weights
-    moved by 3e-7 of themselves, on one CPU, do as much.
-    """
-    found = []
-    for device in (run.device, 'cpu'):
-        model = copy.deepcopy(run.model).to(device).train()
-        inputs, targets = tokens[:1, :64].to(device), tokens[:1, 1:65].to(device)
-        loss, _ = train.backward(replace(run, model=model), inputs, targets, dense=False, price=1e-9)
-        found.append((loss.cpu(), {name: p.grad.cpu() for name, p in model.named_parameters()
-                                   if p.grad is not None}))
-    return difference(*found)
-
-
-def gradients(run, tokens, micro_batch):
-    """
-    (loss, {name: gradient}) of one CWIC step on this process's share of the batch, tokens (B, T + 1). The
-    target is 1, at which compute costs nothing: its price would drown all else in a threshold's gradient.
-    """
-    options = replace(run.config, micro_batch=micro_batch, clip=0.0)
-    run = replace(run, config=options, active=run.active.clone())
-    loss = train.train_step(run, tokens[:, :-1], tokens[:, 1:], target=1.0)[0]
-    return loss, {name: p.grad.clone() for name, p in run.model.named_parameters() if p.grad is not None}
-
-
-def compare_with_one(run, tokens, rank, world_size):
-    """
-    {case: two differences} of a step on tokens (4 * world_size, T + 1): all processes, each with its share,
-    against the first alone; and, to compare with, that one against itself with another micro-batch. In f32
-    and in bf16; with thresholds at their floor, where all but the tiniest inputs are used, and as they are,
-    where what is rounded otherwise may use other inputs. Only the first process has a result.
-    """
-    run = replace(run, config=replace(run.config, batch_size=len(tokens)))
-    as_they_are = [layer.theta.detach().clone() for _, layer in run.model.sparse_layers()]
-    cases = {}
-    for inputs in ('all inputs', 'a third'):
-        for (_, layer), theta in zip(run.model.sparse_layers(), as_they_are):
-            floor = torch.full_like(theta, cwic.FLOOR / layer.scale)
-            layer.theta.data.copy_(floor if inputs == 'all inputs' else theta)
-        for dtype in (torch.float32, torch.bfloat16):
-            run = replace(run, dtype=dtype)
-            shared = gradients(run, tokens.chunk(world_size)[rank], 2)
-            if rank == 0:
-                with alone():
-                    one, otherwise = gradients(run, tokens, 2), gradients(run, tokens, 4)
-                case = f'{str(dtype).removeprefix("torch.")}, {inputs}'
-                cases[case] = [difference(shared, one), difference(otherwise, one)]
-                ours, theirs = ('loss {:.1e}, weights {:.1e}, thresholds {:.1e}'.format(*values)
-                                for values in cases[case])
-                print(f'{case}: relative differences of {world_size} processes to one at most {ours}; of one '
-                      f'process with other micro-batches {theirs}', flush=True)
-    return cases
-
-
-# -----------------------------------------------------------------------------
-# how fast?
+def wait_for_all():
+    if dist.is_initialized():
+        dist.all_reduce(torch.zeros(1))     # through the CPU: a barrier would be a GPU's work
 
 
 def time_steps(rows, run, tokens, rounds, rank, teacher=None):
     """
-    Fills rows, which name an engine and a number of processes, with what a training step of each takes, in
-    turns; tokens (B, T + 1) are this process's share.
+    Each row names an engine and a number of processes; adds what a training step of it takes.
+    tokens (B, T + 1): this process's share of the batch.
     """
     seconds, synchronize = [[] for _ in rows], getattr(torch, run.device).synchronize
     steps = [replace(run, config=replace(run.config, batch_size=len(tokens) * row['processes']),
@@ -185,10 +115,10 @@ def time_steps(rows, run, tokens, rounds, rank, teacher=None):
                 synchronize()
                 times.append(time.perf_counter() - start)
                 row['reduction'] = float(run.model.n_weights() / active.sum())
-                if run.device == 'cuda':        # what is replayed takes no memory anew
+                if run.device == 'cuda':        # of all rounds, as a CUDA graph allocates nothing in replay
                     peak = torch.cuda.max_memory_allocated() / 2 ** 30
                     row['memory_gib'] = max(row.get('memory_gib', 0.0), peak)
-            meet()
+            wait_for_all()
     progress()
     for row, times in zip(rows, seconds):
         if times:
@@ -198,69 +128,45 @@ def time_steps(rows, run, tokens, rounds, rank, teacher=None):
                        tok_s_max=work / min(counted))
 
 
-def message_seconds(run, rounds):
-    """What the message takes that sums as many numbers as all gradients have, over all processes."""
-    message, times = [torch.zeros_like(p) for p in run.model.parameters()], []
-    for _ in range(rounds + WARM_UP):
-        meet()
-        start = time.perf_counter()
-        all_reduce(message)
-        getattr(torch, run.device).synchronize()
-        times.append(time.perf_counter() - start)
-    seconds = float(np.median(times[WARM_UP:]))
-    if dist.get_rank() == 0:
-        print(f'a message of {sum(p.nbytes for p in message) / 1e6:.0f} MB takes {1e3 * seconds:.2f} ms',
-              flush=True)
-    return seconds
-
-
 def measure_train(config, shape):
     """
-    The rows of train. With --processes: dense and CWIC by all processes and by the first alone, each process
-    with a batch of its own; what of it is the message; and first, whether all compute what one does. On one
-    GPU, first whether it computes what a CPU does.
+    The rows of train. With --processes: dense and CWIC, each by all processes, with a batch for each of them,
+    and by the first process alone.
     """
     tune_malloc()
-    device, rank, world_size = join_processes(choose_device(config.device))
+    _, rank, world_size = join_processes(choose_device(config.device))
     progress('making the model')
     run = make_run(config, shape)
     batch, length, model, choice = run.config.batch_size, run.config.block_size, run.model, [run.dtype]
-    together(dist.broadcast_object_list, choice)                    # on a CPU, measured by each
+    if world_size > 1:
+        dist.broadcast_object_list(choice)      # on a CPU each process has measured which is faster
     run.dtype = choice[0]
-    tokens = torch.randint(model.config.vocab_size, (max(batch, 4) * world_size, length + 1)).to(device)
-    checks, check = {}, world_size == 1 and run.device != 'cpu'
-    progress('checking gradients and setting thresholds')
-    if check:
-        _, checks['all active'], _ = disagreement(run, tokens)      # there are no statistics yet
-    calibrate(model, (tokens[:1, :-1],), dict.fromkeys(gates(model), 1 / 3), centred=True)
-    if check:
-        _, checks['sparse: all else'], checks['sparse: thresholds'] = disagreement(run, tokens)
-    for x in model.state_dict().values():
-        together(dist.broadcast, x, 0)
+    tokens = torch.randint(model.config.vocab_size, (batch * world_size, length + 1)).to(run.device)
+    progress('setting thresholds')
+    calibrate(model, (tokens[:1, :-1],), dict.fromkeys(sparse_layers_of(model), 1 / 3), centred=True)
     model.train()
     name = torch.cuda.get_device_name() if run.device == 'cuda' else f'{torch.get_num_threads()} threads'
     about = dict(device=f'{run.device} ({name})', dtype=str(run.dtype).removeprefix('torch.'), batch=batch,
                  compiled=config.compile, micro_batch=run.config.micro_batch, block_size=length)
     progress()
     if rank == 0:
-        print(', '.join(f'{key} {value}' for key, value in (about | checks).items()), flush=True)
-    about['differences'] = compare_with_one(run, tokens[:4 * world_size], rank, world_size) if world_size > 1 else checks
+        print(', '.join(f'{key} {value}' for key, value in about.items()), flush=True)
     teacher = train.frozen_teacher(run) if world_size == 1 else None
-    train.fuse_gates(run)               # as a run does: on a CPU
+    train.fuse_gates(run)               # on a CPU, as in a run
     if config.compile:
         run.head_loss = torch.compile(train.head_loss)
         for block in model.blocks:
             block.compile()
-    rows = [dict(about, engine=engine, processes=processes) for engine in ('dense', 'cwic', 'cwic + teacher')
-            for processes in ((world_size, 1) if world_size > 1 else (1,)) if teacher or 'teacher' not in engine]
+    engines = ('dense', 'cwic', 'cwic + teacher') if world_size == 1 else ('dense', 'cwic')
+    rows = [dict(about, engine=engine, processes=processes) for engine in engines
+            for processes in sorted({world_size, 1}, reverse=True)]
     time_steps(rows, run, tokens[rank * batch:(rank + 1) * batch], config.rounds, rank, teacher)
     if world_size > 1:
-        seconds = message_seconds(run, config.rounds)
         dist.destroy_process_group()
         if rank > 0:
             sys.exit(0)
         for many, one in zip(rows[::2], rows[1::2]):
-            many.update(speed_over_one=many['tok_s'] / one['tok_s'], message_share=seconds / many['seconds'])
+            many['speed_over_one'] = many['tok_s'] / one['tok_s']
     for row in rows:
         dense = next(r for r in rows if r['processes'] == row['processes'])
         row['seconds_over_dense'] = row['seconds'] / dense['seconds']

@@ -1,12 +1,12 @@
 """
-Benchmarks of the field, through its own tool, EleutherAI's lm-evaluation-harness: accuracy, and what it cost.
+Standard benchmarks through EleutherAI's lm-evaluation-harness: accuracy, and the compute it took.
 
-    pip install lm-eval==0.4.13         # the version that was tested; nothing else here needs it
+    pip install lm-eval==0.4.13         # the tested version; nothing else here needs it
     python lab/benchmarks.py --model adapters/smollm2.safetensors --tasks arc_easy,hellaswag,piqa
     python lab/benchmarks.py --model adapters/smollm2.safetensors --tasks arc_easy,hellaswag,piqa --dense
 
-The harness fetches its own tasks from the network. Tasks of your own need none: --include_path names the
-folder of their YAML files, in which --tasks are then looked up.
+The harness fetches its tasks from the network. Tasks of your own need no network: --include_path names the
+folder with their YAML files, and --tasks are then looked up only there.
 
     python lab/benchmarks.py --model adapters/smollm2.safetensors --tasks capitals --include_path my_tasks
 
@@ -14,18 +14,18 @@ folder of their YAML files, in which --tasks are then looked up.
       task: capitals                                      {"q": "The capital of France is",
       dataset_path: json                                   "choices": ["Paris", "Rome"], "answer": 0}
       dataset_kwargs:
-        data_files: {test: my_tasks/capitals.json}      (from the folder where the command is given)
+        data_files: {test: my_tasks/capitals.json}      (relative to where the command runs)
       test_split: test
       output_type: multiple_choice
       doc_to_text: "{{q}}"
-      doc_to_choice: "{{choices}}"                      (a blank is put before each, unless target_delimiter
-      doc_to_target: "{{answer}}"                        says otherwise)
+      doc_to_choice: "{{choices}}"                      (the harness puts a blank before each, unless
+      doc_to_target: "{{answer}}"                        target_delimiter is set)
       metric_list: [{metric: acc, aggregation: mean, higher_is_better: true}]
 
-Everything is computed in f32, and the tokens of a context are as sparse as those of an answer. The reduction
+Everything is computed in f32, and the tokens of a question are as sparse as those of an answer. The reduction
 is dense / active weights over all tokens that a task reads.
 
-Not here: tasks that judge what a model writes (generate_until), chat templates, several GPUs.
+Not here: tasks that judge generated text (generate_until), chat templates, several GPUs.
 """
 
 import json
@@ -49,18 +49,18 @@ from options import fail, option, parse_options, progress
 from tokenizer import bos_ids, load_tokenizer, start_ids
 
 LM_EVAL = 'lm-eval==0.4.13'
-NOT_SUPPORTED = '{}: judges what a model writes, which is not supported; choose tasks scored by log p'
+NOT_SUPPORTED = '{}: judges generated text, which is not supported; choose tasks scored by log p'
 FEWSHOT_SEED = 1234     # the harness's default
-BOOTSTRAPS = 1000       # resamplings for the standard error of a metric that is no mean, such as perplexity
+BOOTSTRAPS = 1000       # resamples for the standard error of metrics that are not means, such as perplexity
 
 
 @dataclass
 class BenchmarkConfig:
-    """Accuracy on tasks of lm-evaluation-harness, and beside it the reduction."""
+    """Accuracy and reduction on tasks of lm-evaluation-harness."""
     model: str = option('', 'what weights.load takes: a checkpoint, an adapter, a name')
-    tasks: str = option('', 'names of tasks or groups, or paths of YAML files, with commas between them')
-    include_path: str = option('', "a folder with task files of your own, read in place of the harness's")
-    limit: int = option(0, 'items of each task, the first so many; 0: all', at_least=0)
+    tasks: str = option('', 'names of tasks or groups, or paths of YAML files, separated by commas')
+    include_path: str = option('', "a folder with task files of your own, used instead of the harness's")
+    limit: int = option(0, 'how many items of each task, from the first on; 0: all', at_least=0)
     dense: bool = option(False, 'use every weight')
     json: bool = option(False, 'print one JSON object')
     device: str = option('auto', 'auto, cpu, cuda or mps')
@@ -72,8 +72,8 @@ class BenchmarkConfig:
 
 def encode_pair(spec, encoding, context, continuation):
     """
-    Two texts -> (ids of the context, never empty; ids of the continuation), cut as the harness does: both are
-    encoded as one text, of which the context has as many ids as it has alone, without blanks at its end.
+    Two texts -> (ids of the context, never empty; ids of the continuation), split as the harness does: both
+    are encoded as one text, and the context gets as many ids as it has alone, without the blanks at its end.
     Raises DataError if no id is left for the continuation.
     """
     before = encoding.encode_ordinary(context.rstrip())
@@ -90,8 +90,9 @@ def score(model, pairs, dense=False):
     pairs: [(ids of a context, ids of a continuation)], none empty -> four arrays (pairs,):
         log p(continuation | context), in nats
         whether greedy decoding writes the continuation
-        active weights of all tokens that were read, and how many tokens that is
-    If a pair is longer than the model's context, it loses its beginning. Raises DataError if a continuation
+        active weights of all tokens that were read
+        the number of these tokens
+    A pair that is longer than the model's context loses its beginning. Raises DataError if a continuation
     alone is longer.
     """
     device, longest, asked = model.head.weight.device, model.config.block_size, {}
@@ -99,11 +100,11 @@ def score(model, pairs, dense=False):
         if len(continuation) > longest:
             raise DataError(f'a continuation has {len(continuation)} tokens, more than the {longest} of the '
                             "model's context; leave that task out")
-        # what several pairs ask is read once: " yes" and " no" after the same question
+        # pairs with the same input share one pass: " yes" and " no" after the same question
         asked.setdefault(tuple((context + continuation)[:-1][-longest:]), []).append(i)
     logp, greedy = np.zeros(len(pairs)), np.zeros(len(pairs), bool)
     active, read = np.zeros(len(pairs)), np.zeros(len(pairs), int)
-    inputs, done = sorted(asked, key=len, reverse=True), 0     # too little memory shows at once
+    inputs, done = sorted(asked, key=len, reverse=True), 0  # longest first: memory runs out early
     while done < len(inputs):
         length = len(inputs[done])
         batch = inputs[done:done + rows_at_once(model, length)]
@@ -128,8 +129,8 @@ def score(model, pairs, dense=False):
 
 def harness_model(model, spec, encoding, dense=False):
     """
-    A cwic.GPT as the harness sees models: an lm_eval.api.model.LM, which has in .cost, for each task,
-    (active weights, tokens read), and in .cut how many contexts have lost their beginning.
+    A cwic.GPT as an lm_eval.api.model.LM. Its .cost is {task: (active weights, tokens read)}, and .cut the
+    number of contexts that have lost their beginning.
     """
     from lm_eval.api.model import LM
     from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
@@ -140,7 +141,7 @@ def harness_model(model, spec, encoding, dense=False):
             self.cost, self.cut = {}, 0
 
         def score(self, tasks, pairs):
-            """tasks: the name of each pair's. -> log p, greedy: see score()"""
+            """tasks: the name of each pair's task -> log p, greedy: see score()"""
             logp, greedy, active, read = score(model, pairs, dense)
             for task in set(tasks):
                 mine = np.array([name == task for name in tasks])
@@ -156,7 +157,7 @@ def harness_model(model, spec, encoding, dense=False):
             return list(zip(logp.tolist(), greedy.tolist()))
 
         def loglikelihood_rolling(self, requests):
-            """requests: with .args (text,) -> [log p of the whole text], however long it is"""
+            """requests: with .args (text,) -> [log p of the whole text], of any length"""
             pairs, owners, start = [], [], start_ids(spec, encoding)[-1]
             for i, request in enumerate(requests):
                 ids = encoding.encode_ordinary(request.args[0])
@@ -174,32 +175,35 @@ def harness_model(model, spec, encoding, dense=False):
 
 
 def load_tasks(names, include_path):
-    """names: of tasks and groups, or paths of YAML files -> what lm_eval.evaluate takes. Raises DataError."""
+    """
+    names of tasks and groups, or paths of YAML files -> tasks, as lm_eval.evaluate takes them. Raises
+    DataError.
+    """
     from lm_eval.tasks import TaskManager
     try:
-        # the harness takes seconds to look through its own files, which are thousands
+        # looking through the harness's own thousands of files takes seconds
         manager = TaskManager(include_path=include_path or None, include_defaults=not include_path)
         loaded = manager.load(names)
-    except Exception as error:      # task files may hold code, and a network fails in a dozen ways
+    except Exception as error:      # task files may hold code, and networks fail in a dozen ways
         reason = ' '.join(f'{type(error).__name__}: {error}'.split())[:300]
         raise DataError(f'--tasks {",".join(names)}: cannot be loaded ({reason}); they are fetched from the '
                         'network, or with --include_path FOLDER looked up in that folder only') from None
     for name, task in loaded['tasks'].items():
         if task.OUTPUT_TYPE == 'generate_until':
             raise DataError(NOT_SUPPORTED.format(name))
-        # as the harness's own command line does
+        # as the harness's own program does
         task.set_config('num_fewshot', task.get_config('num_fewshot') or 0)
         task.set_fewshot_seed(FEWSHOT_SEED)
     return loaded
 
 
-def collect(found, cost, dense):
+def collect(found, cost, n_weights):
     """
-    found: what lm_eval.evaluate returns; cost: {task: (active weights, tokens read)}; dense: weights of a
+    found: what lm_eval.evaluate returns; cost: {task: (active weights, tokens read)}; n_weights: of a dense
     token -> {'tasks': {name: {'metrics', 'stderr', 'n', 'reduction'}}, 'reduction'}. A group of tasks has
     neither 'n' nor 'reduction'.
     """
-    reduction, tasks = lambda active, read: float(dense * read / active), {}
+    reduction, tasks = lambda active, read: float(n_weights * read / active), {}
     for name, values in found['results'].items():
         metrics, errors = {}, {}
         for key, value in values.items():       # 'acc,none', 'acc_stderr,none'; none is the name of a filter
@@ -214,14 +218,14 @@ def collect(found, cost, dense):
 
 
 def table(results):
-    """results: as collect() returns them -> the lines that are printed without --json"""
+    """results, as collect() returns them -> lines to print"""
     lines = [f'{"task":24}{"metric":20}{"value":>10}{"stderr":>10}{"n":>8}{"reduction":>12}']
     for task, found in results['tasks'].items():
         ends = f'{found["n"]:8}{found["reduction"]:11.2f}x' if 'n' in found else ''
         for metric, value in found['metrics'].items():
             error = f'{found["stderr"][metric]:10.4f}' if metric in found['stderr'] else ' ' * 10
             lines.append(f'{task:24}{metric:20}{value:10.4f}{error}{ends}')
-            task = ends = ''        # said once for all metrics of a task
+            task = ends = ''        # only in the first line of a task
     return '\n'.join(lines + [f'{"all tokens read":72}{results["reduction"]:11.2f}x'])
 
 
@@ -229,7 +233,7 @@ def main():
     config, _ = parse_options(BenchmarkConfig, 'python lab/benchmarks.py')
     names = [name.strip() for name in config.tasks.split(',') if name.strip()]
     if not config.model or not names:
-        fail('say which --model and which --tasks, as in --model smollm2 --tasks arc_easy,piqa')
+        fail('say which --model and which --tasks, for example --model smollm2 --tasks arc_easy,piqa')
     if config.include_path and not os.path.isdir(config.include_path):
         fail(f'--include_path {config.include_path}: no such folder')
     device = choose_device(config.device)
@@ -244,14 +248,14 @@ def main():
         fail(error, 1)
     spec = saved['tokenizer']
     lm = harness_model(model.to(device), spec, load_tokenizer(spec), config.dense)
-    with redirect_stdout(sys.stderr):       # on stdout, what the harness says would spoil --json
+    with redirect_stdout(sys.stderr):       # the harness prints, too, which would spoil --json
         found = lm_eval.evaluate(lm, tasks, limit=config.limit or None, bootstrap_iters=BOOTSTRAPS,
                                  log_samples=False)
     results = dict(model=config.model, dense=config.dense, lm_eval=lm_eval.__version__,
                    **collect(found, lm.cost, model.n_weights()))
     if lm.cut:
-        print(f'{lm.cut} contexts were longer than the {model.config.block_size} tokens that the model '
-              'reads, and lost their beginning', file=sys.stderr)
+        print(f"{lm.cut} contexts were longer than the model's {model.config.block_size} tokens, and lost "
+              'their beginning', file=sys.stderr)
     print(json.dumps(results) if config.json else table(results))
 
 

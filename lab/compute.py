@@ -1,17 +1,17 @@
 """
-What gets compute: which tokens, where in the text, in which matrices, and what it is good for.
+Where the compute goes: to which tokens, at which positions, in which matrices, and what it gains.
 
     python lab/compute.py out/best.safetensors
-    python lab/compute.py adapters/smollm2.safetensors --dialogues --picture assets/tokens.png     # some minutes
+    python lab/compute.py adapters/smollm2.safetensors --dialogues --picture assets/tokens.png      # minutes
 
-Reads validation text and asks of every token what share of the weights the pass over it used, what the model
-knew by then, and how much better the prediction would have been with every weight. Every weight means the
-dense model: of an adapter its base, which it learned from.
+Reads validation text and measures, for every token, the share of the weights used in the pass over it, how
+surprising the token was, how sure the model is of the next one, and how much better the dense model predicts
+that. An adapter's dense model is its base.
 
-A token's kind is found in the text, by a regular expression: rough, but the same for every model. In
-prose a function word is one of a list, and a name is what has a capital within a sentence.
+A regular expression finds each token's kind: rough, but the same for every model. In prose, function words
+are those of a list, and names are words with a capital inside a sentence.
 
-Not here: why. That two things go together does not say that one makes the other.
+Not here: causes. Correlations do not tell what makes the model spend compute.
 """
 
 import keyword
@@ -39,12 +39,12 @@ from tokenizer import load_tokenizer
 
 @dataclass
 class ComputeConfig:
-    """Which tokens of validation text get compute, where, and in which matrices."""
+    """Which tokens of validation text get compute, at which positions, and in which matrices."""
     checkpoint: tuple = option((), 'a checkpoint or an adapter (out/best.safetensors)')
-    data: str = option('', 'folder in data/; without it, the one the checkpoint was trained with')
-    dialogues: bool = option(False, "of a chat model's text, only windows that begin with its template")
+    data: str = option('', 'folder in data/; left out: the checkpoint\'s training data')
+    dialogues: bool = option(False, "of a chat model's text, only windows that begin with its chat template")
     windows: int = option(64, 'windows of text', at_least=1)
-    picture: str = option('', 'file of a picture; without it, none')
+    picture: str = option('', 'file for a picture; left out: none is drawn')
     device: str = option('auto', 'auto, cpu, cuda or mps')
 
 
@@ -55,7 +55,7 @@ PYTHON = re.compile(r"""(?P<comment>\#[^\n]*)
     |(?P<string>[rbfu]?(\"{3}[\s\S]*?(\"{3}|$)|'{3}[\s\S]*?('{3}|$)|"(\\.|[^"\\\n])*"?|'(\\.|[^'\\\n])*'?))
     |(?P<indentation>\n[ \t]*)|(?P<number>\d[\w.]*)|(?P<name>\w+)|(?P<space>[ \t]+)|(?P<operator>[\s\S])
     """, re.X)
-# the system's turn is the template's as well: it is the same in every dialogue
+# the system's turn counts as template, too: it is the same in every dialogue
 PROSE = re.compile(r"""(?P<template><\|\w+\|>system[\s\S]*?<\|\w+\|>\n?|<\|\w+\|>(user|assistant)?\n?)
     |(?P<digits>\d+)|(?P<name>[^\W\d]\w*)|(?P<space>\s+)|(?P<punctuation>[\s\S])""", re.X)
 FUNCTION_WORDS = set("""
@@ -67,11 +67,11 @@ FUNCTION_WORDS = set("""
 
 def kinds_of_tokens(pieces, pattern):
     """
-    pieces: the bytes of each token of a window -> the kind of each: that of its first character but spaces.
-    A window that begins within a string takes what is outside for inside, up to the next one.
+    pieces: the bytes of each token of a window -> the kind of each, that of its first character that is no
+    space. If a window begins inside a string, inside and outside are swapped up to its next string.
     """
     text = b''.join(pieces).decode('utf-8', 'surrogateescape')
-    kinds, seen = [], set()             # kinds: of each byte
+    kinds, seen = [], set()             # kinds: one for each byte
     for match in pattern.finditer(text):
         kind, word = match.lastgroup, match.group()
         before = text[max(match.start() - 2, 0):match.start()]
@@ -93,16 +93,18 @@ def kinds_of_tokens(pieces, pattern):
 
 
 def parts(model):
-    """Names of a layer's matrices; widths of q, k, v where stripes tell these apart, else of qkv."""
+    """
+    -> names of a layer's matrices; the widths of q, k and v, if they have stripes of their own, else of qkv
+    """
     attn = model.blocks[0].attn
     apart = len(attn.qkv.theta) > 1
     names = ('q', 'k', 'v') if apart else ('qkv',)
     return (*names, *model.config.matrices[1:]), attn.widths if apart else [sum(attn.widths)]
 
 
-def used_inputs(gate, x):
-    """Which inputs each stripe uses, x (B, T, in): bool (n, B, T, in)"""
-    return (x.float() - gate.mu).abs() > gate.thresholds()[:, None, None]
+def input_mask(layer, x):
+    """x (B, T, in) -> which inputs each stripe uses, bool (n, B, T, in)"""
+    return (x.float() - layer.mu).abs() > layer.thresholds()[:, None, None]
 
 
 @torch.no_grad()
@@ -110,25 +112,25 @@ def measure(model, teacher, windows):
     """
     Reads windows of text, np.int64 (windows, T + 1). teacher: the dense model. Returns a dict:
 
-    share (windows, T)      of all weights, used in the pass over a token
-    loss, entropy           of what that pass predicts, in nats; loss[:, :-1]: the surprise of tokens 1 on
-    gain                    loss less the teacher's: what every weight would have gained
-    matrices                [share of each matrix's weights that was used], layer by layer, the head last
-    heads (layers, heads)   how often no part of what an attention head says is used
+    share (windows, T)      share of all weights that the pass over a token used
+    loss, entropy           of that pass's prediction, in nats; loss[:, :-1] is the surprise of tokens 1 on
+    gain                    loss - the teacher's loss: what every weight would have gained
+    matrices                share of each matrix's weights that was used, layer by layer, the head last
+    heads (layers, heads)   how often nothing of an attention head's output is used
     """
     blocks, widths = model.blocks, parts(model)[1]
-    inputs, unheard = [0] * len(blocks), [0] * len(blocks)
+    inputs, unused = [0] * len(blocks), [0] * len(blocks)
 
-    def count_inputs(i, gate, args):        # args: x, dense. Of each column of qkv, how many are used
-        used = used_inputs(gate, args[0]).sum((1, 2, 3))                                    # (n,)
-        inputs[i] = inputs[i] + used.repeat_interleave(gate.stripe)[:gate.n_out].double()
+    def count_inputs(i, layer, args):       # args: x, dense. Inputs that each column of qkv uses
+        used = input_mask(layer, args[0]).sum((1, 2, 3))                                    # (n,)
+        inputs[i] = inputs[i] + used.repeat_interleave(layer.stripe)[:layer.n_out].double()
 
-    def count_heads(i, gate, args):
-        used = used_inputs(gate, args[0]).any(0).unflatten(-1, (model.config.n_head, -1))
-        unheard[i] = unheard[i] + (~used.any(-1)).sum((0, 1))                               # (heads,)
+    def count_heads(i, layer, args):
+        used = input_mask(layer, args[0]).any(0).unflatten(-1, (model.config.n_head, -1))
+        unused[i] = unused[i] + (~used.any(-1)).sum((0, 1))                                 # (heads,)
 
-    counts = [(gate, partial(count, i)) for i, block in enumerate(blocks)
-              for gate, count in ((block.attn.qkv, count_inputs), (block.attn.out, count_heads))]
+    counts = [(layer, partial(count, i)) for i, block in enumerate(blocks)
+              for layer, count in ((block.attn.qkv, count_inputs), (block.attn.out, count_heads))]
     tokens, active_sum = [], 0
     batches = torch.from_numpy(windows).split(rows_at_once(model, windows.shape[1]))
     for batch in counted(batches, f'batches of {len(batches[0])} windows read'):
@@ -141,25 +143,26 @@ def measure(model, teacher, windows):
         tokens.append(torch.stack([x.cpu().double() for x in (share, loss, entropy, loss - dense_loss)]))
         active_sum = active_sum + active.sum((1, 2)).cpu()
     share, loss, entropy, gain = torch.cat(tokens, 1).numpy()
-    used = [float(a) / share.size / layer.n_weights for a, (_, layer) in zip(active_sum, model.sparse_layers())]
+    used = [float(active) / share.size / layer.n_weights
+            for active, (_, layer) in zip(active_sum, model.sparse_layers())]
     matrices = []
     for i, columns in enumerate(inputs):
         matrices += [float(part.mean()) / share.size / model.config.n_embd for part in columns.split(widths)]
         matrices += used[4 * i + 1:4 * i + 4]
     return {'share': share, 'loss': loss, 'entropy': entropy, 'gain': gain, 'matrices': matrices + used[-1:],
-            'heads': torch.stack(unheard).cpu().numpy() / share.size}
+            'heads': torch.stack(unused).cpu().numpy() / share.size}
 
 
 # -----------------------------------------------------------------------------
-# what is said of it
+# reporting
 
 
 def by_kind(kinds, found):
     """
-    kinds (windows, T): of each token -> [(kind, tokens, mean compute, mean surprise, mean gain)], the most
+    kinds (windows, T), one for each token -> [(kind, tokens, mean compute, mean surprise, mean gain)], most
     compute first
     """
-    surprise = np.full_like(found['loss'], np.nan)          # of the first token there is none
+    surprise = np.full_like(found['loss'], np.nan)          # the first token has none
     surprise[:, 1:] = found['loss'][:, :-1]
     rows = [(kind, int(which.sum()), *(float(values[which].mean()) for values in
                                        (found['share'], surprise, found['gain'])))
@@ -168,23 +171,21 @@ def by_kind(kinds, found):
 
 
 def by_position(share):
-    """[(first position, last, mean compute)], twice as many each time"""
+    """[(first position, last, mean compute)], in intervals that double"""
     length = share.shape[1]
     bounds = [0, *(2 ** i for i in range(20) if 2 ** i < length), length]
     return [(low, high - 1, float(share[:, low:high].mean())) for low, high in zip(bounds, bounds[1:])]
 
 
 def by_value(values, share, bins=10):
-    """
-    [(mean value, mean compute, its 10th percentile, its 90th)] of as many tokens each, in the order of values
-    """
+    """[(mean value, mean compute, its 10th percentile, its 90th)] of equal groups of tokens, by value"""
     order = np.argsort(values, axis=None, kind='stable')
     return [(float(values.flat[some].mean()), float(share.flat[some].mean()),
              *np.percentile(share.flat[some], (10, 90)).tolist()) for some in np.array_split(order, bins)]
 
 
 def correlations(found, which):
-    """{what: its correlation with compute}, over which tokens, bool (windows, T), the first ones aside"""
+    """-> {name: correlation with compute} over the tokens in `which`, bool (windows, T), but no first ones"""
     which = which[:, 1:]
     share = found['share'][:, 1:][which]
     values = {'surprise of the token read': found['loss'][:, :-1],
@@ -196,7 +197,7 @@ def correlations(found, which):
 
 
 def show(found, kinds, pieces, matrices):
-    """Prints all of it. pieces: the bytes of each token, window by window; matrices: their names."""
+    """Prints everything. pieces: the bytes of each token, window by window; matrices: their names."""
     share = found['share']
     print(f'{share.size:,} tokens, which use {share.mean():.1%} of the weights (standard deviation: '
           f'{share.std():.1%})\n')
@@ -206,7 +207,7 @@ def show(found, kinds, pieces, matrices):
     print('\nby position')
     for low, high, mean in by_position(share):
         print(f'{low:5} to {high:<21}{mean:19.1%}')
-    print('\ncorrelation of compute with                        but for template')
+    print('\ncorrelation of compute with                        without template')
     without = correlations(found, kinds != 'template')
     for name, value in correlations(found, kinds != '').items():
         print(f'{name:30}{value:+19.2f}{without[name]:+11.2f}')
@@ -214,7 +215,7 @@ def show(found, kinds, pieces, matrices):
     rows = [found['matrices'][i:i + len(matrices)] for i in range(0, len(found['matrices']), len(matrices))]
     print('\n'.join(''.join(f'{used:9.1%}' for used in row) for row in rows) + '  head')
     heads = found['heads']
-    print(f'\nattention heads that are not heard at all: {heads.mean():.1%} of the time; most often')
+    print(f'\nattention heads of whose output nothing is used: {heads.mean():.1%} of the time; most often')
     for place in np.argsort(-heads, axis=None, kind='stable')[:5]:
         layer, head = np.unravel_index(place, heads.shape)
         print(f'layer {layer:2}, head {head:2}{heads[layer, head]:33.1%}')
@@ -244,7 +245,7 @@ def main():
     name = config.data or options.get('data', 'python')
     _, data, meta = load_dataset(name, length)
     if meta['tokenizer'] != spec:
-        fail(f'{path} was not trained on data/{name}; say on what: --data NAME', 1)
+        fail(f'{path} was not trained on data/{name}; name the data set: --data NAME', 1)
     encoding = load_tokenizer(spec)
     bytes_of = encoding.decode_single_token_bytes
     windows = (windows_of_kind('dialogues', data, meta, spec, encoding, config.windows, length)

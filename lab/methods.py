@@ -1,29 +1,31 @@
 """
-The other ways to skip: a survey of what CWIC builds on and is compared with, each in a few lines.
+The other ways to skip weights: a survey of what CWIC builds on and is compared with, each in a few lines.
 
     python lab/baselines.py compare         # how good they are; baselines.py says more
     model, saved = weights.load('out/dense/best.safetensors')
-    calibrate(model, (tokens,), dict.fromkeys(gates(model), 0.5))       # TEAL at 2x, on tokens (B, T)
+    calibrate(model, (tokens,), dict.fromkeys(sparse_layers_of(model), 0.5))    # TEAL at 2x, tokens (B, T)
 
-Begin at the end, with METHODS: the idea of each, its paper, where it breaks. Nearly every one is the layer of
-cwic.py with thresholds that come from somewhere else:
+Begin at the end of this file: METHODS has the idea of each, its paper, and when it breaks. Nearly all of them
+are the layer of cwic.py with other thresholds:
 
     y = (centre + m * (x - centre)) @ W + b,    m = score > threshold
 
                     score of input i            centre   threshold
-    TEAL, CATS      |x_i|                       0        a quantile; for CATS in the MLP only
+    TEAL, CATS      |x_i|                       0        a quantile; CATS: in the MLP only
     WINA            |x_i| * |W_i|               0        a quantile
     SCAP            |x_i - centre_i|            median   a quantile
     CWIC's form     |x_i - centre_i| * |W_i|    median   a quantile; |W_i| within each stripe of columns
-    Q-Sparse        |x_i|                       0        the K-th largest of the token
-    ProSparse       x_i, with its sign          0        0, which is ReLU; then a quantile
+    Q-Sparse        |x_i|                       0        the token's K-th largest score
+    ProSparse       x_i, with its sign          0        0, which is ReLU; at the end a quantile
     pruning         its mean over all tokens    median   a quantile
     Deja Vu         a predictor's, of a unit    0        a quantile
     CWIC            |x_i - centre_i|            median   learned, for each stripe and input
 
-Those that need more have a layer of their own, and those that train otherwise a kind of Method.
+A method that needs more than thresholds has a layer class of its own, and one that trains differently has a
+subclass of Method.
 
-Not here: kernels. sparse_kernel.c skips inputs; for each method METHODS says what could skip its pattern.
+Not here: kernels. sparse_kernel.c skips inputs; for each method, METHODS says what kind of kernel could use
+its pattern.
 """
 
 from contextlib import contextmanager
@@ -37,9 +39,9 @@ import train
 from cwic import CWICConfig, Neurons, StripedLinear, Thresholds
 
 ONE = 10 ** 9           # columns to a stripe: all that the matrix has
-LEAST = 0.02            # what skips keeps at least this share of its weights
+LEAST = 0.02            # a layer that skips keeps at least this share of its weights
 RANK = 32               # of Deja Vu's predictors
-LOW_RANK = 0.05         # R-Sparse: share of a matrix's weights in the path that takes what is skipped
+LOW_RANK = 0.05         # R-Sparse: weights of the low-rank path, as a share of the matrix's
 NEVER = 1e30            # a threshold that no input exceeds
 STRIPES = ('stripe_qkv', 'stripe_out', 'stripe_up', 'stripe_down', 'stripe_head')
 
@@ -47,13 +49,14 @@ STRIPES = ('stripe_qkv', 'stripe_out', 'stripe_up', 'stripe_down', 'stripe_head'
 # thresholds that are not learned
 
 
-def gates(module):
-    """{name: layer} of all that decides what to skip, in the order in which a token meets them."""
-    return {name: gate for name, gate in module.named_modules() if isinstance(gate, (StripedLinear, Neurons))}
+def sparse_layers_of(module):
+    """{name: layer} for every layer with thresholds in a model or a block, in the order of a forward pass."""
+    return {name: layer for name, layer in module.named_modules()
+            if isinstance(layer, (StripedLinear, Neurons))}
 
 
 def uncompiled():
-    """with uncompiled(): for what runs too rarely, or through hooks, for which all is compiled anew."""
+    """with uncompiled(): for rare passes, and those with hooks, for which torch would compile again."""
     return torch.compiler.set_stance('force_eager')
 
 
@@ -69,10 +72,11 @@ def hooked(functions):
 @torch.no_grad()
 def calibrate(module, inputs, shares, weighed=False, centred=False, static=False):
     """
-    Sets the thresholds of a model or a block so that each gate uses a share of its weights for these inputs.
-    One pass does: a gate is set when its input arrives, which those before it have thinned out already.
-    shares: {name: share}, and gates that are not in it skip nothing. weighed, centred: as in the table above;
-    static: each input's score is its mean. Returns module(*inputs).
+    Sets the thresholds of a model or a block so that each layer uses a share of its weights for these inputs,
+    in one pass: a layer is set when its input arrives, computed by the layers before it, which skip already.
+    shares: {name: share}; layers that are not in it skip nothing. weighed: scores are multiplied by |W_i|.
+    centred: inputs are measured from their median. static: each input has one score, its mean. Returns
+    module(*inputs).
     """
     def set_thresholds(share, gate, args):
         x, linear = args[-2].float().flatten(0, 1), isinstance(gate, StripedLinear)     # args: x or z, dense
@@ -85,15 +89,15 @@ def calibrate(module, inputs, shares, weighed=False, centred=False, static=False
             norms = W.norm(dim=2).clamp_min(1e-12)
         scores = score * norms[:, None]                                                 # (n, N, in)
         skipped, quantile = round((1 - share) * scores.numel()), -1.0
-        if skipped:     # the largest score of these; kthvalue() would find it, but is slow on a GPU
+        if skipped:     # the largest score that is skipped; kthvalue() is slow on a GPU
             quantile = scores.flatten().topk(scores.numel() - skipped + 1, sorted=False).values.min()
         t = torch.where(scores[:, 0] > quantile, -1.0, NEVER) if static else quantile / norms
         gate.mu.copy_(centre)
         gate.sigma.fill_(1.0)
         gate.theta.copy_((t / gate.scale).expand_as(gate.theta))
 
-    training, shares = module.training, {gate: shares.get(name, 1.0) for name, gate in gates(module).items()}
-    with hooked([(gate, partial(set_thresholds, share)) for gate, share in shares.items()]):
+    training, layers = module.training, sparse_layers_of(module)
+    with hooked([(layer, partial(set_thresholds, shares.get(name, 1.0))) for name, layer in layers.items()]):
         y = module.eval()(*inputs)
     module.train(training)
     return y
@@ -104,7 +108,7 @@ def calibrate(module, inputs, shares, weighed=False, centred=False, static=False
 
 
 class Changed(StripedLinear):
-    """A layer of a model, with its weights, that is to have another forward()."""
+    """A copy of a model's layer, sharing its weights, for subclasses with another forward()."""
 
     def __init__(self, layer):
         super().__init__(layer.n_in, layer.n_out, layer.stripe, bias=False)
@@ -113,7 +117,7 @@ class Changed(StripedLinear):
 
 
 class Apart(Thresholds):
-    """Llama's up and down as two layers that skip inputs. (CWIC and CATS skip neurons: one mask for both.)"""
+    """Llama's up and down as two layers that skip inputs. (In CWIC and CATS they share a mask of neurons.)"""
 
     def __init__(self, neurons):
         n_embd, n_hidden = neurons.up.shape
@@ -132,7 +136,7 @@ class Apart(Thresholds):
 
 
 class LowRankRest(Changed):
-    """What is skipped goes through the matrix's largest singular values: the same weights for every token."""
+    """Skipped inputs go through a low-rank copy of the matrix, its largest singular values."""
 
     def __init__(self, layer):
         super().__init__(layer)
@@ -148,32 +152,33 @@ class LowRankRest(Changed):
 
 
 class TopK(Changed):
-    """The largest inputs of each token, exactly so many, and gradients straight through."""
+    """Uses exactly the K largest inputs of each token; gradients pass straight through."""
     share = 1.0
 
     def forward(self, x, dense=False):
         count = self.n_in if dense else max(round(self.share * self.n_in), 1)
         largest = torch.zeros_like(x).scatter_(-1, x.abs().topk(count, dim=-1, sorted=False).indices, 1.0)
         y, active = super().forward(x + (x * largest - x).detach(), dense=True)
-        # train.py asks for the gradient of every count: here it is 0
+        # 0 * x: train.py needs a gradient of every count
         return y, torch.full_like(active, count * self.n_out) + 0 * x.sum(-1)
 
 
 class Rectified(Changed):
-    """ReLU on the way in, or as much of one as `amount` says."""
-    amount = torch.tensor(0.0)      # for each number, torch would compile anew
+    """ReLU on the inputs, by degrees: amount 0 leaves them alone, 1 is ReLU."""
+    amount = torch.tensor(0.0)      # a tensor: torch would compile again for each new number
 
     def forward(self, x, dense=False):
         x = x if dense else torch.where(x > 0, x, (1 - self.amount) * x)
         y, active = super().forward(x, dense)
-        # where the count's own gradient sees what is next to a threshold, L1, in units of the mean, sees all
+        # the count's gradient is that of L1, in units of the mean: it reaches all inputs, not only those next
+        # to a threshold
         l1 = self.n_out * (x.abs() / x.detach().abs().mean().clamp_min(1e-12)).sum(-1)
         return y, active.detach() + l1 - l1.detach()
 
 
 class Unread(Changed):
-    """Some columns are not computed: nothing reads them."""
-    unread = 0
+    """Some columns are not computed, as no later layer reads them."""
+    unread = 0          # how many
 
     def forward(self, x, dense=False):
         y, active = super().forward(x, dense)
@@ -181,9 +186,12 @@ class Unread(Changed):
 
 
 class Chosen(Changed):
-    """Columns of qkv or up, or rows of out or down, for the heads or neurons that a Predictor has chosen."""
-    mask = 1.0          # of rows: (B, T, in), 1.0 or 0.0; what columns make and no row reads need not be made
-    share = 1.0         # (B, T), of the heads or neurons
+    """
+    Uses the columns (of qkv or up) or rows (of out or down) of the heads or neurons that a Predictor chose.
+    The mask is applied to rows only: a column that no row reads makes no difference.
+    """
+    mask = 1.0          # of rows: (B, T, in), 1.0 or 0.0
+    share = 1.0         # (B, T), of heads or neurons that are used
     more = 0            # weights of the predictor, counted here
 
     def forward(self, x, dense=False):
@@ -193,25 +201,25 @@ class Chosen(Changed):
 
 class Predictor(torch.nn.Module):
     """
-    Scores heads and neurons by the residual stream at an earlier place, through two small matrices. pairs:
-    [(layer whose columns make them, layer whose rows read them, how many)]
+    Scores heads and neurons from the residual stream at an earlier place, through two small matrices. pairs:
+    [(layer whose columns compute them, layer whose rows read them, how many there are)]
     """
 
     def __init__(self, n_embd, pairs):
         super().__init__()
-        self.pairs, self.counts = pairs, [count for *_, count in pairs]     # tuples: layers are the model's
+        self.pairs, self.counts = pairs, [count for *_, count in pairs]     # in tuples: not submodules
         self.A = torch.nn.Parameter(torch.randn(n_embd, RANK) / n_embd ** 0.5)              # (d, rank)
         self.B = torch.nn.Parameter(torch.zeros(RANK, sum(self.counts)))                    # (rank, units)
-        self.least = [-NEVER] * len(pairs)      # scores above are chosen
+        self.least = [-NEVER] * len(pairs)      # units with a larger score are chosen
         pairs[0][1].more = self.A.numel() + self.B.numel()
 
     def forward(self, x):
-        """x (B, T, d) -> a list of scores (B, T, heads or neurons), one of each pair"""
+        """x (B, T, d) -> for each pair, scores (B, T, heads or neurons)"""
         x = torch.nn.functional.layer_norm(x.to(self.A.dtype), x.shape[2:])
         return ((x @ self.A).relu() @ self.B).split(self.counts, dim=2)
 
     def choose(self, place, args):
-        """Tells the layers, before this place's forward(args)."""
+        """A hook that runs before place.forward(*args): sets the masks and shares of the chosen layers."""
         for (columns, rows, count), scores, least in zip(self.pairs, self(args[0]), self.least):
             chosen = (scores > least).float()
             rows.mask = chosen.repeat_interleave(rows.n_in // count, dim=2)
@@ -219,47 +227,47 @@ class Predictor(torch.nn.Module):
 
 
 # -----------------------------------------------------------------------------
-# methods: a dense model in, a model that skips out
+# methods: how a dense model becomes one that skips
 
 
 class Cannot(Exception):
-    """Why a method cannot be had at a target, or for a model."""
+    """Why a method cannot reach a target, or cannot be applied to a model."""
 
 
 @dataclass
 class Method:
     """
-    start() makes a copy of the dense model, change() gives it other layers where the method has some, limit()
-    sets what is skipped. In training, follow() has that keep up with the weights, and with the target, which
-    rises from 1 to its final value; step() is one optimiser step.
+    start() copies the dense model, change() replaces layers if the method has its own, limit() sets the
+    thresholds. In training, step() is one optimiser step, and follow() is called every few steps: it adapts
+    the thresholds to the new weights, and to the target, which rises from 1 to its final value.
     """
     weighed: bool = False       # these three: see calibrate()
     centred: bool = False
     static: bool = False
-    kinds: tuple = ()           # of gates that skip; (): all
-    apart: bool = True          # Llama's up and down skip inputs; else neurons
-    stripe: int = ONE           # columns to a stripe; 0: as the recipe has it
+    kinds: tuple = ()           # names of the layers that skip; (): all
+    apart: bool = True          # Llama's up and down skip inputs; else they share a mask of neurons
+    stripe: int = ONE           # columns in a stripe; 0: as in the recipe
     bases: bool = False         # inputs are measured along their principal components: GPT.find_bases()
-    shortlist: bool = False     # the head computes the likeliest tokens' logits with every weight
-    layer: type = StripedLinear     # what layers become
-    trained: bool = False       # for the recipe's steps
-    predicts: bool = False      # only what chooses is trained: at the targets of methods without training
-    learned: bool = False       # the thresholds too; otherwise limit() sets them
-    teacher: bool = True        # the dense model; else the text teaches
-    dense: bool = False         # nothing is skipped
+    shortlist: bool = False     # the head computes the logits of the likeliest tokens with every weight
+    layer: type = StripedLinear     # class of the layers
+    trained: bool = False       # for as many steps as the recipe has
+    predicts: bool = False      # only predictors are trained: compared at the targets of untrained methods
+    learned: bool = False       # thresholds are learned; else limit() sets them
+    teacher: bool = True        # learns from the dense model; else from the text
+    is_dense: bool = False      # never skips
     gpt2_only: bool = False     # not written for Llama's blocks
-    kernel: str = 'ours'        # what can skip this pattern in fact
+    kernel: str = 'ours'        # what kind of kernel could skip this pattern
 
     def skips(self, name):
         return not self.kinds or name.split('.')[-1] in self.kinds
 
     def skipping(self, model):
-        """-> the weights of all that skips; what each token uses besides the model's weights"""
-        skipping = sum(gate.n_weights for name, gate in gates(model).items() if self.skips(name))
+        """-> weights in all layers that skip; weights that each token uses besides the model's"""
+        skipping = sum(layer.n_weights for name, layer in sparse_layers_of(model).items() if self.skips(name))
         return skipping, LOW_RANK * model.n_weights() if self.layer is LowRankRest else 0
 
     def share(self, model, target):
-        """What share of its weights all that skips must use, for 1 / target of the whole. Raises Cannot."""
+        """Share of their weights that skipping layers may use for 1 / target in all. Raises Cannot."""
         total, (skipping, more) = model.n_weights(), self.skipping(model)
         fixed = total - skipping + more
         if total / target < fixed + LEAST * skipping:
@@ -268,13 +276,13 @@ class Method:
         return min((total / target - fixed) / skipping, 1.0)
 
     def check(self, model, saved, target):
-        """Raises Cannot where this dense model cannot be brought to the target. saved: what its file says."""
+        """Raises Cannot if this dense model cannot reach the target. saved: what its file says."""
         if self.gpt2_only and model.config.arch != 'gpt2':
             raise Cannot("written for GPT-2's blocks only")
         self.share(model, target)
 
     def start(self, model, saved, recipe, given):
-        """-> train.Run of a copy of the dense model, and the recipe's data"""
+        """-> train.Run with a copy of the dense model; the recipe's data"""
         own = {'bases': self.bases, 'shortlist': self.shortlist,
                **(dict.fromkeys(STRIPES, self.stripe) if self.stripe else {})}
         recipe = recipe if self.teacher else replace(recipe, teacher=0.0)
@@ -289,8 +297,8 @@ class Method:
                     setattr(module, name, self.layer(layer))
 
     def limit(self, model, target, tokens):
-        """From now on the model uses 1 / target of its weights for tokens (B, T) of training text."""
-        shares = dict.fromkeys(filter(self.skips, gates(model)), self.share(model, target))
+        """From now on the model uses 1 / target of its weights, on average over tokens (B, T)."""
+        shares = dict.fromkeys(filter(self.skips, sparse_layers_of(model)), self.share(model, target))
         calibrate(model, (tokens,), shares, self.weighed, self.centred, self.static)
 
     def follow(self, model, target, final, tokens):
@@ -298,10 +306,11 @@ class Method:
 
     def step(self, run, tokens, targets, target):
         """tokens, targets (B, T): the batch."""
-        train.train_step(run, tokens, targets, target if self.learned else 1.0, dense=self.dense)
+        train.train_step(run, tokens, targets, target if self.learned else 1.0, dense=self.is_dense)
 
 
 class Greedy(Method):
+    """Divides each block's compute among its matrices, 5% at a time, by the error of the block's output."""
 
     @torch.no_grad()
     def limit(self, model, target, tokens):
@@ -310,7 +319,8 @@ class Greedy(Method):
             model(tokens[:8], dense=True)
         shares = {'head': share}
         for i, block in enumerate(model.blocks):
-            y, sizes = block(*inputs[block])[0], {name: gate.n_weights for name, gate in gates(block).items()}
+            y = block(*inputs[block])[0]
+            sizes = {name: layer.n_weights for name, layer in sparse_layers_of(block).items()}
             sparse, best = (*inputs[block][:-1], False), dict.fromkeys(sizes, 1.0)
             while (excess := sum(sizes[name] * (best[name] - share) for name in sizes)) >= 1:
                 cut = min(0.05 * sum(sizes.values()), excess)
@@ -325,17 +335,17 @@ class QSparse(Method):
 
     def limit(self, model, target, tokens):
         share = self.share(model, target)
-        for layer in gates(model).values():
+        for layer in sparse_layers_of(model).values():
             layer.share = share
 
     def follow(self, model, target, final, tokens):
-        self.limit(model, final, tokens)        # as in the paper; for each K, torch would compile anew
+        self.limit(model, final, tokens)        # at once, as in the paper
 
 
 class ProSparse(Method):
 
     def follow(self, model, target, final, tokens):
-        for layer in gates(model).values():
+        for layer in sparse_layers_of(model).values():
             layer.amount = torch.tensor((target - 1) / (final - 1) if final > 1 else 0.0)
 
     def limit(self, model, target, tokens):
@@ -343,20 +353,22 @@ class ProSparse(Method):
         super().limit(model, target, tokens)
 
     def step(self, run, tokens, targets, target):
-        train.train_step(run, tokens, targets, target)      # L1's weight is the price of CWIC
+        train.train_step(run, tokens, targets, target)      # L1 has CWIC's price as its weight
 
 
 class Pruning(Method):
 
     def share(self, model, target):
-        # of values and neurons, columns that only pruned rows could read, share ** 2 is used and not share
+        # the columns of values and neurons shrink twice, to share ** 2: their own inputs are pruned, and so
+        # are the rows that read them. Solves simply * share + doubly * share ** 2 = weights / target
         doubly = sum(block.attn.qkv.n_weights / 3 + block.mlp.up.n_weights for block in model.blocks)
         simply = model.n_weights() - doubly
         return ((simply ** 2 + 4 * doubly * model.n_weights() / target) ** 0.5 - simply) / (2 * doubly)
 
     def limit(self, model, target, tokens):
         pruned = float((model.head.theta > 0).float().mean())
-        if not pruned or pruned < 1 - self.share(model, target) - 1 / model.head.n_in:      # else it stays
+        # pruned inputs stay pruned until the target has risen
+        if not pruned or pruned < 1 - self.share(model, target) - 1 / model.head.n_in:
             super().limit(model, target, tokens)
         for block in model.blocks:
             block.attn.qkv.unread = int((block.attn.out.theta[0] > 0).sum())
@@ -366,15 +378,15 @@ class Pruning(Method):
 class DejaVu(Method):
 
     def places(self, model):
-        """[(module before which a predictor reads, its pairs: see Predictor)]; here, a block early"""
+        """[(module whose input a predictor reads, its pairs: see Predictor)]; here one block early"""
         heads, neurons = model.config.n_head, model.config.n_hidden
         return [(model.blocks[max(i - 1, 0)], [(block.attn.qkv, block.attn.out, heads),
                                                (block.mlp.up, block.mlp.down, neurons)])
                 for i, block in enumerate(model.blocks)]
 
-    def importance(self, said, slopes):
-        """What each unit says (B, T, units, width), and the loss's gradient for that -> (B, T, units)"""
-        return said.norm(dim=3)
+    def importance(self, outputs, slopes):
+        """Outputs of units (B, T, units, width), and the loss's gradient for them -> (B, T, units)"""
+        return outputs.norm(dim=3)
 
     def skipping(self, model):
         places = self.places(model)
@@ -393,7 +405,7 @@ class DejaVu(Method):
     def limit(self, model, target, tokens):
         share = self.share(model, target)
 
-        def set_least(predictor, _, args):      # before it chooses, and of what earlier choices have left
+        def set_least(predictor, _, args):      # runs before the predictor's own hook
             for i, scores in enumerate(predictor(args[0])):
                 skipped = max(round((1 - share) * scores.numel()), 1)
                 predictor.least[i] = float(scores.flatten().kthvalue(skipped).values)
@@ -403,22 +415,22 @@ class DejaVu(Method):
             model(tokens)
 
     def follow(self, model, target, final, tokens):
-        pass                                # in training nothing is skipped
+        pass                                # nothing is skipped in training
 
     def step(self, run, tokens, targets, target):
-        """Predictors learn which units are among the most important of a token, as many as will be used."""
-        model, places, read, said = run.model, self.places(run.model), {}, {}
+        """Predictors learn which units are the most important for a token, as many as will be used."""
+        model, places, read, outputs = run.model, self.places(run.model), {}, {}
         share, losses = self.share(model, run.config.target_reduction), []
         hooks = [(place, lambda place, args: read.update({place: args[0].detach()})) for place, _ in places]
-        hooks += [(rows, lambda rows, args: said.update({rows: args[0].requires_grad_()}))
+        hooks += [(rows, lambda rows, args: outputs.update({rows: args[0].requires_grad_()}))
                   for _, pairs in places for _, rows, _ in pairs]
         with uncompiled(), run.autocast(), hooked(hooks):
             logits, _ = model(tokens, dense=True)
             loss = cwic.next_token_loss(logits.flatten(0, 1), targets.flatten())
-        slopes = dict(zip(said, torch.autograd.grad(loss, list(said.values()))))
+        slopes = dict(zip(outputs, torch.autograd.grad(loss, list(outputs.values()))))
         for (place, pairs), predictor in zip(places, model.predictors):
             for (_, rows, count), scores in zip(pairs, predictor(read[place])):
-                both = (x.detach().float().unflatten(2, (count, -1)) for x in (said[rows], slopes[rows]))
+                both = (x.detach().float().unflatten(2, (count, -1)) for x in (outputs[rows], slopes[rows]))
                 most = self.importance(*both).topk(max(round(share * count), 1), dim=2).indices
                 wanted = torch.zeros_like(scores).scatter_(2, most, 1.0)            # (B, T, count)
                 losses.append(torch.nn.functional.binary_cross_entropy_with_logits(scores, wanted))
@@ -431,20 +443,20 @@ class ShadowLLM(DejaVu):
 
     def places(self, model):
         pairs = [pair for _, pairs in super().places(model) for pair in pairs]
-        return [(model.blocks[0].ln_2, pairs[1:])]      # after the first attention, which all tokens use
+        return [(model.blocks[0].ln_2, pairs[1:])]      # after the first attention, which is not skipped
 
-    def importance(self, said, slopes):
-        return (said * slopes).sum(3).abs()
+    def importance(self, outputs, slopes):
+        return (outputs * slopes).sum(3).abs()
 
 
 class SmallerDense(Method):
 
     def check(self, model, saved, target):
         if 'options' not in saved:
-            raise Cannot('the text that this model was trained on is not at hand')
+            raise Cannot('the text that this model was trained on is not available')
 
     def start(self, model, saved, recipe, given):
-        """It sees all tokens that the others' weights have seen, the dense model's training included."""
+        """It reads as many tokens as the others, the dense model's training included."""
         old, config = train.TrainConfig(**saved['options']), asdict(model.config)
         for n_embd in range(model.config.n_embd, 0, -2 * model.config.n_head):
             config.update(n_embd=n_embd, n_hidden=model.config.n_hidden * n_embd // model.config.n_embd)
@@ -463,58 +475,62 @@ LEARNED = {'trained': True, 'learned': True, 'apart': False}
 PREDICTED = {'trained': True, 'predicts': True, 'kinds': ('qkv', 'out', 'up', 'down'), 'layer': Chosen,
              'gpt2_only': True, 'kernel': 'heads and neurons'}
 METHODS = {
-    'dense': Method(dense=True, kernel='any'),
+    'dense': Method(is_dense=True, kernel='any'),
 
     # without training
 
-    # Small inputs add little: each matrix skips those below a quantile (Liu et al., 2024, arXiv 2408.14690).
-    # Breaks from 2x on, as errors add up from layer to layer; and where inputs do not centre on 0.
+    # Small inputs add little, so each matrix skips those below a quantile (Liu et al., 2024, arXiv
+    # 2408.14690). Breaks from 2x on, as errors add up from layer to layer; and if inputs are not centred on
+    # 0.
     'TEAL': Method(),
-    # TEAL's own allocation: in each block, cut 5% of it from the matrix where the block's output suffers
-    # least, again and again. Breaks like TEAL: all blocks are given the same, and each looks at itself alone.
+    # TEAL's own allocation: in each block, take 5% of its compute from the matrix that harms the block's
+    # output least, again and again. Breaks like TEAL: all blocks get the same share, and each sees only
+    # itself.
     'TEAL greedy': Greedy(),
-    # Only neurons skip, by their activation (Lee et al., 2024, arXiv 2404.08763): a column of up and a row of
-    # down, or without a gate only the row. Breaks where more than that is to be skipped.
+    # Only neurons are skipped, by their activation (Lee et al., 2024, arXiv 2404.08763): a column of up and
+    # a row of down; in an MLP without a gate only the row. Breaks if more must be skipped than the MLP has.
     'CATS': Method(kinds=('neurons', 'down'), apart=False),
-    # An input matters as much as the row of W that it meets (Chen et al., 2025, arXiv 2505.19427; thresholds
-    # here, the K largest there, where W is made orthogonal too). Breaks where rows are alike: it is TEAL.
+    # The score of an input is multiplied by the norm of its row of W (Chen et al., 2025, arXiv 2505.19427;
+    # they take the K largest and make W orthogonal, here there are thresholds). Breaks if all rows have
+    # about the same norm: then it is TEAL.
     'WINA': Method(weighed=True),
-    # What counts is the distance from the usual value, whose product goes into the bias (Chua et al., 2024,
-    # arXiv 2412.07174; the mode there, the median here). Breaks where the usual values are 0: it is TEAL.
+    # Inputs are measured from their usual value, whose product goes into the bias (Chua et al., 2024, arXiv
+    # 2412.07174; they use the mode, here it is the median). Breaks if usual values are 0: then it is TEAL.
     'SCAP': Method(centred=True),
-    # TEAL, and a low-rank path for what it skips (Zhang et al., 2025, arXiv 2504.19449; a search divides the
-    # compute there, the path has 5% here). Breaks where singular values fall slowly, as in small models.
+    # TEAL, with a low-rank path for the skipped inputs (Zhang et al., 2025, arXiv 2504.19449; they search
+    # for the best ranks, here the path has 5%). Breaks if singular values fall slowly, as in small models.
     'R-Sparse': Method(layer=LowRankRest, kernel='ours, and two small products'),
-    # All that CWIC has but learning. What CWIC gains over it, learning gains. Breaks as all of these do:
-    # nobody asks what the loss needs.
+    # CWIC without learning: the difference to CWIC is what learning gains. Breaks like all of the above: no
+    # threshold knows what the loss needs.
     'CWIC form': Method(weighed=True, centred=True, stripe=0, apart=False),
 
     # trained as CWIC is: the same tokens, steps, teacher and learning rates
 
-    # TEAL whose weights learn to live with it: thresholds follow, the quantile of what they see. No paper's,
-    # but the fair rival. Breaks where matrices or tokens differ in what they need: they get the same share.
+    # TEAL, with weights that learn to live with it: thresholds follow, as quantiles of the current inputs.
+    # From no paper, but the fair rival. Breaks if matrices or tokens differ in what they need: all get the
+    # same.
     'TEAL + distillation': Method(**TRAINED),
-    # The K largest inputs of each token (Wang et al., 2024, arXiv 2407.10969, there also from scratch, with
-    # ReLU^2). Breaks where tokens differ: an easy one costs as much as a hard one.
+    # The K largest inputs of each token (Wang et al., 2024, arXiv 2407.10969, who also train from scratch,
+    # with ReLU^2). Breaks if tokens differ: an easy one costs as much as a hard one.
     'Q-Sparse': QSparse(**TRAINED, layer=TopK, kernel='ours, after a sort'),
-    # ReLU after the norms and in the MLP (Mirzadeh et al., 2023, arXiv 2310.04564), L1 that rises, and in the
-    # end higher thresholds (Song et al., 2024, arXiv 2402.13516); ReLU comes by degrees here. Breaks where
-    # head and attention's output are large: they do not skip.
+    # ReLU after the norms and in the MLP (Mirzadeh et al., 2023, arXiv 2310.04564), an L1 loss that rises,
+    # and higher thresholds at the end (Song et al., 2024, arXiv 2402.13516); here ReLU comes by degrees.
+    # Breaks if the head and attention's output are large, as they do not skip.
     'ProSparse': ProSparse(**TRAINED, kinds=('qkv', 'up', 'down'), layer=Rectified, gpt2_only=True),
-    # Inputs that deviate least, times |W|, become a bias, for every token the same ones; what only they read
-    # goes too (FLAP, An et al., 2023, arXiv 2312.11983; then distilled). Breaks where tokens need different
-    # weights, which is why all others look at the token.
+    # Inputs that vary least, times |W|, are replaced by a bias, the same ones for every token, and columns
+    # that only they would read go too (FLAP, An et al., 2023, arXiv 2312.11983; then distilled). Breaks if
+    # tokens need different weights, which is why all other methods look at the token.
     'pruning': Pruning(**TRAINED, weighed=True, centred=True, static=True, layer=Unread, gpt2_only=True,
                        kernel='any'),
-    # Predictors that read the stream one block early choose heads and neurons, those that will say most (Liu
-    # et al., 2023, arXiv 2310.17157; keys and values of a head are made when a token asks for them, for all
-    # tokens before it). Breaks without ReLU, as few neurons say nothing; and the model's head does not skip.
+    # Predictors read the stream one block early and choose the heads and neurons whose output will be
+    # largest (Liu et al., 2023, arXiv 2310.17157; if a token uses a head, keys and values are computed for
+    # all tokens before it). Breaks without ReLU, as few neurons are silent; and the LM head does not skip.
     'Deja Vu': DejaVu(**PREDICTED),
-    # One predictor for all, after the first attention; what matters is |a * dL/da| (Akhauri et al., 2024,
-    # arXiv 2406.16635). Breaks like Deja Vu, and where only later layers know what a token needs.
+    # One predictor for all layers, after the first attention; importance is |a * dL/da| (Akhauri et al.,
+    # 2024, arXiv 2406.16635). Breaks like Deja Vu, and if only later layers know what a token needs.
     'ShadowLLM': ShadowLLM(**PREDICTED),
-    # Why not a dense model of that size? Breaks where its training cannot be had again.
-    'smaller dense': SmallerDense(**TRAINED, dense=True, kernel='any'),
-    # Learned thresholds, and one price for the active weights of the whole model. Breaks where steps are few:
-    # a threshold moves by a twentieth of a sigma in each, at most.
+    # Why not a dense model of that size? Breaks if the original training cannot be repeated.
+    'smaller dense': SmallerDense(**TRAINED, is_dense=True, kernel='any'),
+    # Learned thresholds, and one price for an active weight anywhere in the model. Breaks if steps are few:
+    # a threshold moves by at most a twentieth of a sigma in each.
     'CWIC': Method(**LEARNED, stripe=0)}

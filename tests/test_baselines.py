@@ -1,7 +1,7 @@
 """
-baselines.py: what a comparison leaves, however it was stopped or shared out; and CWIC less one thing.
+baselines.py: a comparison's rows and tables, also when it was stopped or shared out; and variants of CWIC.
 
-Models are random and tiny, see test_cwic: what is tested is what is done and written, not how good it is.
+Models are random and tiny: tested is what is computed and written, not how good the methods are.
 """
 
 import json
@@ -29,8 +29,8 @@ from test_methods import SIZES, changed
 @pytest.fixture(scope='module')
 def setting(tmp_path_factory):
     """
-    A folder with a dense checkpoint, a recipe, and data: training text of bytes below 128, validation text of
-    the others.
+    A folder with a dense checkpoint, a recipe, and data: training text is bytes below 128, validation text the
+    others.
     """
     folder = tmp_path_factory.mktemp('comparison')
     random = np.random.default_rng(0)
@@ -53,7 +53,7 @@ SIZES_OF_RUN = {**{name: value for name, value in SIZES.items() if name != 'voca
 
 
 def compare(setting, out, *more):
-    """The program, in this process; returns the rows that it leaves, but for what time they took."""
+    """Runs the program in this process; returns its rows without their seconds."""
     argv, handler = sys.argv, signal.getsignal(signal.SIGINT)
     sys.argv = ['lab/baselines.py', 'compare', '--subject', str(setting / 'dense.safetensors'), '--out', str(out),
                 '--recipe', str(setting / 'recipe.toml'), '--picture', str(out) + '.png', '--device', 'cpu',
@@ -112,7 +112,7 @@ def test_quick_comparison_of_all_methods(setting, tmp_path, monkeypatch, capsys)
 
 
 def test_a_smaller_model_is_counted_against_the_dense_one(setting, tmp_path, monkeypatch):
-    """Its own reduction is 1: every weight that it has is used."""
+    """It uses all of its own weights, so its own reduction is 1."""
     models, measure = [], evaluate.measure
     monkeypatch.setattr(evaluate, 'measure', lambda model, *args: models.append(model) or measure(model, *args))
     row, = compare(setting, tmp_path / 'out', '--methods', 'smaller dense', '--trained_targets', '2', '--seeds', '1')
@@ -146,8 +146,8 @@ def test_thresholds_are_set_on_other_text_than_results_are_for(setting, tmp_path
     assert seen['calibrate'] and max(seen['calibrate']) < 128 <= min(seen['measure'])
 
 
-def test_a_llama_and_an_adapter(setting, tmp_path):
-    """As the chat model is compared: matrices frozen, a low-rank change of each learned."""
+def test_a_llama_is_compared_with_lora(setting, tmp_path):
+    """As the chat model is: matrices frozen, a low-rank change of each learned."""
     dense = small_model('llama', thresholds=0.0, **SIZES)
     save_checkpoint(tmp_path / 'llama.safetensors', dense, tokenizer={'kind': 'bytes'})
     recipe = (setting / 'recipe.toml').read_text(encoding='utf-8') + 'lora_rank = 2\n'
@@ -164,7 +164,7 @@ def test_a_llama_and_an_adapter(setting, tmp_path):
 
 @pytest.mark.parametrize('name', ['TEAL + distillation', 'pruning'])
 def test_training_moves_weights_and_leaves_thresholds_to_the_method(name, setting, tmp_path, monkeypatch):
-    """A step of train.py lifts thresholds to their floor and follows the statistics of its batch."""
+    """A step of train.py would lift thresholds to their floor."""
     followed, steps, train_step, follow = {}, [], train.train_step, type(ALL_METHODS[name]).follow
 
     def spied_follow(self, model, *more):
@@ -186,8 +186,8 @@ def test_training_moves_weights_and_leaves_thresholds_to_the_method(name, settin
 @pytest.mark.parametrize('name', ['Q-Sparse', 'ProSparse', 'Deja Vu', 'CWIC'])
 def test_nothing_is_compiled_again_in_the_middle_of_training(name, setting, tmp_path, monkeypatch):
     """
-    A number that changes from step to step, kept as a number in a layer, once had torch compile all blocks at
-    every change, up to its limit, and from there on run them uncompiled: ten times slower than all others.
+    A layer once kept a number that changes from step to step. torch compiled all blocks again at each change,
+    until it reached its limit and ran them uncompiled, ten times slower.
     """
     compiled, before_step, really_compile, step = [], [], torch.compile, type(ALL_METHODS[name]).step
 
@@ -205,13 +205,13 @@ def test_nothing_is_compiled_again_in_the_middle_of_training(name, setting, tmp_
     compare(setting, tmp_path / 'out', '--quick', '--methods', name, '--steps', '8',
             '--recipe', str(tmp_path / 'compile.toml'))
     torch.compiler.reset()
-    if name == 'Deja Vu':       # it looks into its blocks
+    if name == 'Deja Vu':       # it has hooks in its blocks
         assert not compiled
     else:
         assert len(before_step) == 8 and 0 == before_step[0] < before_step[2] == len(compiled)
 
 
-def test_resuming_changes_nothing(setting, tmp_path, monkeypatch, capsys):
+def test_a_stopped_comparison_continues_to_the_same_rows(setting, tmp_path, monkeypatch, capsys):
     more = ['--methods', 'dense,TEAL,CWIC,TEAL + distillation', '--targets', '1.5,2', '--trained_targets', '2',
             '--seeds', '1,2', '--steps', '4']
     whole = compare(setting, tmp_path / 'whole', *more)
@@ -232,8 +232,8 @@ def test_resuming_changes_nothing(setting, tmp_path, monkeypatch, capsys):
     assert compare(setting, tmp_path / 'parts', *more) == whole
 
 
-def test_parts_made_apart_make_a_whole(setting, tmp_path, capsys):
-    """Methods and seeds shared out among processes, each with its --out; then their rows in one file, in any order."""
+def test_rows_of_several_processes_in_one_file_are_the_whole_comparison(setting, tmp_path, capsys):
+    """Each process has some methods and seeds, and its own --out; the order of the rows does not matter."""
     parts = [['--methods', 'TEAL,CATS'], ['--methods', 'TEAL + distillation', '--seeds', '2', '--trained_targets', '2'],
              ['--methods', 'CATS,TEAL + distillation', '--seeds', '1']]
     (tmp_path / 'whole').mkdir()
@@ -252,8 +252,8 @@ def test_parts_made_apart_make_a_whole(setting, tmp_path, capsys):
 
 
 @pytest.mark.parametrize('more', ['bases', 'shortlist'])
-def test_bases_and_shortlists_are_for_one_ablation_each(setting, tmp_path, more):
-    """A recipe with bases gave every rival a head that pays for components which it never reads."""
+def test_a_recipes_bases_and_shortlist_are_kept_from_other_methods(setting, tmp_path, more):
+    """A recipe with bases once made every rival's head pay for a rotation that it did not use."""
     recipe = tmp_path / 'recipe.toml'
     recipe.write_text((setting / 'recipe.toml').read_text(encoding='utf-8') + f'{more} = true\n', encoding='utf-8')
     one_each = ['--targets', '2', '--trained_targets', '2', '--seeds', '1']
@@ -265,7 +265,7 @@ def test_bases_and_shortlists_are_for_one_ablation_each(setting, tmp_path, more)
 
 
 def test_ablations_alone_have_a_table_and_no_picture(setting, tmp_path, capsys):
-    """The picture of no method at all ended in a traceback, after an hour of training."""
+    """A picture without any method ended in a traceback, after an hour of training."""
     compare(setting, tmp_path / 'out', '--quick', '--methods', 'CWIC: no centre')
     assert '| CWIC: no centre |' in capsys.readouterr().out and not (tmp_path / 'out.png').exists()
 
@@ -281,7 +281,7 @@ def test_what_a_user_gets_wrong_is_one_line(setting, tmp_path, monkeypatch, caps
                             ('out', ['--targets', '2,x'], 'must be such as 2,3'),
                             ('out', ['--targets', '0.5'], 'must be such as 2,3'),
                             ('out', ['--windows', '5'], 'with other options'),
-                            ('foreign', [], 'not what this program writes'),
+                            ('foreign', [], 'not written by this program'),
                             ('out', ['--subject', str(tmp_path / 'sparse.safetensors')], 'is sparse already'),
                             ('out', ['--subject', str(tmp_path / 'none.safetensors')], 'no such checkpoint'),
                             ('out', ['--picture', 'frontier.foo'], 'must end in .png, .svg or .pdf'),
@@ -291,7 +291,7 @@ def test_what_a_user_gets_wrong_is_one_line(setting, tmp_path, monkeypatch, caps
             compare(setting, tmp_path / out, *more)
         error = capsys.readouterr().err
         assert ended.value.code in (1, 2) and error.count('\n') == 1 and says in error, error
-    monkeypatch.chdir(tmp_path)                     # nothing was trained yet, and no --subject is said
+    monkeypatch.chdir(tmp_path)                     # the default --subject is not there
     monkeypatch.setattr(sys, 'argv', ['lab/baselines.py', 'compare', '--recipe', str(setting / 'recipe.toml')])
     with pytest.raises(SystemExit):
         baselines.main()

@@ -1,4 +1,4 @@
-"""bench.py, on tiny models: what it counts, what it writes, and what it says when it cannot. Never how fast."""
+"""bench.py on tiny models: what it counts, reads and writes, and its error messages. Never how fast it is."""
 
 import io
 import json
@@ -46,13 +46,14 @@ def small_probe(monkeypatch):
 
 
 @pytest.fixture(scope='module')
-def models(tmp_path_factory):
-    """{architecture: path of a checkpoint whose tokens are bytes}"""
+def models(tmp_path_factory, data):
+    """{architecture: path of a checkpoint of a model that was trained on `data`}"""
     paths = {}
     for arch in ('gpt2', 'llama'):
         paths[arch] = str(tmp_path_factory.mktemp('bench') / f'{arch}.safetensors')
         model = small_model(arch, block_size=64, vocab_size=257)
-        save_checkpoint(paths[arch], model, tokenizer={'kind': 'bytes'})
+        save_checkpoint(paths[arch], model, tokenizer={'kind': 'bytes'},
+                        options={'data': data, 'block_size': 64})
     return paths
 
 
@@ -66,7 +67,7 @@ def rows(what, model, folder, *args):
 
 
 def counted_reduction(model, data, longest, begin, end):
-    """What two rounds find, by PyTorch, in these tokens of the validation split's first and last `longest` ones."""
+    """PyTorch's median reduction of two rounds, which read the first and the last `longest` validation tokens."""
     _, val, _ = common.load_dataset(data, 1)
     texts = torch.from_numpy(np.stack([val[:longest], val[len(val) - longest:]]).astype(int))[:, :end]
     with torch.no_grad():
@@ -79,11 +80,11 @@ def counted_reduction(model, data, longest, begin, end):
 @BOTH
 def test_decode_counts_what_the_model_counts(models, data, tmp_path, arch):
     """
-    Dense, and with the checkpoint's own thresholds; counted over the tokens after the prompt. Bytes per token
-    are those of the weights in use, of every threshold (4 bytes each), and with int8 of a scale beside each and of
-    one for each column.
+    Dense, and with the checkpoint's own thresholds, over the tokens after the prompt. Bytes per token are those
+    of the active weights and of all thresholds (4 bytes each), with int8 also of a scale for each threshold and
+    each column.
     """
-    written, _ = rows('decode', models[arch], tmp_path, '--tokens', 20, '--data', data)
+    written, _ = rows('decode', models[arch], tmp_path, '--tokens', 20)
     model, _ = load_checkpoint(models[arch])
     reduction = counted_reduction(model, data, 36, 16, 36)
     thresholds = sum(layer.theta.numel() for _, layer in model.sparse_layers())
@@ -93,73 +94,19 @@ def test_decode_counts_what_the_model_counts(models, data, tmp_path, arch):
     for row, sparse in zip(ours, 3 * (False, True)):
         scales = thresholds + columns if row['dtype'] == 'int8' else 0
         expected = reduction if sparse else 1
-        # in bf16 and int8 what follows the first matrices is rounded, and so are a few comparisons
+        # with bf16 and int8, rounding turns a few comparisons around
         assert row['reduction'] == pytest.approx(expected, rel=1e-9 if row['dtype'] == 'f32' else 0.05)
         assert row['thresholds_gb_per_token'] * 1e9 == pytest.approx(4 * (thresholds + scales))
-        weights = model.n_weights() / row['reduction'] * BYTES[row['dtype']]        # but for what a mean is off by
+        weights = model.n_weights() / row['reduction'] * BYTES[row['dtype']]    # roughly: medians of two rounds
         assert row['gb_per_token'] * 1e9 == pytest.approx(weights + 4 * (thresholds + scales), rel=1e-3)
         assert row['tok_s_min'] <= row['tok_s'] <= row['tok_s_max'] and row['bandwidth_gb_s'] > 0
     assert [row['dtype'] for row in written if row['engine'] == 'torch'] == ['f32', 'bf16']
     assert (tmp_path / 'bench_decode.png').stat().st_size > 10000
 
 
-@pytest.mark.parametrize('dtype', BYTES)
-def test_rows_alone_are_counted_as_they_are_read(monkeypatch, dtype):
-    """
-    A third of them, at random; every output is the sum of its stripe's active rows, so they have really been
-    added up; bytes are those of these rows, and of every threshold and scale. A probe that skipped rows it
-    counts, or read others, would tell a speed that no decoder has.
-    """
-    kernel = bench.build_kernel.load()
-    memory = torch.full((2 ** 20,), 0x3c, dtype=torch.uint8)
-    rows = bench.RowsAlone(kernel, memory, dtype, 48, 1 / 3)
-    stripes, inputs = rows.tensors['thresholds'].shape
-    assert inputs == 1024 and stripes == 2 ** 20 // (1024 * 48 * BYTES[dtype])
-    used = (rows.tensors['thresholds'] < 1).sum(1)                      # (stripes)
-    assert float(used.sum()) / (stripes * inputs) == pytest.approx(1 / 3, rel=0.1)
-    outputs = []
-    monkeypatch.setattr(bench.torch, 'empty', lambda *shape: outputs.append(torch.zeros(*shape)) or outputs[-1])
-    found = rows(2)
-    weight = {'f32': torch.float32, 'bf16': torch.bfloat16, 'int8': torch.int8}[dtype]
-    value = float(memory[:4].view(weight)[0])
-    assert outputs[0].view(stripes, 48).numpy() == pytest.approx(used[:, None].expand(-1, 48).numpy() * value, rel=1e-3)
-    thresholds = stripes * inputs * (8 if dtype == 'int8' else 4)
-    assert found['thresholds_gb_per_token'] * 1e9 == pytest.approx(thresholds)
-    assert found['gb_per_token'] * 1e9 == pytest.approx(int(used.sum()) * 48 * BYTES[dtype] + thresholds)
-    assert found['reduction'] == pytest.approx(stripes * inputs / int(used.sum()))
-
-
-@BOTH
-def test_probe_accounts_for_all_of_a_token(monkeypatch, tmp_path, arch):
-    """
-    Parts and the rest add up to the token, whatever they are: what no part explains must not be lost. Rows are
-    probed of the widths that a model's own matrices have, Llama's neurons with up and down side by side.
-    """
-    monkeypatch.setitem(bench.SHAPES, 'gpt2-shape', small_model(arch, block_size=64).config)
-    monkeypatch.setattr(bench, 'WIDTHS', (80,))
-    written, _ = rows('probe', 'gpt2-shape', tmp_path, '--reductions', '2,4', '--dtypes', 'f32,int8', '--threads', '1,2')
-    parts = {part: [row for row in written if row['part'] == part] for part in ('rows', 'token')}
-    assert sum(map(len, parts.values())) == len(written)
-    config = bench.SHAPES['gpt2-shape']
-    expected = {80, config.n_embd * (2 if arch == 'llama' else 1)}      # of down
-    assert expected < {row['columns'] for row in parts['rows']}
-    # in the memory that the model takes, far less than a megabyte, of which a cache holds what it held while decoding
-    assert {row['columns'] for row in parts['rows'] if row['megabytes'] == 1} == {80}
-    assert [(row['dtype'], row['threads']) for row in parts['token']] == [
-        (dtype, threads) for threads in (2, 1) for dtype in ('f32', 'int8') for _ in range(2)]
-    for row in parts['token']:
-        of_token = sum(row[f'{part}_us'] for part in ('layers', 'head', 'thresholds', 'hand_over', 'between', 'rest'))
-        assert of_token == pytest.approx(row['token_us']) == pytest.approx(1e6 / row['tok_s'])
-        assert row['layers_us'] > 0 and row['head_us'] > 0
-        assert row['stream_us'] == pytest.approx(row['token_us'] * row['roofline'])
-        assert row['possible'] == pytest.approx(row['stream_us'] / (row['token_us'] - row['rest_us']))
-    for row in parts['rows']:
-        assert row['read_gb_s'] > 0 and row['bandwidth_gb_s'] > 0
-
-
-def test_prefill_reads_prompts_as_long_as_asked_for(models, data, tmp_path):
-    """... or as the context is; the reduction is that of the prompt."""
-    written, _ = rows('prefill', models['gpt2'], tmp_path, '--prompts', '5,1000,40', '--dtypes', 'f32', '--data', data)
+def test_prefill_reads_prompts_of_the_lengths_asked_for(models, data, tmp_path):
+    """Cut to the context; the reduction is that of the prompt."""
+    written, _ = rows('prefill', models['gpt2'], tmp_path, '--prompts', '5,1000,40', '--dtypes', 'f32')
     model, _ = load_checkpoint(models['gpt2'])
     assert [(row['prompt'], row['engine']) for row in written] == [
         (length, engine) for length in (5, 40, 64) for engine in ('cwic', 'cwic', 'torch', 'torch')]
@@ -168,22 +115,44 @@ def test_prefill_reads_prompts_as_long_as_asked_for(models, data, tmp_path):
         assert row['seconds'] * row['tok_s'] == pytest.approx(row['prompt']) and 'roofline' not in row
 
 
-def test_text_that_the_model_writes_itself(models):
+def test_every_build_reads_the_same_text(models, data, monkeypatch):
     """
-    Without --data. Each round has another; they begin with the end token, after which documents begin, and are
-    always the same. (When there was one for all rounds, a reduction of 2.5 or of 4.3 was a matter of luck.)
+    Once the model wrote its own texts through the kernel, so two builds read different ones. The rounds' texts
+    are pieces of validation data: of data/heldout for SmolLM2's tokenizer, else of what the model was trained on.
     """
     model, saved = load_checkpoint(models['gpt2'])
     config, _ = parse_options(bench.BenchConfig, 'lab/bench.py', argv=[])
-    texts = bench.texts_to_read(config, model, saved, 70)
-    assert len(texts) == config.rounds == len({str(text) for text in texts})
-    assert all(text[0] == 256 and len(text) == 70 and len(set(text)) > 20 for text in texts)
-    assert texts == bench.texts_to_read(config, model, saved, 70)
+    monkeypatch.setattr(bench.Decoder, 'step', None)
+    heldout, own = (np.fromfile(f'{folder}/val.bin', np.uint16) for folder in (common.DATA / 'heldout', data))
+
+    def pieces(ids, length):
+        return [ids[start:start + length].tolist() for start in np.linspace(0, len(ids) - length, 7).astype(int)]
+
+    spec = json.loads((common.DATA / 'heldout' / 'meta.json').read_text(encoding='utf-8'))['tokenizer']
+    texts = bench.texts_to_read(config, model, {'tokenizer': spec, 'options': {'data': data}}, 1000)
+    assert texts == pieces(heldout, 1000)
+    texts = bench.texts_to_read(config, model, saved | {'options': {'data': data}}, 70)
+    assert texts == pieces(own, 70)
+    with pytest.raises(common.DataError, match=f'{len(own):,} validation tokens; {len(own) + 1:,} are needed'):
+        bench.texts_to_read(config, model, saved | {'options': {'data': data}}, len(own))
+
+
+def test_llama1b_shape_is_that_of_llama_3_2_1b(tmp_path):
+    """As its config.json has it, with its 1,235,814,400 parameters; thresholds besides."""
+    released = {'model_type': 'llama', 'hidden_size': 2048, 'intermediate_size': 8192, 'num_attention_heads': 32,
+                'num_key_value_heads': 8, 'head_dim': 64, 'num_hidden_layers': 16, 'vocab_size': 128256,
+                'max_position_embeddings': 131072, 'rms_norm_eps': 1e-5, 'rope_theta': 500000.0,
+                'tie_word_embeddings': True}
+    (tmp_path / 'config.json').write_text(json.dumps(released), encoding='utf-8')
+    assert bench.SHAPES['llama1b-shape'] == bench.weights.read_config(tmp_path / 'config.json')
+    with torch.device('meta'):
+        model = cwic.GPT(bench.SHAPES['llama1b-shape'])
+    assert sum(p.numel() for name, p in model.named_parameters() if 'theta' not in name) == 1_235_814_400
 
 
 @BOTH
-def test_a_shape_gets_the_reductions_asked_for(monkeypatch, tmp_path, arch):
-    """... nearly, by quantiles; with 1 it is dense. Stripes are as wide as asked for, one after the other."""
+def test_shapes_reach_the_reductions_asked_for_at_every_stripe(monkeypatch, tmp_path, arch):
+    """Nearly, by quantiles; 1 is dense, with every weight."""
     monkeypatch.setitem(bench.SHAPES, 'gpt2-shape', small_model(arch, block_size=64).config)
     written, _ = rows('decode', 'gpt2-shape', tmp_path, '--reductions', '1,2,4', '--dtypes', 'f32', '--stripe', '8,matrix')
     assert [row.get('stripe') for row in written] == 3 * [8] + 3 * ['matrix'] + 2 * [None]
@@ -200,11 +169,8 @@ def test_a_shape_gets_the_reductions_asked_for(monkeypatch, tmp_path, arch):
                               for _, layer in model.sparse_layers())]
 
 
-def test_another_engine_that_crashes_is_left_out(models, tmp_path):
-    """
-    llama.cpp died of a signal on one file, and with it went every measurement of the others. Now it is one
-    line, said once, and the rest is measured.
-    """
+def test_a_crash_of_llama_bench_leaves_the_other_measurements(models, tmp_path):
+    """It died of a signal on one file, and all other measurements were lost. Now one line says so, once."""
     program = tmp_path / 'llama-bench'
     program.write_text('#!/bin/sh\ncase "$*" in *good*) ;; *) kill -SEGV $$;; esac\necho '
                        '\'[{"avg_ts": 50.0, "model_size": 1000, "model_type": "gpt2 0.1B Q8_0"}]\'\n', encoding='utf-8')
@@ -219,7 +185,7 @@ def test_another_engine_that_crashes_is_left_out(models, tmp_path):
         assert [(row['dtype'], row['tok_s']) for row in theirs] == [('Q8_0', 50.0)] * (2 if more else 1)
 
 
-def test_other_engines_threads_may_spin(tmp_path, monkeypatch):
+def test_llama_bench_does_not_get_torchs_wait_policy(tmp_path, monkeypatch):
     """In a shell with OMP_WAIT_POLICY=PASSIVE, good for torch, llama.cpp was measured at 53 tokens/s, not 178."""
     program = tmp_path / 'llama-bench'
     program.write_text('#!/bin/sh\necho "[{\\"avg_ts\\": ${OMP_WAIT_POLICY:-7}.0, \\"model_size\\": 1000, '
@@ -229,35 +195,7 @@ def test_other_engines_threads_may_spin(tmp_path, monkeypatch):
     assert bench.run_llama(str(program), 'file', 2, [1] * 8, [1] * 8)['tok_s'] == 7
 
 
-class SlowGenerator:
-    """CTranslate2's interface: 20 ms for a prompt, and 2 for each token after the first."""
-    compute_type = 'int8_float32'
-
-    def __init__(self, folder, intra_threads):
-        pass
-
-    def generate_batch(self, prompts, max_length, min_length, include_prompt_in_result):
-        assert max_length == min_length and set(map(type, prompts[0])) == {str}
-        time.sleep(0.02 + 0.002 * (max_length - 1))
-
-
-def test_ctranslate2(models, data, tmp_path, monkeypatch):
-    (tmp_path / 'vocabulary.json').write_text(json.dumps([f't{i}' for i in range(257)]), encoding='utf-8')
-    (tmp_path / 'model.bin').write_bytes(bytes(1000))
-    options = '--dtypes', 'f32', '--data', data, '--ctranslate2', tmp_path
-    monkeypatch.setitem(sys.modules, 'ctranslate2', None)
-    written, err = rows('decode', models['gpt2'], tmp_path, *options)
-    assert f'{tmp_path} is left out' in err and {row['engine'] for row in written} == {'cwic', 'torch'}
-    monkeypatch.setitem(sys.modules, 'ctranslate2', SimpleNamespace(Generator=SlowGenerator))
-    row = rows('decode', models['gpt2'], tmp_path, *options)[0][-1]
-    assert row['dtype'] == 'int8_float32' and row['gb_per_token'] == pytest.approx(1e-6)
-    assert 200 < row['tok_s'] < 700             # 500, but for the moods of the system's clock and other programs
-    row = rows('prefill', models['gpt2'], tmp_path, '--prompts', 10, *options)[0][-1]
-    assert 100 < row['tok_s'] <= 10 / 0.02
-
-
-def test_huge_pages_are_those_of_the_weights(monkeypatch):
-    """Of the region in which they lie, not of others."""
+def test_huge_pages_are_counted_in_the_region_of_the_weights(monkeypatch):
     weights = torch.zeros(100)
     where = weights.data_ptr()
     decoder = SimpleNamespace(packed={'head': SimpleNamespace(tensors={'weight': weights})})
@@ -270,7 +208,7 @@ def test_huge_pages_are_those_of_the_weights(monkeypatch):
 
 @pytest.fixture(scope='module')
 def adapter(models, tmp_path_factory):
-    """An adapter of the Llama, far enough from it."""
+    """An adapter of the Llama, with a KL that is not tiny."""
     path = str(tmp_path_factory.mktemp('adapter') / 'adapter.safetensors')
     model, _ = load_checkpoint(models['llama'])
     cwic.add_lora(model, 2)
@@ -283,8 +221,8 @@ def adapter(models, tmp_path_factory):
 
 
 @pytest.mark.parametrize('kind', ['gpt2', 'adapter'])
-def test_loss_is_that_of_the_model(models, data, tmp_path, adapter, kind):
-    """Token by token through the kernel in f32, it is that of one pass of PyTorch; so is the KL to the base."""
+def test_loss_through_the_kernel_is_that_of_pytorch(models, data, tmp_path, adapter, kind):
+    """Token by token in f32; so is the KL to the base."""
     path = adapter if kind == 'adapter' else models['gpt2']
     (f32, bf16, int8), _ = rows('loss', path, tmp_path, '--windows', 2, '--data', data)
     model, saved = bench.weights.load(path)
@@ -325,25 +263,26 @@ def test_loss_is_that_of_the_model(models, data, tmp_path, adapter, kind):
     (['decode', '--reductions', '0.5'], 2, '--reductions 0.5'),
     (['decode', '--dtypes', 'f32,f64'], 2, 'f32, bf16, int8'),
     (['decode', '--stripe', '64,wide'], 2, '--stripe 64,wide'),
-    (['probe', '--model', '{model}'], 2, 'gpt2-shape or smollm2-shape'),
+    (['probe'], 2, 'say what to measure'),
+    (['decode', '--model', '{model}', '--stripe', '64'], 2, '--stripe 64: only for gpt2-shape'),
     (['decode', '--json', '{tmp}/file/rows.json'], 2, '--json'),
     (['decode', '--json', '{tmp}'], 2, 'not a file'),
     (['decode', '--out', '{tmp}/file'], 2, '--out'),
     (['decode', '--out', '/proc/nowhere'], 2, '--out'),
     (['decode', '--llama_bench', '/nowhere/llama-bench', '--gguf', '{tmp}/file'], 2, 'no such program'),
     (['decode', '--gguf', '{tmp}/file'], 2, 'go together'),
-    (['decode', '--ctranslate2', '/nowhere'], 2, '/nowhere: no such file'),
+    (['decode', '--llama_bench', 'sh', '--gguf', '/nowhere'], 2, '--gguf /nowhere: no such file'),
     (['decode', '--model', 'nowhere.safetensors'], 1, 'nowhere.safetensors: no such checkpoint'),
     (['decode', '--model', 'gpt3'], 1, 'gpt3: no such model'),
     (['decode', '--model', os.devnull], 1, os.devnull),
     (['decode', '--model', '{model}', '--tokens', '60'], 2, '--tokens 60'),
     (['decode', '--model', '{model}', '--data', 'nowhere'], 1, 'data/nowhere'),
-    (['loss', '--model', '{model}', '--data', 'python'], 1, 'another tokenizer'),
+    (['loss', '--model', '{model}', '--data', 'heldout'], 1, 'choose another, --data NAME'),
     (['train', '--model', 'nowhere.safetensors'], 2, 'gpt2-shape'),
     (['train', '--device', 'tpu'], 2, '--device tpu'),
 ])
 def test_what_a_user_gets_wrong_is_one_line(args, code, words, tmp_path, models, monkeypatch):
-    """Before anything is measured: what cannot be written was only said after minutes of measuring."""
+    """Before anything is measured: once a file that could not be written was reported after minutes."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(bench, 'measure', None)
     (tmp_path / 'file').touch()
@@ -352,8 +291,8 @@ def test_what_a_user_gets_wrong_is_one_line(args, code, words, tmp_path, models,
     assert err.startswith('bench.py: ') and err.count('\n') == 1
 
 
-def test_ctrl_c(models, tmp_path):
-    """While torch is imported, and while it measures: nothing is said, and the shell sees 130."""
+def test_ctrl_c_ends_silently(models, tmp_path):
+    """While torch is imported, and while it measures; the exit code is 130."""
     args = ['decode', '--model', models['gpt2'], '--rounds', '300', '--out', tmp_path]
     early, late = start('lab/bench.py', *args), start('lab/bench.py', *args)
     time.sleep(0.3)

@@ -1,11 +1,9 @@
 """
-bench_train.py on one process: what a training step's benchmark reports, and that it sees wrong gradients.
-Several processes are in test_distributed.py; what a user gets wrong, in test_bench.py.
+bench_train.py on one process: what it reports and which options it takes. Several processes are in
+test_distributed.py, error messages in test_bench.py.
 """
 
-import copy
 import json
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,10 +15,10 @@ from test_bench import call
 from test_cwic import one_thread, small_model     # noqa: F401  one_thread: a fixture, for all
 
 
-def test_train_reports_every_kind_of_step_and_moves_nothing(tmp_path, monkeypatch):
+def test_train_measures_every_kind_of_step_and_changes_no_weight(tmp_path, monkeypatch):
     """
-    Dense, CWIC at about the third of the compute that it says it measures, and that with a teacher. If steps
-    moved weights or statistics, later rounds would measure another model than the first.
+    Dense, CWIC at a reduction of about three, and that with a teacher. If steps changed weights or statistics,
+    later rounds would measure another model than the first.
     """
     after, train_step = [], bench_train.train.train_step
 
@@ -45,32 +43,18 @@ def test_train_reports_every_kind_of_step_and_moves_nothing(tmp_path, monkeypatc
         assert torch.equal(x, after[-1][name]), name
 
 
-def test_a_shape_is_trained_as_its_preset_says(monkeypatch):
-    """The model has the shape's sizes, batches are the preset's; of the chat model's preset also its adapter."""
+@pytest.mark.parametrize('name, preset, length, batch, rank', [
+    ('gpt2-shape', 'gpt2_124m_distill.toml', 48, 64, 0),            # the preset leaves the length to the model
+    ('smollm2-shape', 'smollm2_distill.toml', 512, 64, 39),
+    ('llama1b-shape', 'smollm2_distill.toml', 512, 64, 39)])
+def test_shapes_train_with_their_presets_options(monkeypatch, name, preset, length, batch, rank):
+    """Length, batches and LoRA are the preset's, sizes the shape's, and nothing moves."""
     monkeypatch.setattr(bench_train, 'choose_dtype', lambda *args: (torch.float32, ''))
-    shape = small_model('llama', block_size=16).config
-    config, _ = parse_options(bench.BenchConfig, 'lab/bench.py', argv=['--device', 'cpu', '--model', 'smollm2-shape'])
+    shape = small_model('llama', block_size=48).config
+    config, _ = parse_options(bench.BenchConfig, 'lab/bench.py', argv=['--device', 'cpu', '--model', name])
+    assert bench_train.PRESETS[name] == preset and name in bench.SHAPES
     run = bench_train.make_run(config, shape)
-    assert run.model.config == shape and (run.config.batch_size, run.config.micro_batch) == (64, 32)
-    assert run.model.head.adapter.A.shape[1] == 39
+    assert run.model.config == shape and run.config.block_size == length
+    assert run.config.batch_size == batch and not run.config.compile
+    assert (run.model.head.adapter.A.shape[1] if rank else 0) == rank == run.config.lora_rank
     assert all(group['lr'] == 0 for group in run.optimizer.param_groups)
-
-
-def test_disagreement_sees_a_gradient_that_is_wrong(monkeypatch):
-    """0 where both sides are this CPU; not where one weight is another on the other side."""
-    monkeypatch.setattr(bench_train, 'choose_dtype', lambda *args: (torch.float32, ''))
-    run = bench_train.make_run(parse_options(bench.BenchConfig, 'lab/bench.py', argv=['--device', 'cpu'])[0])
-    run.model = small_model(block_size=64)
-    tokens = torch.randint(0, 50, (1, 65))
-    assert bench_train.disagreement(run, tokens) == [0, 0, 0]
-    copies = []
-
-    def deepcopy(model):
-        copies.append(copy.deepcopy(model))
-        if len(copies) == 2:
-            copies[1].head.weight.data[0, 0] += 0.1
-        return copies[-1]
-
-    monkeypatch.setattr(bench_train, 'copy', SimpleNamespace(deepcopy=deepcopy))
-    loss, *gradients = bench_train.disagreement(run, tokens)
-    assert loss > 0 and min(gradients) > 1e-5

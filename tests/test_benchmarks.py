@@ -1,4 +1,4 @@
-"""lab/benchmarks.py: every log p against a plain pass over one sequence, and the harness against a plain loop."""
+"""benchmarks.py: every log p against a pass over one sequence, and the harness's results against a plain loop."""
 
 import json
 import sys
@@ -27,7 +27,7 @@ def model():
     for _, layer in model.sparse_layers():
         layer.sigma.fill_(1)
         layer.theta.data.uniform_(0, 1 / layer.scale)
-    model.head.weight.data *= 20        # so that it is sure of something
+    model.head.weight.data *= 20        # confident predictions
     return model.eval().requires_grad_(False)
 
 
@@ -51,7 +51,7 @@ def likeliest(model, context):
 
 @pytest.mark.parametrize('dense', [False, True])
 def test_scores_are_those_of_one_sequence_at_a_time(model, dense):
-    """Of any length, several of one length, the same one twice, with no context, and longer than the model's."""
+    """Also for equal lengths, equal pairs, no context, and a context longer than the model's."""
     texts = [('the cat', ' sat'), ('a cat', ' is in'), ('the cat', ' sat'), ('the cat', ' sit'), ('', 'abc'),
              ('yes or no?', 'y'), ('yes or no?', 'n'), ('0123456789' * 4, ' and so'), ('x', 'y' * 24),
              ('who', likeliest(model, 'who'))]
@@ -78,11 +78,11 @@ def test_equal_inputs_are_read_once(model, monkeypatch):
     ('do', ' x', ['do'], [' x']),
     ('do ', 'x', ['do'], [' x']),               # a blank belongs to the word that follows
     ('do  \n', 'x', ['do'], [' ', ' ', '\n', 'x']),
-    ('un', 'do x', ['un'], [' x']),             # 'undo' is one token: the harness counts what the context has alone
+    ('un', 'do x', ['un'], [' x']),             # 'undo' is one token, and the context alone has one
     ('', 'do', ['<|endoftext|>'], ['do']),
     (' ', 'x', ['<|endoftext|>'], [' x']),
     ('<|endoftext|>', ' x', ['<', '|', 'e', 'n', 'do', *'ftext|>'], [' x'])])
-def test_a_pair_is_cut_where_the_context_alone_ends(context, continuation, before, after):
+def test_a_pair_is_split_at_the_number_of_tokens_that_the_context_has_alone(context, continuation, before, after):
     encoding = load_tokenizer(WORDS)
     found = benchmarks.encode_pair(WORDS, encoding, context, continuation)
     assert [[encoding.decode([id]) for id in ids] for ids in found] == [before, after]
@@ -102,7 +102,7 @@ def test_a_continuation_that_cannot_be_scored_is_refused(model):
     (['--model', 'smollm2', '--tasks', ','], 'say which --model and which --tasks'),
     (['--model', 'smollm2', '--tasks', 'a', '--include_path', 'none'], '--include_path none: no such folder'),
     (['--model', 'smollm2', '--tasks', 'a'], 'pip install lm-eval==')])
-def test_what_is_missing_is_one_line(options, line, monkeypatch, capsys):
+def test_a_missing_option_or_package_is_one_line(options, line, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, 'lm_eval', None)       # as if it were not installed
     monkeypatch.setattr(sys, 'argv', ['lab/benchmarks.py', *options])
     with pytest.raises(SystemExit) as ended:
@@ -116,7 +116,7 @@ def test_the_table_has_each_metric_with_its_error_and_the_reduction_once():
                                  'f1,first': 0.5, 'f1_stderr,first': 'N/A'},
                          'group': {'alias': 'group', 'acc,none': 0.75}},
              'n-samples': {'one': {'original': 1000, 'effective': 40}}}
-    results = benchmarks.collect(found, {'one': np.array([50, 1]), 'two': np.array([150, 3])}, dense=100)
+    results = benchmarks.collect(found, {'one': np.array([50, 1]), 'two': np.array([150, 3])}, n_weights=100)
     assert results == {'reduction': 2, 'tasks': {
         'one': {'metrics': {'acc': 0.25, 'f1,first': 0.5}, 'stderr': {'acc': 0.125}, 'n': 40, 'reduction': 2},
         'group': {'metrics': {'acc': 0.75}, 'stderr': {}}}}
@@ -126,7 +126,7 @@ def test_the_table_has_each_metric_with_its_error_and_the_reduction_once():
 
 
 # -----------------------------------------------------------------------------
-# with the harness, where it is installed
+# with the harness, if it is installed
 
 
 def harness():
@@ -134,7 +134,7 @@ def harness():
 
 
 def test_a_long_text_is_scored_in_windows_with_the_most_context(model):
-    """Each token once, the last window shifted back so that it is full."""
+    """Each token once; the last window is shifted back so that it is full."""
     harness()
     lm = benchmarks.harness_model(model, BYTES, load_tokenizer(BYTES))
     texts = ['', 'short', 'x' * 24, 'abcdefghijklmnopqrstuvwxyz' * 2]
@@ -148,8 +148,8 @@ def test_a_long_text_is_scored_in_windows_with_the_most_context(model):
     assert lm.cost['t'][1] == 5 + 24 + 3 * 24
 
 
-def test_task_files_of_ones_own_give_what_a_plain_loop_finds(model, tmp_path, monkeypatch, capsys):
-    """From files to --json, without a network. The harness talks on stdout while it computes perplexity's error."""
+def test_results_on_your_own_task_files_equal_a_plain_loop(model, tmp_path, monkeypatch, capsys):
+    """Without a network, and --json alone on stdout, where the harness prints while it computes perplexity."""
     harness()
     monkeypatch.setenv('HF_HOME', str(tmp_path / 'cache'))
     questions = [{'q': f'{a}+{b} is', 'choices': [' ' + str(a + b), ' no', f' {a}{b}!'], 'answer': (a + b) % 3}
@@ -177,13 +177,13 @@ def test_task_files_of_ones_own_give_what_a_plain_loop_finds(model, tmp_path, mo
         right += np.argmax([score[0] for score in scores]) == row['answer']
         right_norm += np.argmax([score[0] / len(choice) for score, choice in zip(scores, row['choices'])]) == row['answer']
         active, read = active + sum(score[2] for score in scores), read + sum(score[3] for score in scores)
-    assert 0 < right < 12       # or this would show little
+    assert 0 < right < 12
     assert results['tasks']['sums']['metrics'] == pytest.approx({'acc': right / 12, 'acc_norm': right_norm / 12})
     assert results['tasks']['sums']['reduction'] == pytest.approx(model.n_weights() * read / active)
     perplexity = np.exp(-np.mean([one_by_one(model, row['q'], row['word'])[0] for row in words]))
     assert results['tasks']['words']['metrics'] == pytest.approx({'acc': 1 / 3, 'perplexity': perplexity}, rel=1e-4)
     assert [results['tasks'][name]['n'] for name in ('sums', 'words')] == [12, 3]
-    assert '1 contexts were longer than the 24 tokens' in printed.err
+    assert "1 contexts were longer than the model's 24 tokens" in printed.err
 
 
 def test_tasks_that_cannot_be_used_are_one_line(tmp_path):
@@ -192,7 +192,7 @@ def test_tasks_that_cannot_be_used_are_one_line(tmp_path):
     (tmp_path / 'write.yaml').write_text(
         f'task: write\ndataset_path: json\ndataset_kwargs: {{data_files: {{test: "{tmp_path.as_posix()}/write.json"}}}}\n'
         'test_split: test\ndoc_to_text: "{{q}}"\ndoc_to_target: "{{a}}"\noutput_type: generate_until\n', encoding='utf-8')
-    with pytest.raises(DataError, match='judges what a model writes'):
+    with pytest.raises(DataError, match='judges generated text'):
         benchmarks.load_tasks(['write'], str(tmp_path))
     with pytest.raises(DataError, match='--tasks none: cannot be loaded'):
         benchmarks.load_tasks(['none'], str(tmp_path))

@@ -1,4 +1,4 @@
-"""compute.py: kinds of tokens on lines made by hand, and every number against a count made without it."""
+"""compute.py: kinds of tokens on handmade lines, and every number against a plain count."""
 
 import json
 import math
@@ -37,7 +37,7 @@ def test_kinds_of_tokens_of_python():
 
 
 def test_kinds_of_tokens_of_dialogue():
-    """A word of two bytes to a character, cut between them, shifted all kinds after it by one."""
+    """A character of two bytes, cut between them, once shifted all kinds after it by one."""
     tokens = [('<|im_start|>', 'first token'), ('system', 'template'), ('\n', 'template'), ('You', 'template'),
               ('<|im_end|>', 'template'), ('\n', 'template'), ('<|im_start|>', 'template'),
               ('user', 'template'), ('\n', 'template'), ('Is', 'function word'), (' Al', 'name'),
@@ -51,8 +51,8 @@ def test_kinds_of_tokens_of_dialogue():
 
 
 @BOTH
-def test_each_token_against_passes_over_it_alone(arch):
-    """Compute, loss, entropy and gain; every weight means another model here, as it does for an adapter."""
+def test_compute_loss_entropy_and_gain_of_single_tokens(arch):
+    """Against a pass that ends at the token; the teacher is another model, as for an adapter."""
     model, teacher, windows = small_model(arch, **SIZES), small_model(arch, seed=5, **SIZES), windows_of()
     found = compute.measure(model, teacher, windows)
     for w, t in ((0, 0), (1, 7), (3, 15)):
@@ -71,7 +71,7 @@ def test_each_token_against_passes_over_it_alone(arch):
 @BOTH
 def test_matrices_and_heads_against_a_loop(arch):
     model, windows = small_model(arch, thresholds=3.0, **SIZES), windows_of(count=2)
-    for block in model.blocks:      # else a head whose every number is skipped is rare
+    for block in model.blocks:      # else a head is rarely skipped entirely
         block.attn.out.theta.data[:, :8] = 2 / block.attn.out.scale
     names, widths = compute.parts(model)
     assert names == (('q', 'k', 'v', 'out', 'up', 'down') if arch == 'gpt2' else
@@ -132,7 +132,7 @@ def test_means_and_correlations():
     assert compute.correlations(found, kinds == 'b')['surprise of the token read'] == pytest.approx(expected)
     expected = np.corrcoef([.3, .5, .2, .1, .1], [2, 3, 6, 7, 8])[0, 1]
     assert compute.correlations(found, kinds == 'b')['loss of the prediction'] == pytest.approx(expected)
-    found['share'] = np.full((2, 5), 0.5)           # a dense model: nothing varies
+    found['share'] = np.full((2, 5), 0.5)           # as in a dense model
     assert set(compute.correlations(found, kinds != '').values()) == {0.0}
 
 
@@ -162,7 +162,7 @@ def program(tmp_path, monkeypatch):
 
 
 def test_program_reads_windows_without_the_next_ones_first_token(program, tmp_path, monkeypatch, capsys):
-    """Where windows are independent, what follows the last token of one says nothing about it."""
+    """In independent windows, the token after the last one belongs to another text."""
     seen, measure = [], compute.measure
     monkeypatch.setattr(compute, 'measure', lambda model, teacher, windows: seen.append(windows) or
                         measure(model, teacher, windows))
@@ -176,8 +176,8 @@ def test_program_reads_windows_without_the_next_ones_first_token(program, tmp_pa
     assert (tmp_path / 'p.png').read_bytes().startswith(b'\x89PNG')
 
 
-def test_only_dialogues(tmp_path, monkeypatch, capsys):
-    """Every third window begins as the chat template does; documents may hold its tokens, but not begin so."""
+def test_dialogues_are_the_windows_that_begin_with_the_template(tmp_path, monkeypatch, capsys):
+    """Every third one here; documents may hold the template's tokens, but not at their beginning."""
     ids = np.random.default_rng(0).integers(100, 120, (30, 16)).astype(np.uint16)
     ids[::3, :6], ids[1::3, 3] = load_tokenizer(SPEC).encode('<|im_start|>user\n', allowed_special='all'), 1
     meta = {'tokenizer': SPEC, 'vocab_size': 259, 'source': 'a test', 'window': 16}
@@ -198,7 +198,7 @@ def test_only_dialogues(tmp_path, monkeypatch, capsys):
 
 
 def test_an_adapter_is_compared_with_its_base(program, tmp_path, monkeypatch):
-    """Its own matrices with every weight in use are no model that anybody trained."""
+    """The adapter itself, run dense, is a model that nobody trained."""
     base = small_model(thresholds=0.0, **SIZES)
     save_checkpoint(tmp_path / 'base.safetensors', base, tokenizer={'kind': 'bytes'})
     cwic.add_lora(base, 2)
@@ -220,7 +220,7 @@ def test_what_a_user_gets_wrong_is_one_line(program, tmp_path, capsys):
     path = str(tmp_path / 'sparse.safetensors')
     for more, says in (([str(tmp_path / 'none.safetensors')], 'no such checkpoint'), ([path, path], 'give one checkpoint'),
                        ([path, '--dialogues'], 'no validation windows that are dialogues'), ([path, '--windows', '0'], 'at least 1'),
-                       ([path, '--data', 'python'], 'say on what'),
+                       ([path, '--data', 'python'], 'name the data set'),
                        ([path, '--picture', 'tokens.foo'], 'must end in .png, .svg or .pdf')):
         with pytest.raises(SystemExit) as ended:
             program(*more)

@@ -254,9 +254,7 @@ def is_second(folder, parent):
         return False
 
 
-@pytest.mark.parametrize('lost', [False, True])
-def test_bench_compares_two_processes_with_one(tmp_path, monkeypatch, lost):
-    """All figures are there, and one process computes what two do; not so where no message is sent."""
+def test_bench_measures_two_processes_and_one(tmp_path, monkeypatch):
     make_run = bench_train.make_run
 
     def small_run(*args):
@@ -266,8 +264,6 @@ def test_bench_compares_two_processes_with_one(tmp_path, monkeypatch, lost):
                        active=torch.tensor([float(layer.n_weights) for _, layer in model.sparse_layers()]))
 
     monkeypatch.setattr(bench_train, 'make_run', small_run)
-    if lost:
-        monkeypatch.setattr(train, 'all_reduce', lambda tensors: None)
     file = tmp_path / 'rows.json'
     first, second = together('train', '--processes', 2, '--device', 'cpu', '--rounds', 1, '--batch', 4,
                              '--json', file, call=test_bench.call)
@@ -277,10 +273,4 @@ def test_bench_compares_two_processes_with_one(tmp_path, monkeypatch, lost):
         ('dense', 2), ('dense', 1), ('cwic', 2), ('cwic', 1)]
     for many, one in (rows[:2], rows[2:]):
         assert many['speed_over_one'] == pytest.approx(2 * one['seconds'] / many['seconds'])
-        assert 0 < many['message_share'] and 'message_share' not in one
-    cases = rows[0]['differences']
-    assert len(cases) == 4
-    for shared, otherwise in cases.values():
-        assert (min(shared[1:]) > 0.1) if lost else (max(shared) < 1e-5)
-    bf16 = cases['bfloat16, all inputs']
-    assert lost or bf16[1][1] > bf16[0][1]                      # rounding that is seen where it differs
+        assert 'speed_over_one' not in one

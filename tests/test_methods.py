@@ -1,7 +1,7 @@
 """
-methods.py: every method at "skip nothing", and against counts made without it.
+methods.py: every method with nothing skipped is the dense model, and counts are those of a plain loop.
 
-Models are random and tiny, see test_cwic: what is tested is what methods compute, not how good they are.
+Models are random and tiny: tested is what the methods compute, not how good they are.
 """
 
 import numpy as np
@@ -16,7 +16,7 @@ from cwic import StripedLinear
 from lab.methods import METHODS
 from test_cwic import BOTH, one_thread, small_model     # noqa: F401  one_thread: a fixture, for all
 
-RULES = [name for name, method in METHODS.items() if not (method.learned or method.dense or method.predicts)]
+RULES = [name for name, method in METHODS.items() if not (method.learned or method.is_dense or method.predicts)]
 PREDICTS = [name for name, method in METHODS.items() if method.predicts]
 SIZES = {'vocab_size': 257, 'block_size': 16, 'n_layer': 2, 'n_head': 2, 'n_embd': 32, 'n_hidden': 64,
          'stripe_qkv': 32, 'stripe_out': 16, 'stripe_up': 24, 'stripe_down': 16, 'stripe_head': 100}
@@ -24,8 +24,8 @@ SIZES = {'vocab_size': 257, 'block_size': 16, 'n_layer': 2, 'n_head': 2, 'n_embd
 
 def changed(name, arch='gpt2', target=1.0):
     """
-    (a dense model, what a method makes of it for a target, 8 windows of random tokens); None where the method
-    says that it cannot.
+    -> (a dense model, the same model made sparse by a method, 8 windows of random tokens); None if the method
+    cannot be applied.
     """
     method, sizes = ALL_METHODS[name], {**SIZES, 'thresholds': 0.0}
     sizes.update(dict.fromkeys(methods.STRIPES, method.stripe) if method.stripe else {})
@@ -35,19 +35,19 @@ def changed(name, arch='gpt2', target=1.0):
         return None
     tokens = torch.randint(0, 257, (8, 16), generator=torch.Generator().manual_seed(3))
     method.change(model)
-    if not (method.learned or method.dense):
+    if not (method.learned or method.is_dense):
         method.limit(model, target, tokens)
     return dense, model.eval().requires_grad_(False), tokens
 
 
 @pytest.fixture
 def inputs():
-    """inputs(model, tokens) -> {gate's name: what is gated there (N, in)}, in a pass over the tokens"""
+    """inputs(model, tokens) -> {layer's name: its masked input (N, in)}, in a pass over the tokens"""
     def record(model, tokens):
         found = {}
         hooks = [gate.register_forward_pre_hook(
             lambda gate, args, name=name: found.update({name: args[-2].detach().flatten(0, 1).numpy()}))
-            for name, gate in methods.gates(model).items()]
+            for name, gate in methods.sparse_layers_of(model).items()]
         model(tokens)
         for hook in hooks:
             hook.remove()
@@ -60,9 +60,9 @@ def inputs():
 def test_skipping_nothing_is_the_dense_model(name, arch):
     if made := changed(name, arch):
         dense, model, tokens = made
-        if name == 'R-Sparse':      # to which target 1 leaves less than all, as its low-rank path costs something
+        if name == 'R-Sparse':      # at target 1 it skips a little, to pay for its low-rank path
             methods.calibrate(model, (tokens,), {})
-        for predictor in getattr(model, 'predictors', ()):                      # which cost something as well
+        for predictor in getattr(model, 'predictors', ()):                      # as they cost something, too
             predictor.least = [-methods.NEVER] * 4
         expected, everything = dense(tokens, dense=True)
         logits, active = model(tokens)
@@ -70,14 +70,14 @@ def test_skipping_nothing_is_the_dense_model(name, arch):
         besides = sum(part.A.numel() + part.B.numel() for part in model.modules()
                       if isinstance(part, (methods.LowRankRest, methods.Predictor)))
         more = float(active.sum() - everything.sum()) - besides * tokens.numel()
-        # learned thresholds begin at 0, and what is exactly 0, where GELU gives up, is not above it
+        # learned thresholds begin at 0, and an input that is exactly 0, such as GELU's, is not above that
         assert -1e-3 * float(everything.sum()) < more <= 0 if ALL_METHODS[name].learned else more == 0
         dense_logits, dense_active = model(tokens, dense=True)
         assert torch.allclose(dense_logits, expected, atol=2e-4) and torch.equal(dense_active, everything)
 
 
 def weights_used(gate, x):
-    """Weights that one token uses in a gate, x (in,): counted one (stripe, input) pair after the other."""
+    """Weights that one token uses in a layer, x (in,): counted for one (stripe, input) pair after the other."""
     if isinstance(gate, methods.TopK):
         return max(round(gate.share * gate.n_in), 1) * gate.n_out
     if isinstance(gate, methods.Rectified):
@@ -87,7 +87,7 @@ def weights_used(gate, x):
         return int((np.abs(x) > t[0]).sum()) * gate.n_weights // gate.n_in
     used = 0
     for column in range(gate.n_out):
-        if column >= gate.n_out - getattr(gate, 'unread', 0):       # which ones makes no difference to the count
+        if column >= gate.n_out - getattr(gate, 'unread', 0):       # which columns does not matter for the count
             break
         used += int((np.abs(x - mu) > t[column // gate.stripe]).sum())
     return used + (gate.A.numel() + gate.B.numel() if isinstance(gate, methods.LowRankRest) else 0)
@@ -95,11 +95,11 @@ def weights_used(gate, x):
 
 @BOTH
 @pytest.mark.parametrize('name', RULES)
-def test_reduction_is_what_a_plain_count_gives_and_meets_the_target(name, arch, inputs):
+def test_reduction_equals_a_plain_count_and_meets_the_target(name, arch, inputs):
     target = 1.15 if name == 'CATS' else 1.8
     if made := changed(name, arch, target):
         _, model, tokens = made
-        found, gates = inputs(model, tokens), methods.gates(model)
+        found, gates = inputs(model, tokens), methods.sparse_layers_of(model)
         counted = sum(weights_used(gate, x) for name, gate in gates.items() for x in found[name])
         windows = np.concatenate([tokens.numpy(), np.zeros((8, 1), np.int64)], axis=1)
         reduction = evaluate.measure(model, windows)['reduction']
@@ -112,17 +112,17 @@ def test_reduction_is_what_a_plain_count_gives_and_meets_the_target(name, arch, 
 @pytest.mark.parametrize('share', [1.0, 0.5, 0.31])
 def test_teals_thresholds_hit_their_quantile(arch, share, inputs):
     _, model, tokens = changed('TEAL', arch)
-    methods.calibrate(model, (tokens,), dict.fromkeys(methods.gates(model), share))
-    found, gates = inputs(model, tokens), methods.gates(model)
+    methods.calibrate(model, (tokens,), dict.fromkeys(methods.sparse_layers_of(model), share))
+    found, gates = inputs(model, tokens), methods.sparse_layers_of(model)
     for name, gate in gates.items():
         t = np.unique(gate.thresholds().detach().numpy())
         assert len(t) == 1 and (t > 0) == (share < 1)       # one for the matrix
-        # of inputs that others have thinned out already: equal ones may lie on the threshold
+        # earlier layers skip already, so inputs may be equal, and lie on the threshold
         assert np.mean(np.abs(found[name]) > t) == pytest.approx(share, abs=2 / found[name].size)
 
 
-def test_scores(inputs):
-    """WINA's, SCAP's and CWIC's form keep the pairs whose score is largest, as numpy finds them."""
+def test_pairs_with_the_largest_scores_are_kept(inputs):
+    """WINA's, SCAP's and CWIC's form, with scores computed in numpy."""
     for name in ('WINA', 'SCAP', 'CWIC form'):
         _, model, tokens = changed(name, target=2.0)
         gate, found = model.blocks[0].attn.qkv, inputs(model, tokens)
@@ -137,7 +137,7 @@ def test_scores(inputs):
         assert np.mean(mask != kept) < 2e-4 and mask.mean() == pytest.approx(0.5, abs=1e-3)
 
 
-def test_top_k_keeps_k_whatever_is_equal():
+def test_top_k_keeps_k_inputs_even_if_some_are_equal():
     layer = methods.TopK(StripedLinear(10, 6, 6, bias=True))
     layer.share = 0.4
     x = torch.tensor([[[0., 0, 0, 0, 0, 0, 0, 0, 0, 0], [1., -1, 1, -1, 1, 1, 1, 1, 1, 1],
@@ -146,7 +146,7 @@ def test_top_k_keeps_k_whatever_is_equal():
     assert active.tolist() == [[24, 24, 24]]
     kept = torch.tensor([0., -9, 0, 8, 0, 0, 7, 0, -6, 0])
     assert torch.allclose(y[0, 2], kept @ layer.weight + layer.bias, atol=1e-5)
-    # as many ones go through where all are equal, and gradients go through everywhere
+    # of equal inputs K go through, and the gradient of every input
     layer.weight.data.fill_(1.0)
     assert sorted(layer(x.detach().abs())[0][0, 1].tolist()) == [4.0] * 6
     layer(x)[0].sum().backward()
@@ -172,8 +172,8 @@ def test_low_rank_path_takes_exactly_what_is_skipped():
 
 def test_pruned_columns_are_never_read():
     """
-    Work once counted as skipped was still done. Here: whatever stands in pruned rows, and in columns that
-    only pruned rows would read, changes nothing but what is constant, and no token has its own pattern.
+    Work was once counted as skipped but still done. So: the values of columns that only pruned rows would read
+    change nothing, and all tokens have the same pattern.
     """
     _, model, tokens = changed('pruning', target=2.5)
     before, active = model(tokens)
@@ -187,19 +187,19 @@ def test_pruned_columns_are_never_read():
     assert torch.equal(model(tokens)[0], before)
 
 
-def test_what_is_pruned_stays_pruned():
+def test_pruned_inputs_stay_pruned_until_the_target_rises():
     _, model, tokens = changed('pruning', target=2.0)
-    masks = [gate.theta.clone() for gate in methods.gates(model).values()]
-    for gate in methods.gates(model).values():
+    masks = [gate.theta.clone() for gate in methods.sparse_layers_of(model).values()]
+    for gate in methods.sparse_layers_of(model).values():
         gate.weight.data.copy_(torch.randn_like(gate.weight))
     METHODS['pruning'].limit(model, 2.0, tokens)
-    assert all(torch.equal(gate.theta, mask) for gate, mask in zip(methods.gates(model).values(), masks))
+    assert all(torch.equal(gate.theta, mask) for gate, mask in zip(methods.sparse_layers_of(model).values(), masks))
     METHODS['pruning'].limit(model, 3.0, tokens)
-    assert not any(torch.equal(gate.theta, mask) for gate, mask in zip(methods.gates(model).values(), masks))
+    assert not any(torch.equal(gate.theta, mask) for gate, mask in zip(methods.sparse_layers_of(model).values(), masks))
 
 
 @BOTH
-def test_greedy_moves_compute_within_a_block_to_where_its_output_suffers_less(arch, inputs):
+def test_greedy_lowers_the_error_of_a_block_at_the_same_compute(arch, inputs):
     _, uniform, tokens = changed('TEAL', arch, target=2.0)
     dense, greedy, _ = changed('TEAL greedy', arch, target=2.0)
     errors, shares = [], []
@@ -231,16 +231,16 @@ def test_relu_comes_by_degrees():
 @pytest.mark.parametrize('name', PREDICTS)
 def test_chosen_heads_and_neurons_are_all_that_is_used_and_counted(name, monkeypatch):
     """
-    Scores again, in numpy, from the stream where each predictor reads; then the dense model with what is not
-    chosen set to 0, and a count of heads and neurons one by one, predictors included.
+    Against scores computed in numpy from the stream that each predictor reads, the dense model with unchosen
+    units set to 0, and a count of heads and neurons one by one, predictors included.
     """
     monkeypatch.setattr(methods, 'RANK', 4)
     dense, model, tokens = changed(name, target=1.5)
-    for predictor in model.predictors:      # those that have learned nothing find all alike
+    for predictor in model.predictors:      # untrained ones give all units the same score
         torch.nn.init.normal_(predictor.B)
     METHODS[name].limit(model, 1.5, tokens)
     streams, masks = {}, {}
-    place = model.blocks[0].ln_2 if name == 'ShadowLLM' else model.blocks[0]    # where two blocks are all
+    place = model.blocks[0].ln_2 if name == 'ShadowLLM' else model.blocks[0]    # for both of the two blocks
     place.register_forward_pre_hook(lambda _, args: streams.update(x=args[0].detach().double().numpy()))
     logits, active = model(tokens)
     x = streams['x']
@@ -253,7 +253,7 @@ def test_chosen_heads_and_neurons_are_all_that_is_used_and_counted(name, monkeyp
         for least in predictor.least:
             block, part = where.pop(0)
             units = 2 if part == 'heads' else 64
-            masks[block, part] = scores[:, :, column:column + units] > least + 1e-6     # one is least
+            masks[block, part] = scores[:, :, column:column + units] > least + 1e-6     # one equals it
             column += units
         assert column == B.shape[1]
     assert not where
@@ -286,7 +286,7 @@ def test_predictors_learn_what_matters_most(name, monkeypatch):
     run, share = training_run(model, 1.4), METHODS[name].share(model, 1.4)
 
     def hits():
-        """Of the neurons that a token needs most in the last MLP, what share is scored highest?"""
+        """Share of the last MLP's most important neurons that also have the highest scores."""
         seen.clear()
         METHODS[name].step(run, tokens, tokens.roll(-1, 1), 1.4)
         reads = {}
@@ -306,7 +306,7 @@ def test_predictors_learn_what_matters_most(name, monkeypatch):
 
 
 def test_shadowllms_importance_is_a_times_its_gradient(monkeypatch):
-    """By finite differences: how the loss changes with how loud a neuron is, at one token."""
+    """By finite differences of the loss, with one unit's output scaled at one token."""
     _, model, tokens = changed('ShadowLLM', target=1.2)
     seen, targets = [], tokens.roll(-1, 1)
     importance = methods.ShadowLLM.importance
@@ -332,10 +332,10 @@ def test_shadowllms_importance_is_a_times_its_gradient(monkeypatch):
         assert float(found) == pytest.approx(abs(slope), rel=0.02, abs=2e-6)
 
 
-def test_what_cannot_be_reached_says_so():
+def test_a_target_out_of_reach_is_refused_with_the_reason():
     dense = small_model(thresholds=0.0, **SIZES)
     never = sum(layer.n_weights for name, layer in dense.sparse_layers() if not name.endswith('down')) / dense.n_weights()
     with pytest.raises(methods.Cannot, match=f'at most 1.*x: every token uses {never:.0%}'):
         METHODS['CATS'].check(dense, {}, 2.0)
-    with pytest.raises(methods.Cannot, match='not at hand'):
+    with pytest.raises(methods.Cannot, match='not available'):
         METHODS['smaller dense'].check(dense, {}, 2.0)
