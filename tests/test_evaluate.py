@@ -180,7 +180,7 @@ def test_questions_that_cannot_be_asked_are_one_line(tmp_path, monkeypatch, caps
     monkeypatch.setattr(sys, 'argv', ['evaluate.py', str(tmp_path / 'plain.safetensors'), '--questions', 'x.txt'])
     with pytest.raises(SystemExit):
         evaluate.main()
-    assert 'is no adapter of a chat model' in capsys.readouterr().err
+    assert 'is not an adapter of a chat model' in capsys.readouterr().err
     for name, said in (('none.txt', 'cannot be read'), ('empty.txt', 'no questions in it')):
         with pytest.raises(DataError, match=said):
             evaluate.read_questions(str(tmp_path / name))
