@@ -103,10 +103,10 @@ def percentiles(shares):
 
 
 def distance(logp, teacher_logp):
-    """log p (..., vocab) of both -> KL(teacher || student) in nats and top-1 agreement, summed over tokens."""
+    """log p (..., vocab), both -> KL(teacher || student) in nats and top-1 agreement, summed over tokens."""
     kl = (teacher_logp.exp() * (teacher_logp - logp)).sum()
     agreement = (teacher_logp.argmax(-1) == logp.argmax(-1)).sum()
-    return float(kl), int(agreement)
+    return float(kl), float(agreement)
 
 
 @torch.no_grad()
@@ -126,7 +126,7 @@ def measure(model, tokens, teacher=None, dense=False, replies=None):
     """
     device, training = model.head.weight.device, model.training
     model.eval()
-    loss, active_sum, kl, agreement = 0.0, 0.0, 0.0, 0
+    loss, active_sum, distances = 0.0, 0.0, np.zeros(2)
     shares, surprises, entropies = [], [], []
     batches = np.array_split(tokens, math.ceil(len(tokens) / rows_at_once(model, tokens.shape[1])))
     for batch in counted(batches, f'batches of {len(batches[0])} windows read'):
@@ -139,8 +139,7 @@ def measure(model, tokens, teacher=None, dense=False, replies=None):
         active_sum += active.sum((1, 2))                                # (M,)
         if teacher is not None:
             teacher_logp = teacher(batch[:, :-1], dense=True)[0].log_softmax(-1)
-            more_kl, more_agreement = distance(logp, teacher_logp)
-            kl, agreement = kl + more_kl, agreement + more_agreement
+            distances += distance(logp, teacher_logp)
         # the first token of a window is left out: nothing was predicted before it
         shares.append((active.sum(0) / model.n_weights())[:, 1:].flatten())
         surprises.append(surprise[:, :-1].flatten().cpu().double())
@@ -162,15 +161,15 @@ def measure(model, tokens, teacher=None, dense=False, replies=None):
                    surprise_correlation=float(correlation[0, 1]),
                    entropy_correlation=float(correlation[0, 2]), compute_percentiles=percentiles(shown))
     if teacher is not None:
-        results.update(kl=kl / count, agreement=agreement / count)
+        results['kl'], results['agreement'] = (distances / count).tolist()
     return results
 
 
 @torch.no_grad()
 def blimp(model, encoding, start, pairs, dense=False):
     """
-    pairs: [(paradigm, good sentence, bad sentence)] -> a dict, {paradigm: accuracy}, and the reduction. start:
-    the ids that come before each sentence. Sentences of one length are read together, without padding.
+    pairs: [(paradigm, good sentence, bad sentence)] -> {paradigm: accuracy}, and the reduction. start: the
+    ids that come before each sentence. Sentences of one length are read together, without padding.
     """
     by_length = {}
     for pair, (_, *sentences) in enumerate(pairs):
@@ -188,8 +187,7 @@ def blimp(model, encoding, start, pairs, dense=False):
         logp = logits.log_softmax(-1).gather(-1, tokens[:, 1:, None])[:, :, 0]      # (B, T)
         for (_, pair, bad), score in zip(batch, logp.sum(1).tolist()):
             scores[pair, bad] = score
-        active_sum += float(active.sum())
-        count += tokens[:, 1:].numel()
+        active_sum, count = active_sum + float(active.sum()), count + tokens[:, 1:].numel()
     right = {}
     for (paradigm, *_), (good, bad) in zip(pairs, scores):
         right.setdefault(paradigm, []).append(good > bad)
@@ -221,7 +219,7 @@ def compare_answers(model, teacher, spec, encoding, questions):
     read those tokens. Raises DataError if a question does not fit into the context.
     """
     generator, device = torch.Generator().manual_seed(1), model.head.weight.device
-    kl, agreement, active_sum, count, shares = 0.0, 0, 0.0, 0, []
+    distances, active_sum, count, shares = np.zeros(2), 0.0, 0, []
     for number, question in enumerate(counted(questions, 'questions answered'), 1):
         prompt = dialogue_ids(spec, encoding, [('user', question)])
         if len(prompt) + LONGEST_ANSWER > model.config.block_size:
@@ -232,12 +230,12 @@ def compare_answers(model, teacher, spec, encoding, questions):
         teacher_logits, _ = teacher(tokens[:, :-1], dense=True)
         first = len(prompt) - 1                                             # the pass that predicts token 1
         logp = logits[0, first:].log_softmax(-1)                            # (T, vocab), T tokens of answer
-        answer_kl, same = distance(logp, teacher_logits[0, first:].log_softmax(-1))
+        distances += distance(logp, teacher_logits[0, first:].log_softmax(-1))
         active = active.sum(0)[0, first:].cpu()                             # (T,)
-        kl, agreement, count = kl + answer_kl, agreement + same, count + len(logp)
-        active_sum += float(active.sum())
+        active_sum, count = active_sum + float(active.sum()), count + len(logp)
         shares.append(active[1:].double() / model.n_weights())
-    return dict(kl=kl / count, agreement=agreement / count, reduction=model.n_weights() * count / active_sum,
+    kl, agreement = (distances / count).tolist()
+    return dict(kl=kl, agreement=agreement, reduction=model.n_weights() * count / active_sum,
                 questions=len(questions), tokens=count, compute_percentiles=percentiles(torch.cat(shares)))
 
 
