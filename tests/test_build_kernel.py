@@ -198,11 +198,14 @@ def test_windows_is_told_what_to_do(monkeypatch):
         build_kernel.load()
 
 
-def test_command_line():
-    """python build_kernel.py says where the module is, or in one line what to do, and exits with 1."""
-    command = [sys.executable, str(ROOT / 'build_kernel.py')]
+def test_command_line_prints_the_module_or_the_remedy(tmp_path):
+    """A link to build_kernel.py from another folder used to look for sparse_kernel.c beside the link."""
+    (tmp_path / 'link.py').symlink_to(ROOT / 'build_kernel.py')
+    command = [sys.executable, str(tmp_path / 'link.py')]
     done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0 and Path(done.stdout.strip()).exists() and done.stderr == ''
+    assert done.returncode == 0 and done.stderr == ''
+    assert Path(done.stdout.strip()) == build_kernel.build()
+    command = [sys.executable, str(ROOT / 'build_kernel.py')]
     done = subprocess.run(command, capture_output=True, text=True, env={'PATH': ''})
     assert done.returncode == 1 and done.stderr.startswith('build_kernel.py: no C compiler') and done.stderr.count('\n') == 1
 
