@@ -360,7 +360,10 @@ static int try_model(int arch, int dtype, int shortlist)
         if (active[4] % D || (active[4] > V * D) != shortlist) return puts("active");
     }
     if (!decode(team, &model, &state, &unknown, 1, 0, logits, active)) return puts("not refused: a token");
-    if (!decode(team, &model, &state, tokens, 1, T, logits, active)) return puts("not refused: a position");
+    // four tokens past the end; near 2^64, position + 4 wrapped to a small number, and memory far away was written
+    size_t outside[] = {T, T - 3, SIZE_MAX - 2, SIZE_MAX - 3};
+    for (int i = 0; i < 4; i++)
+        if (!decode(team, &model, &state, tokens, 4, outside[i], logits, active)) return puts("not refused: a position");
     if (!decode(team, &model, &state, tokens, 0, 0, logits, active)) return puts("not refused: no tokens");
     if (shortlist && dtype == INT8) {
         model.embedding_column_scale = NULL;
