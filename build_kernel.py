@@ -1,22 +1,22 @@
 """
 Builds sparse_kernel.c for this machine, once, and loads it.
 
-    python build_kernel.py          # builds, and says where
-    kernel = build_kernel.load()    # kernel.lib.decode(...), kernel.ffi.new(...); builds first if needed
+    python build_kernel.py          # builds it if needed, and prints where it is
+    kernel = build_kernel.load()    # kernel.lib.decode(...), kernel.ffi.new(...); builds it if needed
 
 The module lies in .kernel/ beside the source or, if nothing can be built there, in the user's cache folder.
-Its name is made of everything it depends on: source, flags, compiler, Python and CPU; and of its size.
-Whatever changes, load() builds again: two machines that share a directory do not get each other's code, and
-half a file is not taken for a whole one. A module that is loaded runs, so it must belong to this user, and
-nobody else may be able to write to it.
+Its name is a hash of everything it depends on (source, flags, compiler, Python, CPU), and its size. So if any
+of them changes, load() builds again; machines that share a folder do not get each other's code; and half a
+file is never taken for a whole one. Loading a module runs it, so it must belong to this user, and nobody else
+may be able to write to it.
 
-Not here: Windows compilers (PyTorch decodes there), cross-compiling, clearing of old builds: delete .kernel/
+Not here: Windows compilers (PyTorch decodes there); cross-compiling; removal of old builds: delete .kernel/.
 """
 
 import signal
 
 if __name__ == '__main__':
-    signal.signal(signal.SIGINT, signal.SIG_DFL)        # Ctrl-C before there is anything to lose just ends
+    signal.signal(signal.SIGINT, signal.SIG_DFL)        # so far, Ctrl-C has nothing to lose: it just ends us
 
 import errno
 import hashlib
@@ -38,14 +38,14 @@ import cffi.recompiler
 from files import read_text
 from options import progress
 
-SOURCE = Path(__file__).with_name('sparse_kernel.c')
+SOURCE = Path(__file__).resolve().with_name('sparse_kernel.c')
 CACHE = SOURCE.with_name('.kernel')
 NAME = '_sparse_kernel'
 OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
 LINK = ['-shared', '-fPIC', '-fvisibility=hidden', '-pthread', '-lm']
 LINK += ['-undefined', 'dynamic_lookup'] if sys.platform == 'darwin' else []
-# the first set of flags that the compiler takes. Off x86, -march=native alone does not tune for this CPU, and
-# some compilers know one of the two, or neither
+# the first set of flags that the compiler accepts is used. Off x86, -march=native does not tune for this CPU,
+# and some compilers know only one of the two, or neither
 NATIVE = ['-march=native', '-mcpu=native']
 if platform.machine().lower() not in ('x86_64', 'amd64', 'i686'):
     NATIVE.reverse()
@@ -54,13 +54,13 @@ FLAGS = [['-std=c11', '-O3', *native, '-ffp-contract=fast', '-fopenmp-simd']
 
 
 class KernelUnavailable(Exception):
-    """The kernel cannot be had here; says why, and what to do, in one line."""
+    """The kernel cannot be built or loaded here; the message says why, and what to do, in one line."""
 
 
 def compiler():
-    """The C compiler's command as a list: $CC, else the first of cc, gcc, clang that there is."""
+    """The C compiler's command as a list: $CC, else the first of cc, gcc and clang that is installed."""
     if sys.platform == 'win32':
-        raise KernelUnavailable('the kernel is not for Windows: PyTorch decodes there; faster: use WSL')
+        raise KernelUnavailable('the kernel is not for Windows: PyTorch decodes there; WSL is faster')
     for command in (os.environ.get('CC', ''), 'cc', 'gcc', 'clang'):
         try:
             words = shlex.split(command)
@@ -72,19 +72,19 @@ def compiler():
 
 
 def run(command, **more):
-    """subprocess.run with the output as text, and that in English: first_error() looks for words in it."""
+    """subprocess.run, with the output as text, in English: failure() looks for English words in it."""
     return subprocess.run(command, capture_output=True, encoding='utf-8', errors='replace',
                           env={**os.environ, 'LC_ALL': 'C'}, **more)
 
 
 def cpu():
-    """What distinguishes this CPU from one that could not run code made for it."""
+    """A text that differs between CPUs which cannot run each other's code."""
     try:
-        if sys.platform == 'darwin':        # where platform.processor() is 'arm' for every chip
+        if sys.platform == 'darwin':        # platform.processor() is 'arm' for every chip
             return run(['sysctl', '-n', 'machdep.cpu.brand_string']).stdout
-        with open('/proc/cpuinfo', encoding='utf-8', errors='replace') as f:
-            kinds = ('model name', 'flags', 'Features', 'CPU part')
-            return '\n'.join(sorted({line for line in f if line.startswith(kinds)}))
+        kinds = 'model name', 'flags', 'Features', 'CPU part'
+        with open('/proc/cpuinfo', encoding='utf-8', errors='replace') as file:
+            return '\n'.join(sorted({line for line in file if line.startswith(kinds)}))
     except OSError:
         return platform.processor()
 
@@ -95,21 +95,23 @@ def interface(source):
     return '\n'.join(line.split('//')[0].rstrip() for line in section.splitlines())
 
 
-def first_error(output):
+def failure(cc, output):
+    """A KernelUnavailable with the first error in a compiler's output, and perhaps a remedy."""
     lines = output.splitlines()
     errors = [line for line in lines if 'error' in line or 'not found' in line]
-    return (errors or lines or ['no message'])[0].strip()
+    first = (errors or lines or ['no message'])[0].strip()
+    remedy = '; install the headers of Python (python3-dev)' if 'Python.h' in output else ''
+    return KernelUnavailable(f'{cc[0]} failed: {first}{remedy}')
 
 
 def folders():
     """Where a module may lie: beside the source, else in the user's cache folder."""
     cache = os.environ.get('XDG_CACHE_HOME', '')
-    cache = cache if os.path.isabs(cache) else os.path.expanduser('~/.cache')
-    return [CACHE, Path(cache, 'cwic')]
+    return [CACHE, Path(cache if os.path.isabs(cache) else os.path.expanduser('~/.cache'), 'cwic')]
 
 
 def check_folder(folder):
-    """Makes the folder, or makes it private. Raises OSError if no module may be loaded from it."""
+    """Makes the folder if needed, and makes it private. Raises OSError if it cannot hold a module safely."""
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     status = folder.stat()
     if status.st_uid != os.getuid():
@@ -121,15 +123,15 @@ def check_folder(folder):
 
 
 def is_sound(path):
-    """Whether a module is whole, belongs to this user, and nobody else could write to it."""
+    """Whether a module is whole and belongs to this user, and nobody else could write to it."""
     status = path.stat()
     return (path.stem.endswith(f'-{status.st_size}') and status.st_uid == os.getuid()
             and not status.st_mode & OTHERS_WRITE)
 
 
 def compile_in(folder, name, source, cc, extra):
-    """Compiles source, a text, to a module of this name in folder. Raises KernelUnavailable and OSError."""
-    # two processes may build at once: each does in a directory of its own, and the module appears whole
+    """Compiles source, a text, to a module in folder: its path. Raises KernelUnavailable and OSError."""
+    # two processes may build at once: each works in a directory of its own, and the module appears whole
     with tempfile.TemporaryDirectory(dir=folder) as directory:
         ffi = cffi.FFI()
         ffi.cdef(interface(source))
@@ -142,17 +144,16 @@ def compile_in(folder, name, source, cc, extra):
                 built.chmod(0o700)
                 path = folder / f'{name}-{built.stat().st_size}.so'
                 with open(built, 'rb') as file:
-                    os.fsync(file.fileno())         # or a power cut may leave a name without all of it
+                    os.fsync(file.fileno())         # or a power cut could leave half of it under this name
                 os.replace(built, path)
                 return path
-    hint = '; install the headers of Python (python3-dev)' if 'Python.h' in done.stderr else ''
-    raise KernelUnavailable(f'{cc[0]} failed: {first_error(done.stderr)}{hint}')
+    raise failure(cc, done.stderr)
 
 
 def build(extra=()):
     """
-    Compiles the kernel unless that has been done, and returns the module's path. extra: more compiler flags.
-    Raises KernelUnavailable, in one line.
+    The path of the kernel's module, which is compiled if that has not been done yet. extra: more compiler
+    flags. Raises KernelUnavailable.
     """
     cc = compiler()
     try:
@@ -164,7 +165,7 @@ def build(extra=()):
                cffi.__version__, cpu()]
     key = hashlib.sha256('\0'.join(depends).encode()).hexdigest()[:16]
     name = f'{NAME}-{key}'
-    refused = []                            # why each folder cannot be used
+    refused = []                            # the folders that cannot be used, and why
     for folder in folders():
         try:
             check_folder(folder)

@@ -1,20 +1,20 @@
 """
-Decodes through the C kernel, one token at a time, reading only the weights that the token uses.
+Decodes through the C kernel, one token at a time, reading only the weights that each token uses.
 
     model, _ = load_checkpoint('out/best.safetensors')
     decoder = Decoder(model, dtype='bf16', threads=2)
     logits, active = decoder.prefill(tokens)        # a prompt: active (T, M), the weights used of each matrix
     logits, active = decoder.step(token)            # one more token: active (M)
 
-A prompt is read 64 tokens at a time: its skipped weights are not used, but each row is read, once for 64
-tokens.
+A prompt is read 64 tokens at a time. Weights that a token skips are not used for it, but each row is still
+read, once for 64 tokens.
 
-Weights may be kept as f32, as bf16 (half the bytes, so about half the time), or as int8 with a scale for each
-(input, stripe) and one for each column. With bf16 and int8, keys and values are bf16. Thresholds are always
-f32, and the constant part of an output, mu @ W + b, is computed from f32 weights. A Decoder is a snapshot: it
-does not see later changes of the model, and does not need the model any more.
+Weights are kept as f32, as bf16 (half the bytes, so about half the time), or as int8 with a scale for each
+(input, stripe) pair and one for each column. With bf16 and int8, keys and values are bf16. Thresholds are
+always f32, and the constant part of an output, mu @ W + b, is computed from f32 weights. A Decoder is a
+snapshot: it needs the model no longer, and does not see later changes of it.
 
-Not here: several sequences at once, GPUs. TorchDecoder needs no compiler, and is slower than a dense model.
+Not here: several sequences at once, GPUs. TorchDecoder needs no compiler, but is slower than a dense model.
 """
 
 import math
@@ -29,8 +29,8 @@ import build_kernel
 from cwic import KVCache, Neurons, StripedLinear, along, rotary_tables
 
 FORMATS = {'f32': torch.float32, 'bf16': torch.bfloat16, 'int8': torch.int8}    # in sparse_kernel.c's order
-MAX_TILE = 2048     # columns of a tile, at most: its sums stay in the first-level cache
-MIN_INPUTS = 64     # inputs of a task, at least: with fewer, too little is read in one go
+MAX_TILE = 2048     # columns in a tile, at most: their sums stay in the first-level cache
+MIN_INPUTS = 64     # inputs for a task, at least: with fewer, the stretches it reads are too short
 
 # -----------------------------------------------------------------------------
 # packing: weights in the order in which the kernel reads them
@@ -38,8 +38,8 @@ MIN_INPUTS = 64     # inputs of a task, at least: with fewer, too little is read
 
 class Arena:
     """
-    One block of memory for everything that each token reads. It is so large that numpy asks for huge pages:
-    the fewer pages, the faster the processor translates an address. Each tensor starts on a cache line.
+    One block of memory for all weights and thresholds. It is so large that numpy asks for huge pages: the
+    fewer pages there are, the faster the processor translates addresses. Each tensor starts on a cache line.
     """
 
     def __init__(self, size):
@@ -53,8 +53,8 @@ class Arena:
 
 
 def packed_bytes(layer, dtype):
-    """How many bytes of an Arena a PackedMatrix takes, at most."""
-    numbers = 2 * layer.theta.numel() + layer.n_in + 2 * (layer.n_weights // layer.n_in)    # in f32
+    """Bytes that a PackedMatrix takes of an Arena, at most: six tensors, all but the weights in f32."""
+    numbers = 2 * layer.theta.numel() + layer.n_in + 2 * (layer.n_weights // layer.n_in)
     return layer.n_weights * FORMATS[dtype].itemsize + 4 * numbers + 6 * 64
 
 
@@ -64,7 +64,7 @@ def largest(weights, dim):
 
 
 def quantise(rows, column_scale):
-    """rows (in, columns) = row_scale * column_scale * integers -> integers up to 127, row_scale (in)."""
+    """rows (in, columns), about row_scale * column_scale * integers -> integers up to 127, row_scale (in)."""
     rows = rows / column_scale
     row_scale = largest(rows, 1) / 127
     return rows.div_(row_scale[:, None]).round_(), row_scale
@@ -72,8 +72,8 @@ def quantise(rows, column_scale):
 
 def pack_neurons(up, down, dtype, empty):
     """
-    up (d, neurons), down (neurons, d) -> weight (neurons, 2, d), for each neuron its column of up and its row
-    of down; row_scale (neurons), column_scale (d), both None unless dtype is int8.
+    up (d, neurons), down (neurons, d) -> weight (neurons, 2, d): each neuron's column of up, then its row of
+    down; row_scale (neurons), column_scale (d), both None unless dtype is int8.
     """
     up, row_scale, column_scale = up.t(), None, None
     if dtype == 'int8':
@@ -90,9 +90,8 @@ def pack_tiles(weights, stripe, tile, dtype, empty):
     weights (in, out) -> weight (in * out), tile after tile, each row by row; row_scale (stripes, in),
     column_scale (out), both None unless dtype is int8.
     """
-    weight, row_scales, column_scale, start = empty((weights.numel(),), dtype=FORMATS[dtype]), [], None, 0
-    if dtype == 'int8':
-        column_scale = largest(weights, 0)
+    weight, row_scales, start = empty((weights.numel(),), dtype=FORMATS[dtype]), [], 0
+    column_scale = largest(weights, 0) if dtype == 'int8' else None
     for first in range(0, weights.shape[1], stripe):
         columns = weights[:, first:first + stripe]                                              # (in, stripe)
         if dtype == 'int8':
@@ -106,13 +105,12 @@ def pack_tiles(weights, stripe, tile, dtype, empty):
 
 class PackedMatrix:
     """
-    A StripedLinear or Neurons as the kernel's Matrix: its sizes, and tensors, whose values may be changed
-    later. dense: with thresholds that skip nothing; empty(shape, dtype=): allocates memory; tasks: how many
-    tasks threads should find in one product, at most 4. Raises ValueError if the layer is not f32.
+    A StripedLinear or Neurons as the kernel's Matrix: its sizes and its tensors, whose values may be changed
+    later. dense: use thresholds that skip nothing; empty(shape, dtype=) allocates memory; tasks: how many to
+    cut a product into, at most 4. Raises ValueError if the layer is not f32.
 
-    In int8 a weight is row_scale * column_scale * integer. Row scales alone would not do: a few columns that
-    are much larger than the others would coarsen all, and the KL of SmolLM2-135M to itself in f32 be ten
-    times as large.
+    In int8 a weight is row_scale * column_scale * integer. With row scales alone, a few columns much larger
+    than the others would coarsen every row: SmolLM2-135M would be ten times as far from itself in f32, in KL.
     """
 
     @torch.no_grad()
@@ -129,7 +127,7 @@ class PackedMatrix:
             weight, row_scale, column_scale = pack_neurons(up, down, dtype, empty)
         else:
             weights, n_out, stripe = layer.adapter(layer.weight), layer.n_out, layer.stripe
-            tile = math.ceil(stripe / math.ceil(stripe / MAX_TILE))             # equal ones, none too wide
+            tile = math.ceil(stripe / math.ceil(stripe / MAX_TILE))             # about equally wide
             base = torch.zeros(n_out) if layer.bias is None else layer.bias
             if mu.any():
                 base = mu @ weights + base
@@ -137,16 +135,15 @@ class PackedMatrix:
         tiles = math.ceil(stripe / tile) * math.ceil(n_out / stripe)
         splits = max(1, min(math.ceil(tasks / tiles), n_in // MIN_INPUTS))
         self.sizes = dict(n_in=n_in, n_out=n_out, stripe=stripe, tile=tile, splits=splits)
-        self.sums = tiles * splits * tile               # numbers that its tasks leave behind
+        self.sums = tiles * splits * tile               # numbers that the tasks write
         self.tensors = dict(weight=weight)
-        # in this order, contiguous in an Arena, as the kernel expects them
-        for name, values in dict(thresholds=thresholds, mu=mu, row_scale=row_scale, column_scale=column_scale,
-                                 base=base).items():
+        others = dict(thresholds=thresholds, mu=mu, row_scale=row_scale, column_scale=column_scale, base=base)
+        for name, values in others.items():             # the kernel expects them in this order, contiguous
             if values is not None:
                 self.tensors[name] = empty(tuple(values.shape), dtype=torch.float32).copy_(values)
 
     def struct(self, ffi):
-        """The fields of a Matrix, for ffi.new('Matrix *', ...); valid as long as self is kept."""
+        """The fields of a Matrix, for ffi.new('Matrix *', ...); valid while self exists."""
         return {**self.sizes, **{name: pointer(ffi, tensor) for name, tensor in self.tensors.items()}}
 
 
@@ -160,8 +157,9 @@ def pointer(ffi, tensor):
 
 class ContextWindow:
     """
-    The tokens that a decoder has read and still sees, at most block_size. A subclass has forward(tokens),
-    which reads tokens that fit in. names: of the M matrices; dense: the weights of each, np.int64 (M).
+    window: the tokens that a decoder has read and still sees, at most block_size. A subclass has
+    forward(tokens), which reads more tokens, as many as fit: tokens (T) -> logits np.float32 (vocab) of the
+    last one, active np.int64 (T, M). names: those of the M matrices; n_weights: their weights, np.int64 (M).
     """
 
     def __init__(self, model):
@@ -175,9 +173,9 @@ class ContextWindow:
 
     def prefill(self, tokens):
         """
-        Starts a new sequence with a prompt, a list of T >= 1 token ids, of which it reads the last T' =
-        min(T, block_size). Returns logits np.float32 (vocab) of its last token and active np.int64 (T', M),
-        the weights that each token used. Raises ValueError if there are no tokens, or unknown ones.
+        Starts a new sequence with a prompt, a list of token ids. Only its last block_size tokens are read.
+        Returns logits np.float32 (vocab) of the last token, and active np.int64 (T, M): the weights of each
+        matrix that each of the T tokens read used. Raises ValueError if there are no tokens, or unknown ones.
         """
         self.check(tokens)
         self.reset()
@@ -185,7 +183,7 @@ class ContextWindow:
 
     def extend(self, tokens):
         """
-        Reads more tokens, and returns what prefill does. Whenever the context is full, only half of it is
+        Reads more tokens, and returns the same as prefill. Whenever the context is full, only half of it is
         kept: the last block_size // 2 tokens, the next one included, are read again from position 0.
         """
         self.check(tokens)
@@ -216,27 +214,23 @@ class ContextWindow:
 
 
 class TorchDecoder(ContextWindow):
-    """
-    A Decoder in plain PyTorch, for machines without a C compiler: the model computes the same results. With
-    dense=True every weight is used.
-    """
+    """A Decoder in plain PyTorch, for machines without a C compiler. dense: use every weight."""
 
     def __init__(self, model, dense=False):
         super().__init__(model)
-        self.model, self.use_all, self.cache = model.eval(), dense, KVCache(model.config)
+        self.model, self.dense, self.cache = model.eval(), dense, KVCache(model.config)
 
     @torch.no_grad()
     def forward(self, tokens):
-        """Tokens (T) that follow the window -> logits (vocab) of the last one, active (T, M)."""
         self.cache.length = len(self.window)
-        logits, active = self.model(torch.tensor([tokens]), self.cache, self.use_all)
+        logits, active = self.model(torch.tensor([tokens]), self.cache, self.dense)
         return logits[0, -1].numpy(), active[:, 0].t().numpy().astype(np.int64)
 
 
 def usable_cores(root='/'):
     """
-    How many cores this process may keep busy: those it may run on, or fewer if its cgroup, a container's say,
-    gives it less of their time. Threads beyond that make each other wait. root: of the file system.
+    How many cores this process may keep busy: those it may run on, or fewer if its cgroup (a container's,
+    say) has a quota of CPU time. More threads would wait for each other. root: of the file system.
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
     try:
@@ -245,7 +239,7 @@ def usable_cores(root='/'):
         return cores
     for group in re.findall('^0::/(.*)', groups, re.M):
         folder = Path(root, 'sys/fs/cgroup', group)
-        for folder in (folder, *folder.parents):        # each may set a limit for all below it
+        for folder in (folder, *folder.parents):        # each may limit everything below it
             try:
                 quota, period = (folder / 'cpu.max').read_text(encoding='utf-8').split()
                 cores = min(cores, max(round(int(quota) / int(period)), 1))
@@ -256,11 +250,10 @@ def usable_cores(root='/'):
 
 class Decoder(ContextWindow):
     """
-    dtype: of the weights, 'f32', 'bf16' or 'int8'; threads: by default every usable core, up to 8. With
-    dense=True every weight is used. Sums are taken in two parts, or in four for more than two threads, so the
-    last bits of logits may differ between the two. Of a prompt only the last token's logits are computed, so
-    no shortlist is counted for the others. Raises build_kernel.KernelUnavailable, and ValueError for an
-    impossible dtype or number of threads.
+    dtype: of the weights, 'f32', 'bf16' or 'int8'; threads: by default every usable core, up to 8; dense: use
+    every weight. With more than two threads, sums are taken in more parts, so the last bits of logits may
+    differ. Of a prompt only the last token's logits are computed, so no shortlist is counted for the others.
+    Raises build_kernel.KernelUnavailable, and ValueError for an impossible dtype or number of threads.
     """
 
     def __init__(self, model, dtype='f32', threads=None, dense=False):
@@ -272,37 +265,36 @@ class Decoder(ContextWindow):
         self.overhead = 0 if dense else model.head.overhead
         self.kept = []                                  # tensors must live as long as C points to them
 
-        d, layers = self.config.n_embd, dict(model.sparse_layers())
+        layers, d = dict(model.sparse_layers()), self.config.n_embd
         if self.config.bases:
             layers['basis'] = StripedLinear(d, d, d, bias=False)
             layers['basis'].weight.data = model.basis.float()
+        embeds = self.config.bases or self.config.shortlist     # else the embeddings are the head's columns
         size = sum(packed_bytes(layer, dtype) for layer in layers.values())
-        embeds = self.config.bases or self.config.shortlist     # else the head's columns are the embeddings
         if embeds:
             size += model.head.n_weights * FORMATS[dtype].itemsize + 64
         empty = Arena(size).empty
         threads = min(usable_cores(), 8) if threads is None else threads
-        tasks = 2 if threads <= 2 else 4                # no more: their sums have to be added up
+        tasks = 2 if threads <= 2 else 4                # no more, as their sums have to be added up
         self.packed = {name: PackedMatrix(layer, dtype, dense or name == 'basis', empty, tasks)
                        for name, layer in layers.items()}
-        model_fields = self.model_fields(model)
+        fields = self.model_fields(model)
         if embeds:
-            model_fields.update(self.embedding_fields(model, empty))
+            fields.update(self.embedding_fields(model, empty))
         if self.config.shortlist and not dense:
-            model_fields['margin'] = model.head.margin_in_nats()
-        self.c_model = self.ffi.new('Model *', model_fields)
+            fields['margin'] = model.head.margin_in_nats()
+        self.c_model = self.ffi.new('Model *', fields)
         self.state = self.new_state()
         self.set_threads(threads)
 
     def keep(self, tensor):
-        """A pointer to the tensor, which is kept."""
+        """A pointer to the tensor, which lives as long as self."""
         self.kept.append(tensor.detach())
         return pointer(self.ffi, self.kept[-1])
 
     def norm_fields(self, norm):
-        bias = getattr(norm, 'bias', None)
-        return dict(gain=self.keep(norm.weight.clone()),
-                    bias=self.ffi.NULL if bias is None else self.keep(bias.clone()))
+        names = {'weight': 'gain', 'bias': 'bias'}
+        return {names[name]: self.keep(p.clone()) for name, p in norm.named_parameters()}
 
     def layer_fields(self, block, i):
         matrices = {field: self.packed[f'{i}.{name}'].struct(self.ffi)
@@ -310,7 +302,7 @@ class Decoder(ContextWindow):
         return dict(matrices, ln_1=self.norm_fields(block.ln_1), ln_2=self.norm_fields(block.ln_2))
 
     def model_fields(self, model):
-        """The fields of the kernel's Model, apart from the embedding and the margin of a shortlist."""
+        """The fields of the kernel's Model, but for a shortlist's margin and embeddings of their own."""
         c = self.config
         sizes = 'vocab_size', 'block_size', 'n_layer', 'n_head', 'n_kv_head', 'n_embd', 'n_hidden', 'norm_eps'
         fields = {name: getattr(c, name) for name in sizes}
@@ -328,20 +320,16 @@ class Decoder(ContextWindow):
 
     @torch.no_grad()
     def embedding_fields(self, model, empty):
-        """The embeddings as rows of their own, (vocab, d), not rotated to the basis of the head."""
-        fields, embedding = {}, model.head.adapter(model.head.weight).t()
+        """The fields of embeddings (vocab, d) of their own, not rotated into the head's basis."""
+        embedding = model.head.adapter(model.head.weight).t()
         if self.config.bases:
             embedding = along(embedding, model.basis.t())
-        if self.dtype == 'int8':
-            column_scale = largest(embedding, 0)
-            embedding, row_scale = quantise(embedding, column_scale)
-            fields = dict(embedding_row_scale=self.keep(row_scale),
-                          embedding_column_scale=self.keep(column_scale))
-        packed = empty(tuple(embedding.shape), dtype=FORMATS[self.dtype]).copy_(embedding)
-        return dict(fields, embedding=self.keep(packed))
+        packed = pack_tiles(embedding, self.config.n_embd, self.config.n_embd, self.dtype, empty)
+        names = 'embedding', 'embedding_row_scale', 'embedding_column_scale'
+        return {name: self.keep(tensor) for name, tensor in zip(names, packed) if tensor is not None}
 
     def new_state(self):
-        """The kernel's State, all zeros."""
+        """The kernel's State: an empty KV cache, and scratch memory."""
         c, chunk, block = self.config, self.lib.CHUNK, self.lib.BLOCK
         shapes = dict(k=(c.n_layer, c.n_kv_head, math.ceil(c.block_size / block), c.head_dim, block),
                       v=(c.n_layer, c.n_kv_head, c.block_size, math.ceil(c.head_dim / block) * block),
@@ -353,7 +341,7 @@ class Decoder(ContextWindow):
             for name, shape in shapes.items()})
 
     def set_threads(self, threads):
-        """How many threads work, from 1 to 1024; a system short of them may give fewer: see .threads."""
+        """Sets the number of threads, 1 to 1024. A system short of threads gives fewer: see self.threads."""
         if not 1 <= threads <= 1024:
             raise ValueError(f'threads must be 1 to 1024, not {threads}')
         longest = max([packed.sizes['n_in'] for packed in self.packed.values()] + [self.config.block_size])

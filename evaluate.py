@@ -1,21 +1,21 @@
 """
-How good a model is, at what compute, and how close to its dense teacher.
+Measures a model: how good it is, how many of its weights it uses, and how close it is to its dense teacher.
 
     python evaluate.py out/best.safetensors                 # on the validation split it was trained with
-    python evaluate.py out/best.safetensors --dense         # the same model with every weight
+    python evaluate.py out/best.safetensors --dense         # the same model with every weight in use
     python evaluate.py adapters/smollm2.safetensors --text FILE     # on a text file of yours
     python evaluate.py adapters/smollm2.safetensors --blimp FILE    # grammar: 67 paradigms of 1,000 pairs
-    # on its base's answers to people
-    python evaluate.py adapters/smollm2.safetensors --questions data/questions.txt
+    python evaluate.py adapters/smollm2.safetensors --questions FILE    # on its base's answers to questions
 
-An adapter is also compared with its base, the dense model it learned from. Every token counts, the LM head's
-compute included, and every token is as sparse as it is in decoding; all in f32.
+An adapter is also compared with its base, the dense model that taught it. Each token is as sparse as in
+decoding, and the LM head's weights count. Everything is computed in f32.
 
-BLiMP (Warstadt et al., 2020, github.com/alexwarstadt/blimp) is one JSON object a line, with 'sentence_good',
-'sentence_bad' and 'UID', the paradigm; --blimp takes the files of its data/ folder one after the other in one
-file, packed with xz or not. A pair is right where the good sentence is the likelier; chance is a half.
+BLiMP (Warstadt et al., 2020, github.com/alexwarstadt/blimp) tests grammar with pairs of sentences: a pair is
+right if the model finds the good sentence likelier than the bad one, as half of all guesses would be.
+--blimp takes the files of its data/ folder joined into one, compressed with xz or not. Each line is a JSON
+object with 'sentence_good', 'sentence_bad' and 'UID', the paradigm.
 
-Not here: benchmarks in which what a model writes is judged.
+Not here: other benchmarks (see lab/benchmarks.py), and judging the text that a model writes.
 """
 
 import json
@@ -24,10 +24,11 @@ import math
 import os
 import sys
 import time
+from collections import Counter
 from dataclasses import dataclass
 
 if __name__ == '__main__':
-    os.environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE')     # of torch's threads, as in train.py
+    os.environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE')     # for torch's threads, as in train.py
 
 import numpy as np
 import torch
@@ -39,154 +40,170 @@ from data.common import DataError, load_dataset, load_mix, run
 from device import choose_device
 from files import LONGEST_JSON, decode_text, open_regular, read_text
 from options import SAMPLING, counted, fail, option, parse_options, progress
-from tokenizer import TokenizerError, bos_ids, dialogue_ids, load_tokenizer, start_ids, stop_ids
+from tokenizer import bos_ids, dialogue_ids, load_tokenizer, start_ids, stop_ids
 
-# no more logits than this, or one sequence's, exist at a time: what a CPU's cache likes, what a GPU needs
+# logits computed at once, at most: few enough for a CPU's cache, many enough to keep a GPU busy
 LOGITS_AT_ONCE = {'cpu': 2 ** 22, 'cuda': 2 ** 28, 'mps': 2 ** 26}
 PERCENTILES = (1, 5, 25, 50, 75, 95, 99)
 LONGEST_ANSWER = 90     # tokens
+# --questions, --blimp and --text each replace the validation split; these options then mean nothing
+UNUSED = {'questions': {'blimp', 'text', 'data', 'only', 'windows', 'dense'},
+          'blimp': {'text', 'data', 'only', 'windows'},
+          'text': {'data', 'only'}}
 
 
 @dataclass
 class EvaluateConfig:
     """Validation loss, reduction, spread of compute, distance to the dense teacher, BLiMP."""
-    checkpoint: tuple = option((), 'what weights.load takes: a checkpoint, an adapter, a name '
+    checkpoint: tuple = option((), 'a checkpoint, an adapter, a folder of weights, or the name of a model '
                                '(out/best.safetensors)')
     json: bool = option(False, 'print one JSON object')
     dense: bool = option(False, 'use every weight')
-    data: str = option('', 'folder in data/, or a mix of several, whose validation split is read; else what '
-                       'it was trained with')
-    only: str = option('', "of a chat model's text: dialogues, or documents; else both")
-    text: str = option('', 'a UTF-8 text file to read instead')
-    questions: str = option('', 'a file of questions, one on each line: an adapter is compared with its '
-                            'base on the answers that the base gives')
-    blimp: str = option('', 'BLiMP as JSON lines, packed with xz or not')
-    blimp_pairs: int = option(1000, 'of each paradigm, the first so many', at_least=1)
-    windows: int = option(64, 'windows of text, each as long as the training windows were', at_least=1)
+    data: str = option('', 'a folder in data/, or a mix of several, whose validation split to '
+                       'read; else what it was trained on')
+    only: str = option('', "read only the dialogues, or only the documents, of a chat model's data")
+    text: str = option('', 'read this UTF-8 text file instead')
+    questions: str = option('', 'a file with one question on each line: compare an adapter with its base on '
+                            'the answers that the base gives')
+    blimp: str = option('', 'BLiMP as JSON lines, compressed with xz or not')
+    blimp_pairs: int = option(1000, 'pairs to read of each paradigm, at most', at_least=1)
+    windows: int = option(64, 'windows of text to read, each as long as a training sequence', at_least=1)
     device: str = option('auto', 'auto, cpu, cuda or mps')
 
 
 def rows_at_once(model, length):
-    """How many sequences of a length (tokens) may be read at once."""
+    """How many sequences of this length (tokens) fit into LOGITS_AT_ONCE; at least one."""
     device = model.head.weight.device.type
     return max(1, LOGITS_AT_ONCE[device] // (length * model.config.vocab_size))
 
 
 def in_replies(tokens, spec):
     """
-    tokens: windows of text, np.int64 (windows, T) -> which of them are an assistant's, bool (windows, T):
-    those between the words of the chat template that open a reply and the stop token. A window may begin
-    within a dialogue; its tokens before the first opening are left out, as nobody knows whose they are.
+    tokens: windows of text, np.int64 (windows, T) -> bool (windows, T), True for tokens that the assistant
+    says: after the words of the chat template that open a reply, and before the stop token. If a window
+    begins inside a dialogue, nobody knows who says its first tokens: they are False.
     """
+    replies = np.zeros(tokens.shape, bool)
     if 'template' not in spec:
-        return np.zeros(tokens.shape, bool)
+        return replies
     encoding = load_tokenizer(spec)
-    opening = dialogue_ids(spec, encoding, [], begin=False)
-    opened = np.ones(tokens.shape, bool)        # whether an opening ends at a token
-    opened[:, :len(opening) - 1] = False
-    for back, id in enumerate(reversed(opening)):
-        opened &= np.roll(tokens, back, 1) == id
-    position = np.arange(1, tokens.shape[1] + 1)
-    stopped = np.isin(tokens, list(stop_ids(spec, encoding)))
-    last_opened, last_stopped = (np.maximum.accumulate(position * event, 1) for event in (opened, stopped))
-    return (last_opened > last_stopped) & ~opened
+    opening, stops = dialogue_ids(spec, encoding, [], begin=False), stop_ids(spec, encoding)
+    for window, row in zip(tokens.tolist(), replies):
+        speaking = False
+        for i, id in enumerate(window):
+            opened = i >= len(opening) and window[i - len(opening):i] == opening
+            speaking = (speaking or opened) and id not in stops
+            row[i] = speaking
+    return replies
 
 
 def percentiles(shares):
-    """shares (N,) of dense compute, of single tokens -> a dict, {'5': the 5th percentile, ...}"""
+    """shares (N,) of all weights, one for each token -> a dict, {'1': the 1st percentile, ...}"""
     return {str(p): float(x) for p, x in zip(PERCENTILES, np.percentile(shares, PERCENTILES))}
+
+
+def distance(logp, teacher_logp):
+    """log p (..., vocab), both -> KL(teacher || student) in nats and top-1 agreement, summed over tokens."""
+    kl = (teacher_logp.exp() * (teacher_logp - logp)).sum()
+    agreement = (teacher_logp.argmax(-1) == logp.argmax(-1)).sum()
+    return float(kl), float(agreement)
 
 
 @torch.no_grad()
 def measure(model, tokens, teacher=None, dense=False, replies=None):
     """
-    Reads windows of text, tokens np.int64 (windows, T + 1), in eval mode and f32. Returns a dict: val_loss
-    (nats per token), reduction, active_share (of each matrix's weights, in the order of sparse_layers()), spread (the
-    standard deviation of the compute of a token, over its mean), compute_percentiles (of a token's share of
-    dense compute), and the correlation of a token's compute with the surprise of that token (-log p, given
-    before it was read) and with the entropy of what is predicted from it. With a teacher also kl,
-    KL(teacher || student) in nats, and agreement, how often both find the same token likeliest. replies, bool
-    (windows, T + 1): the percentiles are only of tokens for which it is True, if there are any.
+    Reads windows of text, tokens np.int64 (windows, T + 1), in eval mode. Returns a dict:
+
+    val_loss                nats per token
+    reduction               the model's weights / the weights that a token uses, on average
+    active_share            the share of its weights that each matrix uses, a list as in sparse_layers()
+    spread                  standard deviation / mean of the weights that a token uses
+    surprise_correlation    of the weights that a token uses with its surprise, -log p before it was read
+    entropy_correlation     of the weights that a token uses with the entropy of the prediction that follows
+    compute_percentiles     of a token's share of all weights; of the tokens for which replies, bool
+                            (windows, T + 1), is True, if it is given and any are
+    kl, agreement           with a teacher: KL(teacher || student) in nats per token, and top-1 agreement
     """
     device, training = model.head.weight.device, model.training
     model.eval()
-    sums, shares, entropies, surprises = {'loss': 0, 'active': 0, 'kl': 0, 'agreement': 0}, [], [], []
+    loss, active_sum, distances = 0.0, 0.0, np.zeros(2)
+    shares, surprises, entropies = [], [], []
     batches = np.array_split(tokens, math.ceil(len(tokens) / rows_at_once(model, tokens.shape[1])))
     for batch in counted(batches, f'batches of {len(batches[0])} windows read'):
-        batch = torch.from_numpy(batch).to(device)
-        logits, active = model(batch[:, :-1], dense=dense)              # (B, T, vocab), (matrices, B, T)
-        logp, active = logits.log_softmax(-1), active.cpu().double()    # not every GPU has doubles
-        surprise = -logp.gather(-1, batch[:, 1:, None])[:, :, 0]        # (B, T), of the token that follows
+        batch = torch.from_numpy(batch).to(device)                      # (B, T + 1)
+        logits, active = model(batch[:, :-1], dense=dense)              # (B, T, vocab), (M, B, T)
+        logp, active = logits.log_softmax(-1), active.cpu().double()    # Apple's GPUs have no doubles
+        surprise = -logp.gather(-1, batch[:, 1:, None])[:, :, 0]        # (B, T), of the next token
         entropy = -(logp.exp() * logp).sum(-1)                          # (B, T)
-        sums['loss'] += float(surprise.sum())
-        sums['active'] += active.sum((1, 2))
+        loss += float(surprise.sum())
+        active_sum += active.sum((1, 2))                                # (M,)
         if teacher is not None:
             teacher_logp = teacher(batch[:, :-1], dense=True)[0].log_softmax(-1)
-            sums['kl'] += float((teacher_logp.exp() * (teacher_logp - logp)).sum())
-            sums['agreement'] += float((teacher_logp.argmax(-1) == logp.argmax(-1)).sum())
-        shares.append((active.sum(0) / model.n_weights())[:, 1:].flatten())     # the first token surprises nobody
-        entropies.append(entropy[:, 1:].flatten().cpu().double())
+            distances += distance(logp, teacher_logp)
+        # the first token of a window is left out: nothing was predicted before it
+        shares.append((active.sum(0) / model.n_weights())[:, 1:].flatten())
         surprises.append(surprise[:, :-1].flatten().cpu().double())
+        entropies.append(entropy[:, 1:].flatten().cpu().double())
     model.train(training)
+
     count = tokens.shape[0] * (tokens.shape[1] - 1)
-    shares, entropies, surprises = map(torch.cat, (shares, entropies, surprises))
-    spread, with_surprise, with_entropy = float(shares.std() / shares.mean()), 0.0, 0.0
-    if spread > 1e-9:
-        correlations = torch.corrcoef(torch.stack([shares, surprises, entropies]))
-        with_surprise, with_entropy = correlations[0, 1:].tolist()
+    shares, surprises, entropies = map(torch.cat, (shares, surprises, entropies))
+    spread, correlation = float(shares.std() / shares.mean()), torch.eye(3)
+    if spread > 1e-9:           # a dense model's is 0, and correlates with nothing
+        correlation = torch.corrcoef(torch.stack([shares, surprises, entropies]))
     shown = shares
     if replies is not None and replies[:, 1:-1].any():
         shown = shares[torch.from_numpy(replies[:, 1:-1].flatten())]
-    results = dict(val_loss=sums['loss'] / count, spread=spread,
-                   reduction=float(model.n_weights() * count / sums['active'].sum()),
-                   active_share=[float(active) / count / layer.n_weights
-                                 for active, (_, layer) in zip(sums['active'], model.sparse_layers())],
-                   surprise_correlation=with_surprise, entropy_correlation=with_entropy,
-                   compute_percentiles=percentiles(shown))
+    active_share = [float(active) / count / layer.n_weights
+                    for active, (_, layer) in zip(active_sum, model.sparse_layers())]
+    results = dict(val_loss=loss / count, spread=spread,
+                   reduction=float(model.n_weights() * count / active_sum.sum()), active_share=active_share,
+                   surprise_correlation=float(correlation[0, 1]),
+                   entropy_correlation=float(correlation[0, 2]), compute_percentiles=percentiles(shown))
     if teacher is not None:
-        results.update(kl=sums['kl'] / count, agreement=sums['agreement'] / count)
+        results['kl'], results['agreement'] = (distances / count).tolist()
     return results
 
 
 @torch.no_grad()
 def blimp(model, encoding, start, pairs, dense=False):
     """
-    pairs: [(paradigm, good sentence, bad sentence)] -> (accuracy of each paradigm, a dict; dense / active
-    weights over all tokens read). start: the ids that come before each sentence. Sentences of one length are
-    read together, without padding.
+    pairs: [(paradigm, good sentence, bad sentence)] -> {paradigm: accuracy}, and the reduction. start: the
+    ids that come before each sentence. Sentences of one length are read together, without padding.
     """
-    device = model.head.weight.device
-    sentences = sorted(((encoding.encode_ordinary(text), pair, bad) for pair, (_, *texts) in enumerate(pairs)
-                        for bad, text in enumerate(texts)), key=lambda sentence: len(sentence[0]))
-    scores, active_sum, count, done = np.zeros((len(pairs), 2)), 0.0, 0, 0
-    while done < len(sentences):
-        progress(f'BLiMP: {done} of {len(sentences)} sentences read')
-        length = len(sentences[done][0])
-        batch = sentences[done:done + min(rows_at_once(model, length), 256)]
-        batch = [sentence for sentence in batch if len(sentence[0]) == length]
-        tokens = torch.tensor([start + ids for ids, _, _ in batch], device=device)
-        logits, active = model(tokens[:, :-1], dense=dense)
-        logp = logits.log_softmax(-1).gather(-1, tokens[:, 1:, None])[:, :, 0].sum(1).cpu().numpy()
-        scores[[pair for _, pair, _ in batch], [bad for _, _, bad in batch]] = logp
+    by_length = {}
+    for pair, (_, *sentences) in enumerate(pairs):
+        for bad, sentence in enumerate(sentences):
+            ids = encoding.encode_ordinary(sentence)
+            by_length.setdefault(len(ids), []).append((ids, pair, bad))
+    batches = []
+    for length, sentences in sorted(by_length.items()):
+        rows = min(rows_at_once(model, length), 256)
+        batches += [sentences[i:i + rows] for i in range(0, len(sentences), rows)]
+    scores, active_sum, count = np.zeros((len(pairs), 2)), 0.0, 0      # scores: log p of (good, bad)
+    for batch in counted(batches, 'batches of sentences read'):
+        tokens = torch.tensor([start + ids for ids, _, _ in batch], device=model.head.weight.device)
+        logits, active = model(tokens[:, :-1], dense=dense)                         # (B, T, vocab), (M, B, T)
+        logp = logits.log_softmax(-1).gather(-1, tokens[:, 1:, None])[:, :, 0]      # (B, T)
+        for (_, pair, bad), score in zip(batch, logp.sum(1).tolist()):
+            scores[pair, bad] = score
         active_sum, count = active_sum + float(active.sum()), count + tokens[:, 1:].numel()
-        done += len(batch)
-    progress()
     right = {}
     for (paradigm, *_), (good, bad) in zip(pairs, scores):
-        right.setdefault(paradigm, []).append(float(good > bad))
-    accuracy = {paradigm: float(np.mean(hits)) for paradigm, hits in right.items()}
+        right.setdefault(paradigm, []).append(good > bad)
+    accuracy = {paradigm: float(np.mean(results)) for paradigm, results in right.items()}
     return accuracy, model.n_weights() * count / active_sum
 
 
 @torch.no_grad()
 def answer(teacher, prompt, stops, generator):
-    """Ids of a prompt and of the answer, stop token included, that a dense model draws as chat.py would."""
-    tokens, cache = list(prompt), KVCache(teacher.config, device=teacher.head.weight.device)
+    """The ids of a prompt and of a dense model's answer, sampled as in chat.py, stop token included."""
+    tokens, device = list(prompt), teacher.head.weight.device
+    cache = KVCache(teacher.config, device=device)
     for _ in range(LONGEST_ANSWER):
-        new = torch.tensor([tokens[cache.length:]], device=teacher.head.weight.device)
-        logits, _ = teacher(new, cache, dense=True)
-        point = torch.rand(1, generator=generator).to(logits.device)
-        said = torch.tensor([tokens[len(prompt):]], dtype=torch.long, device=logits.device)
+        logits, _ = teacher(torch.tensor([tokens[cache.length:]], device=device), cache, dense=True)
+        point = torch.rand(1, generator=generator).to(device)
+        said = torch.tensor([tokens[len(prompt):]], dtype=torch.long, device=device)
         tokens.append(int(sample(logits[:, -1], point, said=said, **SAMPLING)[0]))
         if tokens[-1] in stops:
             break
@@ -196,13 +213,13 @@ def answer(teacher, prompt, stops, generator):
 @torch.no_grad()
 def compare_answers(model, teacher, spec, encoding, questions):
     """
-    What a chat is for: the dense teacher answers each question, and both models read its answers. -> a dict
-    of kl, KL(teacher || student) in nats, agreement and reduction, all over the passes that predict tokens of
-    answers, of how many questions and tokens that is, and of compute_percentiles, as in measure(), of the
-    passes over those tokens. Raises DataError for a question that does not fit the context.
+    Compares the models at what a chat is for: the dense teacher answers each question, and both read its
+    answers. Returns a dict of kl, agreement and reduction, as in measure(), over the passes that predict
+    tokens of answers; questions and tokens, how many there were; and compute_percentiles of the passes that
+    read those tokens. Raises DataError if a question does not fit into the context.
     """
     generator, device = torch.Generator().manual_seed(1), model.head.weight.device
-    kl, same, active_sum, count, shares = 0.0, 0, 0.0, 0, []
+    distances, active_sum, count, shares = np.zeros(2), 0.0, 0, []
     for number, question in enumerate(counted(questions, 'questions answered'), 1):
         prompt = dialogue_ids(spec, encoding, [('user', question)])
         if len(prompt) + LONGEST_ANSWER > model.config.block_size:
@@ -210,36 +227,42 @@ def compare_answers(model, teacher, spec, encoding, questions):
                             f'{model.config.block_size} of the context; shorten it')
         tokens = torch.tensor([answer(teacher, prompt, stop_ids(spec, encoding), generator)], device=device)
         logits, active = model(tokens[:, :-1])
-        logp = logits[0, len(prompt) - 1:].log_softmax(-1)                              # (T, vocab)
         teacher_logits, _ = teacher(tokens[:, :-1], dense=True)
-        teacher_logp = teacher_logits[0, len(prompt) - 1:].log_softmax(-1)
-        kl += float((teacher_logp.exp() * (teacher_logp - logp)).sum())
-        same += int((teacher_logp.argmax(-1) == logp.argmax(-1)).sum())
-        used = active.sum(0)[0, len(prompt) - 1:].cpu()                                 # (T,)
-        active_sum, count = active_sum + float(used.sum()), count + len(logp)
-        shares.append(used[1:].double() / model.n_weights())
-    return dict(kl=kl / count, agreement=same / count, reduction=model.n_weights() * count / active_sum,
+        first = len(prompt) - 1                                             # the pass that predicts token 1
+        logp = logits[0, first:].log_softmax(-1)                            # (T, vocab), T tokens of answer
+        distances += distance(logp, teacher_logits[0, first:].log_softmax(-1))
+        active = active.sum(0)[0, first:].cpu()                             # (T,)
+        active_sum, count = active_sum + float(active.sum()), count + len(logp)
+        shares.append(active[1:].double() / model.n_weights())
+    kl, agreement = (distances / count).tolist()
+    return dict(kl=kl, agreement=agreement, reduction=model.n_weights() * count / active_sum,
                 questions=len(questions), tokens=count, compute_percentiles=percentiles(torch.cat(shares)))
+
+
+# -----------------------------------------------------------------------------
+# text to measure on
+
+
+def read_xz(path):
+    """The text of a file compressed with xz. Raises OSError, ValueError, LZMAError or EOFError."""
+    with open_regular(path) as compressed, lzma.open(compressed) as file:
+        data = file.read(LONGEST_JSON + 1)      # a few bytes may unpack to any number
+    if len(data) > LONGEST_JSON:
+        raise ValueError(f'more than {LONGEST_JSON:,} bytes')
+    return decode_text(data, path)
 
 
 def read_blimp(path, most):
     """[(paradigm, good, bad)], the first `most` of each paradigm. Raises DataError."""
+    progress(f'reading {path}')
+    seen, pairs = Counter(), []
     try:
-        progress(f'reading {path}')
-        if path.endswith('.xz'):
-            with open_regular(path) as packed, lzma.open(packed) as file:
-                data = file.read(LONGEST_JSON + 1)      # what is packed may unfold to anything
-            if len(data) > LONGEST_JSON:
-                raise ValueError(f'more than {LONGEST_JSON:,} bytes')
-            text = decode_text(data, path)
-        else:
-            text = read_text(path, LONGEST_JSON)
-        rows = [json.loads(line) for line in text.split('\n') if line.strip()]
-        seen, pairs = {}, []
-        for row in rows:
-            seen[row['UID']] = seen.get(row['UID'], 0) + 1
+        text = read_xz(path) if path.endswith('.xz') else read_text(path, LONGEST_JSON)
+        for row in map(json.loads, filter(str.strip, text.split('\n'))):
+            pair = row['UID'], row['sentence_good'], row['sentence_bad']
+            seen[row['UID']] += 1
             if seen[row['UID']] <= most:
-                pairs.append((row['UID'], row['sentence_good'], row['sentence_bad']))
+                pairs.append(pair)
     except OSError as error:
         raise DataError(f'{path}: {error.strerror}') from None
     except (ValueError, KeyError, TypeError, RecursionError, lzma.LZMAError, EOFError) as error:
@@ -260,7 +283,7 @@ def read_file(path):
 
 
 def read_questions(path):
-    """The lines of a text file that are not empty. Raises DataError."""
+    """The lines of a text file, without empty ones. Raises DataError."""
     questions = [line.strip() for line in read_file(path).split('\n') if line.strip()]
     if not questions:
         raise DataError(f'{path}: no questions in it')
@@ -268,7 +291,7 @@ def read_questions(path):
 
 
 def text_windows(path, spec, encoding, count, length):
-    """np.int64 (windows, length + 1): `count` windows of a text file, evenly spread. Raises DataError."""
+    """np.int64 (windows, length + 1): at most `count` windows, spread over a text file. Raises DataError."""
     progress(f'tokenizing {path}')
     ids = np.array(bos_ids(spec) + encoding.encode_ordinary(read_file(path)), np.int64)
     if len(ids) <= length:
@@ -279,8 +302,9 @@ def text_windows(path, spec, encoding, count, length):
 
 def validation_windows(data, meta, count, length):
     """
-    The same of a data set's validation split: always the same windows. In data that is made of independent
-    windows no token follows the last one of a window, so where length is all of it, T is one less.
+    np.int64 (count, T + 1): `count` windows of a data set's validation split, evenly spread, so always the
+    same ones. T is `length`, unless the data set is made of independent windows. No token follows the last
+    one of such a window, so T + 1 is at most their length.
     """
     stride = meta.get('window', 1)
     length = min(length, meta.get('window', length + 1) - 1)
@@ -290,20 +314,20 @@ def validation_windows(data, meta, count, length):
 
 def mix_windows(mix, split, count, length):
     """
-    validation_windows() of each data set of a mix, as many as its share: np.int64 (count, T + 1). split:
-    'train' or 'val'. T is that of the data set whose windows are the shortest.
+    The same of a mix of data sets, of each as many as its share: np.int64 (count, T + 1). split: 'train' or
+    'val'. T is that of the data set with the shortest windows.
     """
     counts = np.diff(np.rint(count * np.cumsum([0] + [part.share for part in mix])).astype(int))
-    found = [validation_windows(getattr(part, split), part.meta, n, length)
+    parts = [validation_windows(getattr(part, split), part.meta, n, length)
              for part, n in zip(mix, counts) if n]
-    shortest = min(windows.shape[1] for windows in found)
-    return np.concatenate([windows[:, :shortest] for windows in found])
+    shortest = min(windows.shape[1] for windows in parts)
+    return np.concatenate([windows[:, :shortest] for windows in parts])
 
 
 def windows_of_kind(kind, data, meta, spec, encoding, count, length):
     """
-    As validation_windows(), of a chat model's text only 'dialogues', which begin with its template, or only
-    'documents', which do not. Raises DataError where there are none.
+    As validation_windows(), but of a chat model's data only the 'dialogues', which begin with its template,
+    or only the 'documents', which do not. Raises DataError if there are none.
     """
     begin = dialogue_ids(spec, encoding, [('user', '')])[0] if 'template' in spec else -1
     windows = validation_windows(data, meta, len(data) // meta.get('window', length), length)
@@ -313,63 +337,74 @@ def windows_of_kind(kind, data, meta, spec, encoding, count, length):
     return windows[np.linspace(0, len(windows) - 1, min(count, len(windows))).astype(int)]
 
 
-# what is read in place of a data set's validation text, and the options that then have no use
-NO_USE = {'questions': {'blimp', 'text', 'data', 'only', 'windows', 'dense'},
-          'blimp': {'text', 'data', 'only', 'windows'},
-          'text': {'data', 'only'}}
+# -----------------------------------------------------------------------------
+# the command line
 
 
-def main():
-    config, given = parse_options(EvaluateConfig, 'python evaluate.py')
-    kind = next((name for name in NO_USE if getattr(config, name)), '')
-    for name in sorted(given & NO_USE.get(kind, set())):
-        fail(f'--{name} has no use beside --{kind}: leave one of them out')
+def check_options(config, given):
+    """Ends the program if an option would be ignored, or is impossible. given: names on the command line."""
+    source = next((name for name in UNUSED if getattr(config, name)), '')
+    for name in sorted(given & UNUSED.get(source, set())):
+        fail(f'--{name} has no use beside --{source}: leave one of them out')
     if 'blimp_pairs' in given and not config.blimp:
         fail('--blimp_pairs has no use without --blimp FILE')
     if len(config.checkpoint) > 1:
         fail('give one checkpoint')
     if config.only not in ('', 'dialogues', 'documents'):
         fail(f'--only {config.only}: choose dialogues or documents')
+
+
+def chosen_windows(config, options, spec, encoding, block_size):
+    """np.int64 (windows, T + 1): the text that config asks for. options: those the model was trained with."""
+    length = min(options.get('block_size', 512), block_size)
+    if config.text:
+        return text_windows(config.text, spec, encoding, config.windows, length)
+    data = config.data or options.get('data', 'python')
+    if config.only:
+        _, tokens, meta = load_dataset(data, length)
+        return windows_of_kind(config.only, tokens, meta, spec, encoding, config.windows, length)
+    return mix_windows(load_mix(data, length), 'val', config.windows, length)
+
+
+def evaluate(config, device):
+    """The results that config asks for, a dict."""
     path = config.checkpoint[0] if config.checkpoint else 'out/best.safetensors'
+    model, saved = weights.load(path)
+    model.to(device)
+    spec, encoding, teacher = saved['tokenizer'], load_tokenizer(saved['tokenizer']), None
+    if saved.get('base') and not config.blimp:
+        teacher = weights.load(saved['base'])[0].to(device)
+    if config.questions:
+        if teacher is None or 'template' not in spec:
+            fail(f'--questions: {path} is not an adapter of a chat model; give one, such as '
+                 'adapters/smollm2.safetensors')
+        return compare_answers(model, teacher, spec, encoding, read_questions(config.questions))
+    if config.blimp:
+        pairs = read_blimp(config.blimp, config.blimp_pairs)
+        by_paradigm, reduction = blimp(model, encoding, start_ids(spec, encoding), pairs, config.dense)
+        return dict(blimp=float(np.mean(list(by_paradigm.values()))), reduction=reduction, pairs=len(pairs),
+                    by_paradigm=by_paradigm)
+    tokens = chosen_windows(config, saved.get('options', {}), spec, encoding, model.config.block_size)
+    return dict(measure(model, tokens, teacher, config.dense, in_replies(tokens, spec)), windows=len(tokens),
+                length=tokens.shape[1] - 1)
+
+
+def main():
+    config, given = parse_options(EvaluateConfig, 'python evaluate.py')
+    check_options(config, given)
     device, start = choose_device(config.device), time.time()
     try:
-        model, saved = weights.load(path)
-        spec = saved['tokenizer']
-        encoding = load_tokenizer(spec)
-        options = saved.get('options', {})
-        length = min(options.get('block_size', 512), model.config.block_size)
-        model.to(device)
-        compared = saved.get('base') and not config.blimp
-        teacher = weights.load(saved['base'])[0].to(device) if compared else None
-        if config.questions and (teacher is None or 'template' not in spec):
-            fail(f'--questions: {path} is no adapter of a chat model; give one, such as '
-                 'adapters/smollm2.safetensors')
-        if config.questions:
-            results = compare_answers(model, teacher, spec, encoding, read_questions(config.questions))
-        elif config.blimp:
-            pairs = read_blimp(config.blimp, config.blimp_pairs)
-            by_paradigm, reduction = blimp(model, encoding, start_ids(spec, encoding), pairs, config.dense)
-            results = dict(blimp=float(np.mean(list(by_paradigm.values()))), reduction=reduction,
-                           pairs=len(pairs), by_paradigm=by_paradigm)
-        else:
-            if config.text:
-                tokens = text_windows(config.text, spec, encoding, config.windows, length)
-            elif config.only:
-                _, data, meta = load_dataset(config.data or options.get('data', 'python'), length)
-                tokens = windows_of_kind(config.only, data, meta, spec, encoding, config.windows, length)
-            else:
-                mix = load_mix(config.data or options.get('data', 'python'), length)
-                tokens = mix_windows(mix, 'val', config.windows, length)
-            results = dict(measure(model, tokens, teacher, config.dense, in_replies(tokens, spec)),
-                           windows=len(tokens), length=tokens.shape[1] - 1)
-    except (CheckpointError, weights.WeightsError, TokenizerError) as error:
+        results = evaluate(config, device)
+    except (CheckpointError, weights.WeightsError) as error:
         fail(error, 1)
     if config.json:
         print(json.dumps(results))
         return
     for name, value in results.items():
-        if isinstance(value, (int, float)):
-            print(f'{name:22}{value:.4f}' if isinstance(value, float) else f'{name:22}{value}')
+        if isinstance(value, float):
+            print(f'{name:22}{value:.4f}')
+        elif isinstance(value, int):
+            print(f'{name:22}{value}')
     print(f'{time.time() - start:.0f} s on {device}', file=sys.stderr)
 
 

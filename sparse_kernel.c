@@ -1,22 +1,22 @@
 /*
-Decodes a CWIC model in C11. It computes what cwic.py computes in eval mode, but reads only the weights that a
-token uses. For each matrix, with mu and the thresholds that training has found, that is
+Decodes a CWIC model, in C11. It computes the same as cwic.py in eval mode, but reads only the weights that a
+token uses. For each matrix, with the mu and the thresholds found in training, it computes
 
     y = mu @ W + b + the sum of (x[i] - mu[i]) * W[i] over all inputs i with |x[i] - mu[i]| > threshold[i]
 
-Each weight takes part in one multiplication and one addition, so decoding a token takes as long as its
-weights take to arrive from memory. A weight that is not read is time saved, if the others can be read in long
-runs. So the weights of one input lie side by side, in a row, and a token that skips an input does not read
-its row. The tokens of a prompt are read 64 at a time, and each row once for all of them: there, skipped
-weights are not used, but they are read.
+Each weight takes part in only one multiplication and one addition, so decoding a token takes as long as its
+weights take to arrive from memory. A weight that is not read saves time, as long as the others can be read in
+long runs. So the weights of one input lie side by side, in a row, and a token that skips an input does not
+read its row. The tokens of a prompt are read 64 at a time, and each row once for all of them: there, skipped
+weights are read, but not used.
 
-Build it with: python build_kernel.py. decoder.py packs models for it, and checks them first.
+Build it with: python build_kernel.py. decoder.py packs models for it, and checks tokens first.
 
 In this order: the structs; small maths; rows, where the time goes; a matrix, for one token and for many;
 attention; the whole step; the team of threads.
 
 Not here: more than one sequence, f16, GPUs, Windows, compilers other than gcc and clang. Threads do not
-survive fork(): make a new team there.
+survive fork(): make a new team in the child.
 */
 
 #include <math.h>
@@ -100,16 +100,15 @@ typedef struct {                // the KV cache of a sequence, and scratch memor
 
 typedef struct Team Team;       // threads
 
-// longest: the largest n_in or block_size to come; sums: the largest tiles * splits * tile. NULL: no memory
+// longest: the largest n_in or block_size; sums: the largest tiles * splits * tile. NULL if out of memory
 Team *team_new(int threads, size_t longest, size_t sums);
 int team_size(const Team *team);        // threads it really has
 void team_free(Team *team);
 
 // Reads 1 to CHUNK tokens (count), the first of them at `position`. Writes the logits (vocab_size) of the
 // last token, and active (count, 4 * n_layer + 1): the weights that each token used of each matrix but the
-// basis; a shortlist is counted for the last token only. Reading tokens together takes less time than reading
-// them one by one, and gives the same numbers, to the bit. Returns 0, or -1 if a size, token or position is
-// impossible
+// basis; a shortlist is counted for the last token only. Reading tokens together takes less time than one by
+// one, and gives the same numbers, to the bit. Returns 0, or -1 if a size, token or position is impossible
 int decode(Team *team, const Model *model, const State *state, const uint32_t *tokens, size_t count,
            size_t position, float *logits, int64_t *active);
 
@@ -128,7 +127,7 @@ typedef struct {                // what each thread has for itself
     Team *team;
     pthread_t thread;
     uint32_t *index;            // (longest) active rows
-    float *value;               // (longest) the factor of each; in attention: (GROUP, longest) scores
+    float *value;               // (longest) their factors; in attention: (GROUP, longest) scores
     float (*sums)[SPLITS][PANEL];       // (CHUNK)
     int64_t active[CHUNK];      // weights that each token used
 } Worker;
@@ -161,7 +160,7 @@ static size_t head_dim(const Model *m) { return m->n_embd / m->n_head; }
 
 // -----------------------------------------------------------------------------
 // small maths, written so that compilers vectorise it: sums may be reordered (omp simd), and exp is written
-// out, as libm computes one at a time
+// out, as libm's takes one number at a time
 
 // x (count, n_embd) -> y: GPT-2's LayerNorm, or Llama's RMSNorm, which does not centre
 static void normalise(float *restrict y, const float *restrict x, size_t count, Norm norm, const Model *m) {
@@ -292,8 +291,8 @@ INLINE float weight(const char *row, size_t j, int dtype) {
 enum { LANES = REGISTER / 4 };
 typedef float Floats __attribute__((vector_size(REGISTER), aligned(4), may_alias));
 
-// Weights j to j + LANES - 1 of a row. The loop at the end would do for all processors, but gcc makes several
-// times as many instructions of it as there need be
+// Weights j to j + LANES - 1 of a row. The loop at the end would do for every processor, but gcc turns it
+// into several times as many instructions as necessary
 INLINE Floats load(const char *row, size_t j, int dtype) {
     const void *p = row + j * bytes(dtype);
     if (dtype == F32) return *(const Floats *)p;
@@ -319,9 +318,8 @@ INLINE Floats load(const char *row, size_t j, int dtype) {
 }
 
 // Prefetches a cache line of weights. Eight rows of f32 would fill the first-level cache, so they go to the
-// second. Narrower rows go to the first: on AMD (only AMD has SSE4A) bypassing the others, as they will not
-// be needed again soon; elsewhere through all levels. Using all levels costs an AMD EPYC 2 to 8%; bypassing
-// them, an Intel Xeon reads at half the speed
+// second. Narrower rows go to the first. On AMD (only AMD has SSE4A) they bypass the other levels, as they
+// will not be needed again soon: that is 2 to 8% faster on an EPYC. It would halve the speed of an Intel Xeon
 #if defined(__SSE4A__)
 enum { LOCALITY = 0 };          // __builtin_prefetch's: 0, the first level only; 3, all levels
 #else
@@ -352,7 +350,7 @@ typedef struct {
 
 INLINE Eight take_eight(Rows rows, size_t k) {
     Eight e;
-    for (size_t r = 0; r < 8; r++) {    // past the end: the last row again, times 0
+    for (size_t r = 0; r < 8; r++) {    // past the end, the last row again, times 0
         e.row[r] = rows.weight + rows.index[min(k + r, rows.n - 1)] * rows.stride;
         e.later[r] = rows.weight + rows.index[min(k + 8 + r, rows.n - 1)] * rows.stride;
         e.value[r] = k + r < rows.n ? rows.value[k + r] : 0;
@@ -382,7 +380,8 @@ INLINE void dot_eight(Rows rows, size_t k, const float *restrict h, int dtype) {
     Floats sum[8] = {0};
     size_t j = 0, line = 64 / bytes(dtype);
     for (; j + LANES <= rows.width; j += LANES) {
-        for (size_t r = 0; j % line == 0 && r < 8; r++) prefetch(e.later[r] + j * bytes(dtype), dtype);
+        if (j % line == 0)
+            for (size_t r = 0; r < 8; r++) prefetch(e.later[r] + j * bytes(dtype), dtype);
         for (size_t r = 0; r < 8; r++) sum[r] += load(e.row[r], j, dtype) * *(const Floats *)(h + j);
     }
     for (size_t r = 0; r < 8 && k + r < rows.n; r++) {
@@ -454,8 +453,8 @@ static Rows tile_rows(const Product *p, Tile tile, Worker *me) {
                   .index = me->index, .value = me->value};
 }
 
-// Adds the sums of all splits, which are `apart` numbers apart, to those of the first: in this order,
-// whichever thread was faster
+// Adds the sums of all splits, which are `apart` numbers apart, to those of the first: always in this order,
+// so the bits do not depend on which thread was faster
 static void add_splits(float *sums, size_t splits, size_t apart, size_t width) {
     for (size_t split = 1; split < splits; split++)
         for (size_t j = 0; j < width; j++) sums[j] += sums[split * apart + j];
@@ -465,7 +464,8 @@ static void add_splits(float *sums, size_t splits, size_t apart, size_t width) {
 static void finish(const Product *p, size_t token, float *sums, size_t start, size_t width) {
     const Matrix *m = p->matrix;
     float *y = p->y + token * m->n_out + start;
-    for (size_t j = 0; m->column_scale && j < width; j++) sums[j] *= m->column_scale[start + j];
+    if (m->column_scale)
+        for (size_t j = 0; j < width; j++) sums[j] *= m->column_scale[start + j];
     for (size_t j = 0; j < width; j++) sums[j] += m->base[start + j];
     if (p->epilogue == GELU) gelu(sums, width);
     if (p->epilogue == SILU) silu(sums, width);
@@ -489,7 +489,7 @@ static void multiply_task(const void *argument, Worker *me, size_t task) {
         rows.n_ahead = size / (count_tiles(m) * m->splits);
         rows.ahead = (const char *)next->thresholds + task * rows.n_ahead;
     }
-    for (size_t k = 0; k < min(rows.n, 8); k++)         // add_eight only prefetches those that follow
+    for (size_t k = 0; k < min(rows.n, 8); k++)         // add_eight prefetches only the rows after these
         for (size_t i = 0; i < rows.stride; i += 64)
             prefetch(rows.weight + rows.index[k] * rows.stride + i, p->dtype);
     memset(sums, 0, tile.width * sizeof *sums);
@@ -501,7 +501,8 @@ static void multiply_one(const Product *p) {
     const Matrix *m = p->matrix;
     size_t tiles = count_tiles(m);
     run_tasks(p->team, tiles * m->splits, multiply_task, p);
-    for (size_t i = 0; m->splits > 1 && i < tiles; i++) {
+    if (m->splits == 1) return;
+    for (size_t i = 0; i < tiles; i++) {
         Tile tile = find_tile(m, i);
         float *sums = p->team->sums + i * m->splits * m->tile;
         add_splits(sums, m->splits, m->tile, tile.width);
@@ -511,7 +512,7 @@ static void multiply_one(const Product *p) {
 
 // -----------------------------------------------------------------------------
 // a matrix, for many tokens. A block of weights is read and widened to f32 once, and stays in the first-level
-// cache while each token adds the rows that it uses: in the order of add_rows, so the sums are the same
+// cache while each token adds the rows that it uses, in the same order as add_rows, so the sums are the same
 
 INLINE void widen(float *restrict block, const char *from, size_t stride, size_t rows, size_t columns,
                   int dtype) {
@@ -586,7 +587,7 @@ static void multiply_many(const Product *p) {
     const Matrix *m = p->matrix;
     Matrix down = *m;
     Product last = *p;
-    if (p->h) {                 // up first; what is left is down, which uses all inputs but zeros
+    if (p->h) {                 // up first; then down, which uses all inputs that are not 0
         run_tasks(p->team, ceil_div(m->n_in, BLOCK), multiply_up_task, p);
         const float *zeros = m->mu;
         down.weight = (const char *)m->weight + m->n_out * bytes(p->dtype);
@@ -597,7 +598,10 @@ static void multiply_many(const Product *p) {
     run_tasks(p->team, count_tiles(m) * ceil_div(m->tile, PANEL), multiply_many_task, &last);
 }
 
-// how many weights a token used, by the counts of all threads, which begin anew
+// -----------------------------------------------------------------------------
+// a matrix, for any number of tokens: counts, checks, and the two ways above in one
+
+// how many weights a token used: the sum of all threads' counts, which are set back to 0
 static int64_t collect_active(Team *team, size_t token) {
     int64_t active = 0;
     for (int i = 0; i < team->size; i++) {
@@ -623,8 +627,8 @@ static int64_t count_active(const Matrix *m, const float *x, Worker *me) {
     return (int64_t)active;
 }
 
-// Whether the sizes of a matrix agree with each other and with the team. Divisions cannot overflow, and each
-// size is known to be small before it is multiplied
+// Whether the sizes of a matrix agree with each other and with the team. Nothing overflows: each size is
+// known to be small before it is multiplied, and the rest is divisions
 static int fits(const Team *team, const Matrix *m, int dtype, size_t n_in, size_t n_out) {
     return n_in && n_out && m->n_in == n_in && m->n_out == n_out && n_in <= team->longest
         && n_out <= team->n_sums && m->stripe && m->stripe <= n_out && m->tile && m->tile <= m->stripe
@@ -633,8 +637,8 @@ static int fits(const Team *team, const Matrix *m, int dtype, size_t n_in, size_
         && (dtype == F32 || dtype == BF16 || (dtype == INT8 && m->row_scale && m->column_scale));
 }
 
-// Also whether thresholds to base, which are prefetched as one range, lie side by side: each starts at most 63
-// bytes after the end of the one before, to be aligned
+// Also whether thresholds to base, which are prefetched as one range, lie side by side: to be aligned, each
+// starts at most 63 bytes after the end of the one before
 static int valid(const Team *team, const Matrix *m, int dtype, size_t n_in, size_t n_out) {
     if (!fits(team, m, dtype, n_in, n_out)) return 0;
     size_t most = sizeof(float) * (2 * ceil_div(n_out, m->stripe) * n_in + n_in + n_out) + 4 * 63;
@@ -661,8 +665,8 @@ typedef struct {                // tokens position to position + count - 1, in o
     int kv_dtype;
 } Step;
 
-// where the cache has a position's key, one number in each of head_dim rows: the rows of a block belong to 64
-// positions, so that a query is compared with all of them at once
+// The address of a position's key in the cache, one number in each of head_dim rows. The rows of a block
+// belong to 64 positions, so that a query is compared with all of them at once
 static char *cached_key(const Step *step, size_t kv_head, size_t position) {
     const Model *m = step->model;
     size_t block_size = head_dim(m) * BLOCK, blocks = ceil_div(m->block_size, BLOCK);
@@ -670,7 +674,7 @@ static char *cached_key(const Step *step, size_t kv_head, size_t position) {
     return (char *)step->state->k + (block * block_size + position % BLOCK) * bytes(step->kv_dtype);
 }
 
-// where it has the value, in one row
+// the address of its value, a row
 static char *cached_value(const Step *step, size_t kv_head, size_t position) {
     const Model *m = step->model;
     size_t width = ceil_div(head_dim(m), BLOCK) * BLOCK;
@@ -685,12 +689,13 @@ static void store(char *to, size_t i, float x, int dtype) {
     else ((uint16_t *)to)[i] = (uint16_t)(x != x ? 0x7fc0 : (bits.u + 0x7fff + (bits.u >> 16 & 1)) >> 16);
 }
 
-// rotates a token's queries and keys to its position (Llama), and puts its keys and values into the cache
+// rotates a token's queries and keys to its position (Llama), and stores its keys and values in the cache
 static void cache_kv(const Step *step, float *qkv, size_t position) {
     const Model *m = step->model;
     size_t size = head_dim(m), half = size / 2;
-    for (size_t i = 0; m->arch == LLAMA && i < m->n_head + m->n_kv_head; i++)
-        rotate(qkv + i * size, m->cos + position * half, m->sin + position * half, half);
+    if (m->arch == LLAMA)
+        for (size_t i = 0; i < m->n_head + m->n_kv_head; i++)
+            rotate(qkv + i * size, m->cos + position * half, m->sin + position * half, half);
     for (size_t i = 0; i < m->n_kv_head; i++) {
         const float *k = qkv + (m->n_head + i) * size, *v = k + m->n_kv_head * size;
         char *key = cached_key(step, i, position), *value = cached_value(step, i, position);
@@ -703,7 +708,7 @@ static void cache_kv(const Step *step, float *qkv, size_t position) {
 // the heads are `apart` numbers apart
 INLINE void add_shared(size_t heads, float (*restrict sums)[BLOCK], const char *restrict rows, size_t stride,
                        const float *restrict value, size_t apart, size_t n, int dtype) {
-    // so many sums of each head stay in registers: there are 32 with AVX-512, else 16
+    // how many sums of each head stay in registers, of which there are 32 with AVX-512, else 16
     const size_t wide = REGISTER == 64 ? 4 : heads == 1 ? 8 : heads == 2 ? 4 : 2;
     for (size_t start = 0; start < BLOCK; start += wide * LANES) {
         Floats sum[GROUP][8];
@@ -810,7 +815,8 @@ static void shortlist_task(const void *argument, Worker *me, size_t task) {
 
 // makes the logits of all likely tokens exact; returns how many weights that took. Changes h, for INT8
 static int64_t shortlist(Team *team, const Model *m, float *h, float *logits) {
-    for (size_t i = 0; m->dtype == INT8 && i < m->n_embd; i++) h[i] *= m->embedding_column_scale[i];
+    if (m->dtype == INT8)
+        for (size_t i = 0; i < m->n_embd; i++) h[i] *= m->embedding_column_scale[i];
     Shortlist list = {.model = m, .h = h, .logits = logits, .largest = maximum(logits, m->vocab_size)};
     run_tasks(team, ceil_div(m->vocab_size, m->n_embd), shortlist_task, &list);
     return collect_active(team, 0);
@@ -839,7 +845,8 @@ static int valid_model(const Team *team, const Model *m) {
 
 int decode(Team *team, const Model *m, const State *s, const uint32_t *tokens, size_t count, size_t position,
            float *logits, int64_t *active) {
-    if (!count || count > CHUNK || position + count > m->block_size || !valid_model(team, m)) return -1;
+    if (!count || count > CHUNK || !valid_model(team, m)) return -1;
+    if (position > m->block_size || count > m->block_size - position) return -1;
     for (size_t i = 0; i < count; i++) if (tokens[i] >= m->vocab_size) return -1;
 
     size_t d = m->n_embd, n_qkv = d + 2 * m->n_kv_head * head_dim(m), row = 4 * m->n_layer + 1;
@@ -890,12 +897,12 @@ int decode(Team *team, const Model *m, const State *s, const uint32_t *tokens, s
 }
 
 // -----------------------------------------------------------------------------
-// the team of threads. The calling thread says what the tasks are, does some itself, and returns when all are
-// done. Threads claim one task at a time, so a thread whose tasks are cheap, or that has a core to itself,
-// does more of them, and a thread that has lost its core delays the others only if it holds a task
+// the team of threads. The calling thread sets the tasks, does some itself, and returns when all are done.
+// Threads claim one task at a time. So a thread whose tasks are cheap, or that has a core to itself, does
+// more of them, and a thread that has lost its core delays the others only if it holds a task
 
 static void pause_a_moment(unsigned tries) {
-    // with a core for each thread the wait is short; without, the thread we wait for may need this core
+    // with a core for each thread the wait is short; otherwise the thread we wait for may need this core
     if (tries > 2000) { sched_yield(); return; }
 #if defined(__x86_64__) || defined(__i386__)
     __builtin_ia32_pause();

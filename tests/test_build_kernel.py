@@ -1,4 +1,4 @@
-"""build_kernel.py: building once, building again when something changed, and saying in one line why it cannot."""
+"""build_kernel.py: it builds once, again if something changed, and says in one line why it cannot."""
 
 import errno
 import os
@@ -17,12 +17,12 @@ import build_kernel
 ROOT = Path(__file__).parent.parent
 SOURCES = ('sparse_kernel.c', 'build_kernel.py', 'files.py', 'options.py')
 
-WRITES = b'[ -z "$out" ] || echo module > "$out"\n'        # a compiler that is done at once
+WRITES = b'[ -z "$out" ] || echo module > "$out"\n'        # a compiler that finishes at once
 
 
 @pytest.fixture
 def copy(tmp_path, monkeypatch):
-    """build_kernel, made to work on a copy of the source in a directory of its own."""
+    """build_kernel, working on a copy of the source in a directory of its own."""
     monkeypatch.setattr(build_kernel, 'SOURCE', tmp_path / 'sparse_kernel.c')
     monkeypatch.setattr(build_kernel, 'CACHE', tmp_path / '.kernel')
     monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path / 'cache'))
@@ -32,7 +32,7 @@ def copy(tmp_path, monkeypatch):
 
 @pytest.fixture
 def fake(copy, tmp_path, monkeypatch):
-    """fake(lines): from now on a shell script of these lines is the compiler; $out is the file it is to write."""
+    """fake(lines): makes a shell script of these lines the compiler; $out is the file it should write."""
     def use(lines):
         script = tmp_path / 'fake-cc'
         script.write_bytes(b'#!/bin/sh\nwhile [ "$#" -gt 0 ]; do [ "$1" = -o ] && out=$2; shift; done\n' + lines)
@@ -43,7 +43,7 @@ def fake(copy, tmp_path, monkeypatch):
 
 
 def test_builds_once_and_again_when_something_changed(fake, monkeypatch):
-    """A module that was built from older source, or with other flags, must not be taken for the present one."""
+    """A module built from older source, with other flags or on another CPU must not be loaded."""
     copy = fake(WRITES)
     first = copy.build()
     written = first.stat().st_mtime_ns
@@ -56,7 +56,7 @@ def test_builds_once_and_again_when_something_changed(fake, monkeypatch):
     assert [p.name for p in copy.CACHE.iterdir() if p.is_dir()] == []       # nothing half built stays behind
 
 
-def test_half_a_module_is_built_anew(copy):
+def test_a_truncated_module_is_built_again(copy):
     """A power cut left the first half of a module under its final name, and every start crashed while loading it."""
     path = copy.build()
     whole = path.read_bytes()
@@ -65,8 +65,8 @@ def test_half_a_module_is_built_anew(copy):
     assert path.stat().st_size == len(whole)
 
 
-def test_two_processes_at_once(tmp_path):
-    """Two processes that build at the same time: both load a whole module."""
+def test_two_processes_can_build_at_once(tmp_path):
+    """Both load a whole module, and one is left."""
     for name in SOURCES:
         (tmp_path / name).write_text((ROOT / name).read_text(encoding='utf-8'), encoding='utf-8')
     code = 'import build_kernel; k = build_kernel.load(); print(k.lib.team_size(k.lib.team_new(1, 8, 8)))'
@@ -76,25 +76,22 @@ def test_two_processes_at_once(tmp_path):
     assert len(list((tmp_path / '.kernel').iterdir())) == 1
 
 
-def test_functions_are_our_own():
-    """
-    A function called step crashed on its first call: the C library has one of the same name, from a time before
-    POSIX, and the module's call went there. Our functions are hidden from the linker: no name can be taken over.
-    """
+def test_functions_are_hidden_from_the_linker():
+    """A function called step crashed on its first call, which went to an old function of that name in the C library."""
     done = subprocess.run(['nm', '-D', '--defined-only', str(build_kernel.build())], capture_output=True, text=True)
     names = {line.split()[-1] for line in done.stdout.splitlines()}
     assert names and names <= {'PyInit__sparse_kernel', '_cffi_pypyinit__sparse_kernel'}
 
 
-def test_no_compiler(copy, monkeypatch):
+def test_a_missing_compiler_is_one_line(copy, monkeypatch):
     monkeypatch.setenv('PATH', '')
     monkeypatch.delenv('CC', raising=False)
     with pytest.raises(copy.KernelUnavailable, match='^no C compiler found: install gcc or clang, or name yours in CC$'):
         copy.load()
 
 
-def test_broken_compiler_and_broken_source(copy, monkeypatch):
-    """Of all a compiler prints, the first line that says what is wrong; of a CC that no shell understands, why."""
+def test_broken_source_or_a_broken_cc_is_one_line(copy, monkeypatch):
+    """The first error that the compiler prints; or why no shell understands CC."""
     copy.SOURCE.write_text(copy.SOURCE.read_text(encoding='utf-8') + '\nint broken( {\n', encoding='utf-8')
     with pytest.raises(copy.KernelUnavailable) as caught:
         copy.build()
@@ -104,15 +101,15 @@ def test_broken_compiler_and_broken_source(copy, monkeypatch):
         copy.build()
 
 
-def test_a_compiler_that_does_not_write_utf8(fake):
+def test_a_compiler_need_not_write_utf8(fake):
     """A German compiler in a Latin-1 locale wrote 0xfc for a letter, and chat.py ended with exit code 2."""
     kernel = fake(b"printf 'cc: error: \\374bel\\n' >&2; exit 1\n")
     with pytest.raises(kernel.KernelUnavailable, match='fake-cc failed: cc: error: \ufffdbel$'):
         kernel.load()
 
 
-def test_the_compiler_speaks_english(fake):
-    """Of its messages only the lines that say error are shown: of a Fehler, it was the first line, 'In function'."""
+def test_the_compiler_is_asked_for_english(fake):
+    """The first line that says "error" is shown. A German compiler said "Fehler", and its line "In function" was shown."""
     kernel = fake(b"""[ "$LC_ALL" = C ] && word=error || word=Fehler
                   echo "In function: $word" >&2; exit 1
                   """)
@@ -122,15 +119,15 @@ def test_the_compiler_speaks_english(fake):
 
 @pytest.mark.parametrize('lines', [b'exit 0\n', WRITES, b'kill -9 $$\n', b'exit 1\n'])
 def test_a_failed_build_of_any_kind_is_one_line(lines, fake):
-    """It says it is done and has written nothing, or no module; it is killed; it fails and says nothing."""
+    """A compiler that succeeds but writes nothing, or no module; that is killed; that fails and says nothing."""
     kernel = fake(lines)
     with pytest.raises(kernel.KernelUnavailable) as caught:
         kernel.load()
     assert '\n' not in str(caught.value) and ('fake-cc failed' in str(caught.value) or 'cannot be loaded' in str(caught.value))
 
 
-def test_nobody_else_can_write_to_what_is_loaded(fake):
-    """Under umask 0 the folder and the module could be written to by all: who did ran code in the next chat."""
+def test_nobody_else_can_write_to_the_module_or_its_folder(fake):
+    """Under umask 0 everybody could write to them, and so run code in the next chat."""
     kernel, umask = fake(WRITES), os.umask(0)
     try:
         path = kernel.build()
@@ -146,10 +143,10 @@ def test_nobody_else_can_write_to_what_is_loaded(fake):
 
 
 @pytest.mark.parametrize('unusable', ['not a folder', 'noexec', 'of another user', 'read-only'])
-def test_a_checkout_in_which_nothing_can_be_built(unusable, fake, tmp_path, monkeypatch):
+def test_an_unusable_checkout_builds_in_the_users_cache(unusable, fake, tmp_path, monkeypatch):
     """
-    A read-only mount, a noexec one, another user's: it decoded in PyTorch, a hundred times slower. Built is in the
-    user's cache folder then; if that is no better, one line says why of both.
+    A chat in a read-only checkout, a noexec one or another user's decoded in PyTorch, a hundred times slower. If the cache
+    folder is no better, one line says why for both.
     """
     kernel, statvfs, stat, mkdir = fake(WRITES), os.statvfs, Path.stat, Path.mkdir
     bad = [kernel.CACHE]
@@ -183,8 +180,8 @@ def test_a_checkout_in_which_nothing_can_be_built(unusable, fake, tmp_path, monk
     assert str(caught.value).startswith('cannot build in ') and str(caught.value).count(why[unusable]) == 2
 
 
-def test_the_cpu_of_a_mac(tmp_path, monkeypatch):
-    """platform.processor() is arm on all of Apple's chips: what was built for an M4 crashed an M1."""
+def test_the_chips_of_macs_are_told_apart(tmp_path, monkeypatch):
+    """platform.processor() is arm on all of Apple's chips: a module built for an M4 crashed on an M1."""
     (tmp_path / 'sysctl').write_text('#!/bin/sh\necho "Apple M1: $*"\n', encoding='utf-8')
     (tmp_path / 'sysctl').chmod(0o755)
     monkeypatch.setenv('PATH', str(tmp_path), prepend=':')
@@ -198,21 +195,23 @@ def test_windows_is_told_what_to_do(monkeypatch):
         build_kernel.load()
 
 
-def test_command_line():
-    """python build_kernel.py says where the module is, or in one line what to do, and exits with 1."""
-    command = [sys.executable, str(ROOT / 'build_kernel.py')]
+def test_command_line_prints_the_module_or_the_remedy(tmp_path):
+    """A link to build_kernel.py from another folder used to look for sparse_kernel.c beside the link."""
+    (tmp_path / 'link.py').symlink_to(ROOT / 'build_kernel.py')
+    command = [sys.executable, str(tmp_path / 'link.py')]
     done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0 and Path(done.stdout.strip()).exists() and done.stderr == ''
+    assert done.returncode == 0 and done.stderr == ''
+    assert Path(done.stdout.strip()) == build_kernel.build()
+    command = [sys.executable, str(ROOT / 'build_kernel.py')]
     done = subprocess.run(command, capture_output=True, text=True, env={'PATH': ''})
     assert done.returncode == 1 and done.stderr.startswith('build_kernel.py: no C compiler') and done.stderr.count('\n') == 1
 
 
 @pytest.mark.parametrize('seconds', [0.1, 0.2, 0.4])
-def test_ctrl_c(tmp_path, seconds):
+def test_ctrl_c_prints_and_leaves_nothing(tmp_path, seconds):
     """
-    Ctrl-C while it imports printed a traceback of cffi's; while it compiles too. It says nothing, and leaves nothing.
-
-    (Not after 0.02 seconds, when a slow Python has not begun with the file, and may swallow it itself.)
+    Ctrl-C during imports printed a traceback from inside cffi; while compiling too. (Not tested after 0.02 seconds: a slow
+    Python has not begun with the file by then, and may swallow the signal itself.)
     """
     for name in SOURCES:
         (tmp_path / name).write_text((ROOT / name).read_text(encoding='utf-8'), encoding='utf-8')
@@ -222,6 +221,6 @@ def test_ctrl_c(tmp_path, seconds):
     os.killpg(process.pid, signal.SIGINT)
     out, err = process.communicate()
     assert process.returncode in (130, -signal.SIGINT) and out == ''
-    # before its first line is done, which imports signal, nothing can be said
+    # nothing can be done before the first line, which imports signal
     assert 'build_kernel.py' not in err or '\n    import signal\n' in err
     assert not (tmp_path / '.kernel').exists() or list((tmp_path / '.kernel').iterdir()) == []

@@ -19,8 +19,8 @@ SIZES = {'gpt2': dict(n_head=3, n_embd=51, stripe_up=204, stripe_down=7),
 
 def random_model(arch='gpt2', share=None, **changes):
     """
-    A small model with odd widths and stripes, random statistics and biases. share: of thresholds that are 0, the
-    others being out of reach, so that no rounding can change what is active; None: thresholds like a trained model's.
+    A small model with odd widths and stripes, random statistics and biases. share: of the thresholds, how many are 0; the
+    others are out of reach, so no rounding can change what is active. None: thresholds like a trained model's.
     """
     torch.manual_seed(0)
     config = CWICConfig(**{**dict(vocab_size=307, block_size=32, n_layer=2, stripe_qkv=51, stripe_out=20,
@@ -55,8 +55,8 @@ def random_tokens(model, count):
 @pytest.mark.parametrize('dense', [False, True])
 def test_step_equals_the_model(changes, share, dense):
     """
-    Logits of a prompt and of every step to 1e-4 of the largest, all active counts exactly; prints the largest difference.
-    Of a prompt the kernel computes the last logits only, so there is no shortlist for the tokens before.
+    Logits of a prompt and of every step are within 1e-4 of the largest, and all active counts are equal. The kernel
+    computes only the last logits of a prompt, so there is no shortlist for the tokens before. Prints the largest difference.
     """
     model = random_model(share=share, **changes)
     no_list = copy.deepcopy(model)
@@ -83,10 +83,10 @@ def test_step_equals_the_model(changes, share, dense):
 
 
 @pytest.mark.parametrize('arch', SIZES)
-def test_thresholds_within_rounding(arch):
+def test_counts_differ_only_within_rounding_of_a_threshold(arch):
     """
-    With thresholds everywhere, an input may lie so near one that the order of a sum decides. Where counts differ, the
-    first matrix where they do must have an input that is within rounding of a threshold.
+    An input may be so near its threshold that the order of a sum decides. If counts differ, the first matrix in which
+    they do must have such an input.
     """
     model = random_model(arch)
     inputs, equal = {}, 0
@@ -107,10 +107,10 @@ def test_thresholds_within_rounding(arch):
 
 @pytest.mark.parametrize('arch, changes', [('gpt2', {}), ('llama', {}), ('llama', {'bases': True, 'shortlist': True})])
 @pytest.mark.parametrize('dtype', ['f32', 'bf16', 'int8'])
-def test_a_prompt_is_what_its_tokens_are_one_by_one(arch, changes, dtype):
-    """The kernel reads many tokens at once to the same bits as one after the other, however many threads there are."""
+def test_prefill_equals_steps_to_the_bit(arch, changes, dtype):
+    """Whether the kernel reads many tokens at once or one after the other, and with any number of threads."""
     model = random_model(arch, block_size=200, **changes)
-    layers = 4 * model.config.n_layer               # the head has no shortlist where no logits are asked for
+    layers = 4 * model.config.n_layer               # without the head: only the last token of a prompt has a shortlist
     tokens = random_tokens(model, 150)                                  # more than the kernel reads in one go
     steps = Decoder(model, dtype, 1)
     actives = [steps.step(token) for token in tokens]
@@ -127,8 +127,8 @@ def test_a_prompt_is_what_its_tokens_are_one_by_one(arch, changes, dtype):
 
 @pytest.mark.parametrize('arch, bases', [('gpt2', False), ('llama', False), ('llama', True)])
 @pytest.mark.parametrize('dtype, bound', [('f32', 1e-4), ('bf16', 0.02), ('int8', 0.05)])
-def test_formats(arch, bases, dtype, bound):
-    """Narrower weights change the logits by little, and thresholds not at all: the first matrix uses the same inputs."""
+def test_narrow_weights_change_logits_little_and_thresholds_not_at_all(arch, bases, dtype, bound):
+    """So the first matrix uses the same inputs in every format."""
     model = random_model(arch, 0.5, bases=bases)
     reference, decoder = TorchDecoder(model), Decoder(model, dtype)
     (want, want_active), (logits, active) = reference.prefill([1, 2, 3]), decoder.prefill([1, 2, 3])
@@ -137,8 +137,8 @@ def test_formats(arch, bases, dtype, bound):
 
 
 @pytest.mark.parametrize('scaling', [(), (8.0, 1.0, 4.0, 512.0)])
-def test_rotary_positions_far_out(scaling):
-    """Logits at position 2,000 are within 1e-4 of PyTorch's, with Llama 3's scaling too: angles must not lose precision."""
+def test_rotary_positions_keep_their_precision_far_out(scaling):
+    """Logits at position 2,000 are within 1e-4 of PyTorch's, with Llama 3's scaling too."""
     model = random_model('llama', 1, block_size=2048, n_layer=1, rope_theta=100000.0, rope_scaling=scaling)
     tokens = random_tokens(model, 2001)
     with torch.no_grad():
@@ -147,8 +147,8 @@ def test_rotary_positions_far_out(scaling):
     assert np.abs(logits - want).max() < 1e-4 * np.abs(want).max()
 
 
-def test_quantise():
-    """Every weight within half a step of its scales, in units of which each row reaches 127; zeros stay zeros."""
+def test_quantise_is_within_half_a_step():
+    """Each row reaches 127 in units of its scales; zeros stay zeros."""
     rows = torch.randn(9, 23) * torch.logspace(-3, 2, 9)[:, None] * torch.logspace(2, -1, 23)
     rows[4] = 0
     column_scale = rows.abs().amax(0)
@@ -159,11 +159,8 @@ def test_quantise():
     assert integers.abs().amax(1).tolist() == [127] * 4 + [0] + [127] * 4
 
 
-def test_int8_scales():
-    """
-    A row scale for each (input, stripe): one large weight must not coarsen other stripes, and tiles of a stripe share
-    theirs. A column scale: nor must it coarsen the other columns of its row.
-    """
+def test_a_large_weight_does_not_coarsen_other_stripes_or_columns():
+    """In int8 there is a row scale for each (input, stripe) pair, which the stripe's tiles share, and a column scale."""
     model = random_model(vocab_size=9000, stripe_head=4500, n_layer=1)
     with torch.no_grad():
         model.head.weight.clamp_(-1, 1)
@@ -180,8 +177,8 @@ def test_int8_scales():
 
 @pytest.mark.parametrize('arch', SIZES)
 @pytest.mark.parametrize('make', [TorchDecoder, Decoder])
-def test_window_slides_as_in_the_reference(make, arch):
-    """Past the context length nothing crashes nor drifts: 100 greedy tokens in a context of 32 are generate()'s."""
+def test_a_full_context_slides_as_in_generate(make, arch):
+    """100 greedy tokens in a context of 32 are those of generate()."""
     model = random_model(arch, 0.5)
     prompt = random_tokens(model, 7)
     decoder = make(model)
@@ -194,8 +191,8 @@ def test_window_slides_as_in_the_reference(make, arch):
 
 
 @pytest.mark.parametrize('make', [TorchDecoder, Decoder])
-def test_extending_is_stepping(make):
-    """Many tokens at once across the end of the context, and one by one: the same window, logits and counts."""
+def test_extend_equals_steps_across_the_end_of_the_context(make):
+    """The same window, logits and counts."""
     model = random_model(share=0.5)
     tokens = random_tokens(model, 90)
     one, other = make(model), make(model)
@@ -205,8 +202,7 @@ def test_extending_is_stepping(make):
     assert np.allclose(logits, steps[-1][0], atol=1e-4) and (active == [active for _, active in steps]).all()
 
 
-def test_prompt_longer_than_the_context():
-    """The last block_size tokens of a long prompt are read, and no more is claimed to have been."""
+def test_only_the_end_of_a_long_prompt_is_read_and_counted():
     model = random_model(share=1)
     tokens = random_tokens(model, 50)
     decoder = Decoder(model)
@@ -215,14 +211,14 @@ def test_prompt_longer_than_the_context():
     with torch.no_grad():
         want, _ = model(torch.tensor([tokens[-32:]]))
     assert np.allclose(logits, want[0, -1], atol=1e-4)
-    again, _ = decoder.prefill(tokens)                                  # a new sequence each time, the old one forgotten
+    again, _ = decoder.prefill(tokens)                                  # the old sequence is forgotten
     assert np.array_equal(again, logits)
 
 
-def test_is_a_snapshot_made_anew_each_time():
+def test_a_decoder_is_a_snapshot_of_the_model():
     """
-    A cached mu @ W went stale when weights changed after it was made. Here it belongs to the decoder, not to the model: a
-    new decoder has the new weights, the bias and mu included, and an old one keeps the old ones.
+    A cached mu @ W went stale when the weights changed later. Now it belongs to the decoder: a new one has the new weights,
+    bias and mu, and an old one keeps the old ones.
     """
     model = random_model(share=0.5)
     old = Decoder(model)
@@ -238,8 +234,7 @@ def test_is_a_snapshot_made_anew_each_time():
 
 
 @pytest.mark.parametrize('arch', SIZES)
-def test_adapters(arch):
-    """A model with a low-rank change beside its weights is packed as what the two amount to."""
+def test_lora_is_merged_when_packed(arch):
     model = random_model(arch, 0.5)
     add_lora(model, 3)
     with torch.no_grad():
@@ -254,7 +249,7 @@ def test_adapters(arch):
 
 @pytest.mark.parametrize('arch', SIZES)
 def test_long_context_and_tiny_models(arch):
-    """A context wider than any layer, one layer, stripes of 1 and of everything: the scratch memory must still do."""
+    """A context wider than any layer, one layer, stripes of 1 and of everything: scratch memory must suffice."""
     tiny = dict(n_embd=1, n_head=1, n_hidden=1) if arch == 'gpt2' else dict(n_embd=2, n_head=1, n_kv_head=1, n_hidden=1)
     for changes in (dict(block_size=600, n_embd=8, n_head=1, n_kv_head=1, n_layer=1, vocab_size=3), dict(tiny, stripe_qkv=1),
                     dict(stripe_head=1, stripe_up=1), dict(stripe_qkv=9999, stripe_head=9999, vocab_size=5000),
@@ -266,8 +261,8 @@ def test_long_context_and_tiny_models(arch):
             assert (active == want_active).all() and np.allclose(logits, want, atol=1e-4, rtol=1e-4)
 
 
-def test_what_is_refused():
-    """What cannot be is refused in Python, before a pointer is made of it, and what was read before stays."""
+def test_impossible_arguments_are_refused_and_the_window_stays():
+    """They are refused in Python, before they reach C."""
     model = random_model()
     for wrong in (dict(dtype='f16'), dict(threads=0), dict(threads=5000)):
         with pytest.raises(ValueError, match=next(iter(wrong))):
@@ -288,8 +283,8 @@ def test_what_is_refused():
         assert np.array_equal(decoder.step(4)[0], logits) and not np.array_equal(logits, want)
 
 
-def test_many_decoders_and_more_threads_than_cores():
-    """Threads end with their decoder, or when their number changes; more threads than cores only take turns."""
+def test_threads_end_with_their_decoder_or_when_their_number_changes():
+    """More threads than cores only take turns."""
     model = random_model()
     threads = lambda: len(list(Path('/proc/self/task').iterdir())) if Path('/proc/self/task').exists() else 0
     before = threads()
@@ -307,8 +302,8 @@ def test_many_decoders_and_more_threads_than_cores():
     ('0::/', {}, 6), ('0::/', {'': 'max 100000'}, 6), ('0::/', {'': '50000 100000'}, 1), ('0::/', {'': '900000 100000'}, 6),
     ('12:cpu:/old\n0::/a/b', {'a': '200000 100000', 'a/b': 'max 100000'}, 2),
     ('0::/a/b', {'a': '400000 100000', 'a/b': '250000 100000', 'c': '100000 100000'}, 2), ('12:cpu:/old', {'': '50000 100000'}, 6)])
-def test_no_more_threads_than_a_container_has_time_for(group, limits, cores, tmp_path, monkeypatch):
-    """Two threads under a quota of half a core ran at .69 of the speed of one."""
+def test_threads_respect_a_containers_cpu_quota(group, limits, cores, tmp_path, monkeypatch):
+    """Two threads under a quota of half a core ran at 0.69 of the speed of one."""
     monkeypatch.setattr(os, 'sched_getaffinity', lambda pid: set(range(6)))
     assert usable_cores(tmp_path) == 6                      # no cgroups
     (tmp_path / 'proc' / 'self').mkdir(parents=True)

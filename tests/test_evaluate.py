@@ -1,4 +1,4 @@
-"""evaluate.py: every number against a count done one token, or one sentence, at a time."""
+"""evaluate.py: every number against a count made one token, or one sentence, at a time."""
 
 import json
 import lzma
@@ -60,11 +60,11 @@ def test_measure_equals_counting_token_by_token(model):
     assert results['reduction'] == pytest.approx(model.n_weights() * 36 / everything)
 
 
-def test_percentiles_are_of_the_tokens_of_replies(model):
-    """The colour scale's low end used to come from the chat template, which a chat does not show."""
+def test_percentiles_count_only_replies(model):
+    """The low end of the colour scale used to come from the chat template, which a chat does not show."""
     tokens = np.random.default_rng(0).integers(0, 257, (2, 13))
     replies = np.zeros(tokens.shape, bool)
-    replies[0, 3:9], replies[1, 12] = True, True        # the last is read by nobody: it is only predicted
+    replies[0, 3:9], replies[1, 12] = True, True        # the last token is only predicted, never read
     shares = model(torch.from_numpy(tokens[:1, :-1]))[1][:, 0].sum(0)[3:9] / model.n_weights()
     found = evaluate.measure(model, tokens, replies=replies)['compute_percentiles']
     assert found['5'] == pytest.approx(np.percentile(shares, 5))
@@ -72,8 +72,8 @@ def test_percentiles_are_of_the_tokens_of_replies(model):
     assert nobody == evaluate.measure(model, tokens)
 
 
-def test_replies_are_found_by_the_template():
-    """Against a reading of the text, in windows that begin anywhere in a dialogue, and end anywhere."""
+def test_replies_found_in_ids_equal_replies_found_in_the_text():
+    """In windows that begin and end anywhere in a dialogue."""
     spec, _, _ = chat_models()
     encoding = load_tokenizer(spec)
     text = ('<|im_start|>system\nbe brief<|im_end|>\n<|im_start|>user\nwho is assistant\n?<|im_end|>\n'
@@ -100,7 +100,7 @@ def test_a_dense_model_agrees_with_itself(model):
     assert set(results['active_share']) == {1.0} and results['surprise_correlation'] == 0
 
 
-def test_blimp_reads_sentences_of_one_length_together_and_scores_them_as_one_by_one(model):
+def test_blimp_scores_batches_as_single_sentences(model):
     pairs = [('a', 'the cat sleeps', 'the cat sleep'), ('a', 'she sees him', 'she see him'),
              ('b', 'who did it?', 'did it who?')]
     encoding = load_tokenizer(SPEC)
@@ -125,7 +125,7 @@ def test_blimp_reads_sentences_of_one_length_together_and_scores_them_as_one_by_
 
 
 def chat_models():
-    """A spec with a chat template, a sparse student, and a dense teacher that ends its answers now and then."""
+    """A spec with a chat template, a sparse student, and a dense teacher that sometimes ends its answers."""
     template = {'begin': '', 'message': '<|im_start|>{role}\n{text}<|im_end|>\n', 'strip': False,
                 'prefix': '', 'system': 'be brief', 'stop': ['<|im_end|>']}
     special = {'<|endoftext|>': 0, '<|im_start|>': 1, '<|im_end|>': 2}
@@ -143,8 +143,8 @@ def chat_models():
     return spec, *models
 
 
-def test_answers_are_compared_as_one_token_after_the_other():
-    """The same count in numpy, without a cache, on answers drawn anew: each token, from a pass of its own."""
+def test_compare_answers_equals_one_pass_per_token():
+    """Answers are sampled again without a cache, each token from a pass of its own, and compared in numpy."""
     spec, model, teacher = chat_models()
     encoding, questions = load_tokenizer(spec), ['who?', 'what is it?', 'why?']
     generator, kls, same, active = torch.Generator().manual_seed(1), [], [], []
@@ -180,7 +180,7 @@ def test_questions_that_cannot_be_asked_are_one_line(tmp_path, monkeypatch, caps
     monkeypatch.setattr(sys, 'argv', ['evaluate.py', str(tmp_path / 'plain.safetensors'), '--questions', 'x.txt'])
     with pytest.raises(SystemExit):
         evaluate.main()
-    assert 'is no adapter of a chat model' in capsys.readouterr().err
+    assert 'is not an adapter of a chat model' in capsys.readouterr().err
     for name, said in (('none.txt', 'cannot be read'), ('empty.txt', 'no questions in it')):
         with pytest.raises(DataError, match=said):
             evaluate.read_questions(str(tmp_path / name))
@@ -189,7 +189,7 @@ def test_questions_that_cannot_be_asked_are_one_line(tmp_path, monkeypatch, caps
         evaluate.compare_answers(model, model, spec, load_tokenizer(spec), ['why?', 'why? ' * 50])
 
 
-def test_blimp_files(tmp_path):
+def test_blimp_is_read_plain_and_compressed_and_damage_is_refused(tmp_path):
     rows = [{'UID': name, 'sentence_good': f'good {i}', 'sentence_bad': f'bad {i}'}
             for name in 'ab' for i in range(3)]
     text = '\n'.join(map(json.dumps, rows))
@@ -206,7 +206,7 @@ def test_blimp_files(tmp_path):
                 evaluate.read_blimp(str(tmp_path / name), 2)
 
 
-def test_text_becomes_windows_in_order_and_too_little_of_it_is_said(tmp_path):
+def test_text_windows_are_in_order_and_a_short_text_is_refused(tmp_path):
     (tmp_path / 'text').write_text('abcdefghij' * 10, encoding='utf-8')
     windows = evaluate.text_windows(str(tmp_path / 'text'), SPEC, load_tokenizer(SPEC), 4, 20)
     assert windows.shape == (4, 21) and bytes(windows[0].tolist()) == b'abcdefghij' * 2 + b'a'
@@ -216,15 +216,20 @@ def test_text_becomes_windows_in_order_and_too_little_of_it_is_said(tmp_path):
         evaluate.text_windows(str(tmp_path / 'none'), SPEC, load_tokenizer(SPEC), 4, 10)
 
 
-def test_a_text_begins_with_the_tokenizers_bos(tmp_path):
+def test_text_windows_begin_with_bos(tmp_path):
     (tmp_path / 'text').write_text('abcdefghij' * 10, encoding='utf-8')
     spec = SPEC | {'bos': [7]}
     windows = evaluate.text_windows(str(tmp_path / 'text'), spec, load_tokenizer(spec), 4, 20)
     assert bytes(windows[0].tolist()) == b'\7' + b'abcdefghij' * 2
 
 
-def test_text_from_windows_measures_as_any_other(tmp_path):
-    """A byte order mark and \\r were tokens of the text, and UTF-16 was "not UTF-8"."""
+def write_text(folder, data, name='text'):
+    (folder / name).write_bytes(data)
+    return str(folder / name)
+
+
+def test_text_files_from_windows_read_like_any_other(tmp_path):
+    """A byte order mark and \\r became tokens of the text, and UTF-16 was refused."""
     text, row = 'one\ntwo two\n' * 20, {'UID': 'a', 'sentence_good': 'x', 'sentence_bad': 'y'}
     expected = evaluate.text_windows(write_text(tmp_path, text.encode()), SPEC, load_tokenizer(SPEC), 4, 20)
     for encode in (lambda text: text.replace('\n', '\r\n').encode('utf-8-sig'),
@@ -240,26 +245,23 @@ def test_text_from_windows_measures_as_any_other(tmp_path):
             read(write_text(tmp_path, b'{}\0'))
 
 
-def write_text(folder, data, name='text'):
-    (folder / name).write_bytes(data)
-    return str(folder / name)
-
-
-def test_a_packed_file_that_unfolds_without_end_is_refused(tmp_path, monkeypatch):
+def test_a_compressed_file_that_unpacks_to_too_much_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(evaluate, 'LONGEST_JSON', 1000)
     with pytest.raises(DataError, match='more than 1,000 bytes'):
         evaluate.read_blimp(write_text(tmp_path, lzma.compress(b' ' * 1001), 'x.xz'), 2)
 
 
-def test_validation_windows_of_a_data_set_made_of_windows_begin_where_these_do():
+def test_validation_windows_start_with_the_data_sets_own_and_stay_inside():
+    """Targets used to come from the next window, which is independent, and the last window was never read."""
     data = np.arange(60, dtype=np.uint16)
     assert evaluate.validation_windows(data, {'window': 10}, 3, 6).tolist() == [
         list(range(start, start + 7)) for start in (0, 20, 50)]
+    assert evaluate.validation_windows(data, {'window': 10}, 6, 10).tolist() == data.reshape(6, 10).tolist()
     assert evaluate.validation_windows(data, {}, 2, 10)[:, 0].tolist() == [0, 49]
 
 
-def test_dialogues_and_documents_apart():
-    """What begins with the template is a dialogue; nothing is read twice, nor left out where all is asked for."""
+def test_only_reads_all_dialogues_or_all_documents_once():
+    """Dialogues are the windows that begin with the template."""
     spec, _, _ = chat_models()
     data = np.arange(100, 200).repeat(4).astype(np.uint16).reshape(50, 8)
     data[::3, 0], data[1::3, 3] = 1, 1
@@ -272,16 +274,6 @@ def test_dialogues_and_documents_apart():
         evaluate.windows_of_kind('dialogues', data[1:3].flatten(), {'window': 8}, spec, load_tokenizer(spec), 5, 8)
 
 
-def test_no_target_is_another_windows_token():
-    """
-    Where windows are independent, the first token of the next one was scored as if it followed the last of
-    this one, and the last window, which no token follows, was never read.
-    """
-    data = np.arange(60, dtype=np.uint16)
-    windows = evaluate.validation_windows(data, {'window': 10}, 6, 10)
-    assert windows.tolist() == data.reshape(6, 10).tolist()
-
-
 def test_a_mix_is_validated_in_proportion_on_windows_of_one_length():
     mix = [Part('a', 0.75, None, np.arange(60, dtype=np.uint16), {'window': 10}),
            Part('b', 0.25, None, np.arange(100, 200, dtype=np.uint16), {})]
@@ -289,14 +281,14 @@ def test_a_mix_is_validated_in_proportion_on_windows_of_one_length():
         *(list(range(start, start + 10)) for start in (0, 20, 50)), list(range(100, 110))]
 
 
-def test_what_reads_one_data_set_refuses_a_mix():
+def test_load_dataset_refuses_a_mix():
     with pytest.raises(DataError, match='a:0.5,b:0.5 is a mix of data sets; name one of them: --data NAME'):
         load_dataset('a:0.5,b:0.5', 8)
 
 
 @pytest.mark.parametrize('name', ['windows', 'blimp_pairs'])
-def test_none_at_all_is_refused(name, monkeypatch, capsys):
-    """--windows 0 ended in a traceback of numpy's, after the model was loaded; --blimp_pairs 0 blamed the file."""
+def test_zero_windows_or_pairs_are_refused(name, monkeypatch, capsys):
+    """--windows 0 ended in numpy's traceback, after the model was loaded; --blimp_pairs 0 blamed the file."""
     monkeypatch.setattr(sys, 'argv', ['evaluate.py', f'--{name}', '0'])
     with pytest.raises(SystemExit) as ended:
         evaluate.main()
@@ -304,7 +296,7 @@ def test_none_at_all_is_refused(name, monkeypatch, capsys):
 
 
 def test_the_shipped_adapter_is_as_good_as_adapters_readme_says():
-    """On four windows of text that its base wrote, two dialogues and two documents, none of which it has learned."""
+    """On four held-out windows of text that its base wrote: two dialogues and two documents."""
     model, saved = weights.load(str(ROOT / 'adapters' / 'smollm2.safetensors'))
     teacher, _ = weights.load(saved['base'])
     _, data, meta = load_dataset('heldout', 512)
@@ -314,7 +306,7 @@ def test_the_shipped_adapter_is_as_good_as_adapters_readme_says():
                               for kind in ('dialogues', 'documents')])
     results = evaluate.measure(model, windows, teacher)
     expected = dict(val_loss=1.2087, reduction=2.851, kl=0.1349, agreement=0.8293)
-    # processors round differently, which decides what lies near a threshold: of 2,048 tokens' KL that is 2%
+    # processors round differently, which decides about inputs near a threshold: 2% of the KL of 2,048 tokens
     kl = expected.pop('kl')
     figures = f'| {expected["reduction"]:.2f}x | {kl:.3f} | {expected["agreement"]:.0%} |'.replace(' 0.', ' .')
     assert figures in (ROOT / 'adapters' / 'README.md').read_text(encoding='utf-8')
@@ -328,7 +320,7 @@ def test_the_shipped_adapter_is_as_good_as_adapters_readme_says():
     (['--blimp', 'b.jsonl', '--text', 'a.txt'], '--text has no use beside --blimp'),
     (['--blimp_pairs', '200'], '--blimp_pairs has no use without --blimp')])
 def test_an_option_that_would_be_ignored_is_refused(options, line, monkeypatch, capsys):
-    """--dense beside --questions was ignored without a word: what came out was taken to be the dense model's."""
+    """--dense beside --questions was silently ignored: the results were taken for the dense model's."""
     monkeypatch.setattr(sys, 'argv', ['evaluate.py', 'adapters/smollm2.safetensors', *options])
     with pytest.raises(SystemExit) as ended:
         evaluate.main()

@@ -17,13 +17,13 @@ from decoder import FORMATS, PackedMatrix
 SOURCE = build_kernel.SOURCE
 
 
-# what makes a build that any processor of this kind can run: no intrinsics
+# flags for a build that any processor of this kind can run, without intrinsics
 PORTABLE = ['-march=x86-64'] if platform.machine() == 'x86_64' else ['-march=armv8-a']
 
 
 @pytest.fixture(scope='module', params=['native', 'portable'])
 def kernel(request):
-    """The kernel as it is built here, and without what this processor has beyond others."""
+    """The kernel as it is built here, and one for any processor of this kind."""
     return build_kernel.load(PORTABLE if request.param == 'portable' else ())
 
 
@@ -52,8 +52,8 @@ def random_neurons(n_embd, n_hidden, share):
 
 def multiply(kernel, layer, x, dtype='f32', threads=2, h=None, packed=None, **wrong):
     """
-    x (count, in) -> y (count, out), active (count) through the kernel; h (count, out): what neurons' up multiplies.
-    wrong: sizes that the kernel is given instead of the true ones; None where it refuses.
+    x (count, in) -> y (count, out), active (count) through the kernel, or None if it refuses. h (count, out): the input
+    of neurons' up. wrong: sizes to give the kernel instead of the true ones.
     """
     lib, ffi, packed = kernel.lib, kernel.ffi, packed or PackedMatrix(layer, dtype)
     team = ffi.gc(lib.team_new(threads, layer.n_in, packed.sums), lib.team_free)
@@ -68,11 +68,11 @@ def multiply(kernel, layer, x, dtype='f32', threads=2, h=None, packed=None, **wr
 @pytest.mark.parametrize('n_in, n_out, stripe', [
     (4, 4, 2), (1, 1, 1), (7, 1, 1), (1, 1000, 1000), (17, 23, 5), (64, 96, 96), (1000, 7, 7), (193, 37, 37), (130, 130, 1),
     (96, 4100, 4100), (300, 500, 192)])
-def test_equals_pytorch(kernel, n_in, n_out, stripe):
+def test_matrix_equals_pytorch(kernel, n_in, n_out, stripe):
     """
-    Over bias x share active x dtype, for one token and for several: as many active weights as PyTorch counts, and the
-    same outputs: in f32 to 1e-4 of the largest, in bf16 and int8 to what rounding every weight may do. A bias must not
-    be added twice: base holds it, once. Prints the largest difference.
+    With and without a bias, for each share of active inputs and each dtype, for one token and for several: equal counts,
+    and outputs within 1e-4 of the largest in f32, or within what rounding of every weight can change in bf16 and int8.
+    Prints the largest difference.
     """
     for bias, share, dtype in itertools.product((True, False), (0, 0.5, 1), FORMATS):
         layer = random_linear(n_in, n_out, stripe, bias, share)
@@ -94,7 +94,7 @@ def test_equals_pytorch(kernel, n_in, n_out, stripe):
 
 @pytest.mark.parametrize('n_embd, n_hidden', [(1, 1), (8, 3), (51, 100), (64, 129), (100, 700)])
 def test_neurons_equal_pytorch(kernel, n_embd, n_hidden):
-    """Llama's up and down with one mask: counts exactly, outputs to 1e-4, or to what rounding all weights may do."""
+    """Llama's up and down with one mask: equal counts, and outputs within 1e-4, or what rounding can change."""
     for share, dtype in itertools.product((0, 0.5, 1), FORMATS):
         layer = random_neurons(n_embd, n_hidden, share)
         h, z = torch.randn(3, n_embd), F.silu(torch.randn(3, n_hidden) * 2)
@@ -114,10 +114,10 @@ def test_neurons_equal_pytorch(kernel, n_embd, n_hidden):
             assert (np.abs(y - want[0, :tokens].numpy()) <= bound[:tokens]).all()
 
 
-def test_active_set_is_the_one_written_out(kernel):
+def test_active_set_equals_brute_force(kernel):
     """
-    The set, not only its size: weights are such that each output tells which inputs it used. Inputs that equal their
-    threshold to the bit are not active (strict >), in f32, on the same c = x - mu as PyTorch's.
+    The set, not only its size: weights are powers of 2, so each output tells which inputs it used. Inputs that equal their
+    threshold to the bit are not active (strict >), in f32, on the same c = x - mu as in PyTorch.
     """
     layer = random_linear(24, 6, 2, False, 0.5)
     with torch.no_grad():
@@ -136,7 +136,7 @@ def test_active_set_is_the_one_written_out(kernel):
 
 
 def test_worked_example(kernel):
-    """4 inputs, 2 stripes, by hand: 8 of 16 weights are active, and no input is dropped by both stripes."""
+    """The one of cwic.py, by hand: 4 inputs, 2 stripes, 8 of 16 weights are active, no input is dropped by both."""
     layer = random_linear(4, 4, 2, False, 0.5)
     with torch.no_grad():
         layer.mu.zero_()
@@ -150,10 +150,10 @@ def test_worked_example(kernel):
 
 
 @pytest.mark.parametrize('tokens', [1, 3])
-def test_skipped_weights_take_no_part(kernel, tokens):
+def test_skipped_weights_are_not_used(kernel, tokens):
     """
-    A NaN in every skipped weight must not reach an output: work was once counted as saved, but done. This shows that they
-    are not used. When decoding, skipped rows are not read, either; for a prompt each row is read once for 64 tokens.
+    A NaN in every skipped weight must not reach an output: work was once counted as saved, but done. (This does not show
+    that they are not read, which is true for one token only: for a prompt, each row is read once for 64 tokens.)
     """
     layer = random_linear(40, 90, 30, True, 1)
     with torch.no_grad():
@@ -174,8 +174,8 @@ def test_skipped_weights_take_no_part(kernel, tokens):
 
 @pytest.mark.parametrize('bad', [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize('dtype', FORMATS)
-def test_not_finite_spreads(kernel, bad, dtype):
-    """A NaN or an infinity among the inputs reaches every output of a stripe that uses it, as in PyTorch; a NaN, all."""
+def test_nan_and_infinity_spread(kernel, bad, dtype):
+    """One among the inputs reaches every output, as in PyTorch, whatever the thresholds."""
     for layer, h in ((random_linear(33, 50, 20, True, 1), None), (random_neurons(50, 33, 1), torch.ones(2, 50))):
         x = torch.randn(2, 33)
         x[1, 5] = bad
@@ -188,8 +188,8 @@ def test_not_finite_spreads(kernel, bad, dtype):
             assert not np.isfinite(y[1]).any() and not np.isfinite(alone).any()
 
 
-def test_same_bits_however_it_is_done(kernel):
-    """Sums are taken in one order, whoever computes them: 1, 2 and 3 threads, one token or 5 at once."""
+def test_same_bits_for_any_number_of_threads_and_tokens(kernel):
+    """Sums are taken in the same order by 1, 2 and 3 threads, for one token or 5 at once."""
     for layer, h in ((random_linear(700, 300, 300, True, 0.5), None), (random_neurons(300, 700, 0.5), torch.randn(5, 300))):
         for dtype in FORMATS:
             x = torch.randn(5, 700)
@@ -203,7 +203,7 @@ def test_same_bits_however_it_is_done(kernel):
 
 
 def test_impossible_sizes_are_refused(kernel):
-    """Every entry point looks at what it is given: sizes that would reach outside a buffer give -1, and nothing is read."""
+    """Sizes that would reach outside a buffer give -1, and nothing is read."""
     layer, x = random_linear(64, 32, 16, True, 1), torch.zeros(1, 64)
     for wrong in (dict(n_in=0), dict(n_in=65), dict(n_out=0), dict(stripe=0), dict(stripe=33), dict(tile=0), dict(tile=17),
                   dict(splits=0), dict(splits=5), dict(stripe=32, tile=32, splits=4),
@@ -230,7 +230,7 @@ static float *floats(size_t n)
     return p;
 }
 
-// weights in memory that is exactly as large as what may be read
+// weights in memory that ends where they end, so that a read beyond them is noticed
 static void *pack(const float *w, size_t n, int dtype)
 {
     char *packed = malloc(n * bytes(dtype));
@@ -360,7 +360,10 @@ static int try_model(int arch, int dtype, int shortlist)
         if (active[4] % D || (active[4] > V * D) != shortlist) return puts("active");
     }
     if (!decode(team, &model, &state, &unknown, 1, 0, logits, active)) return puts("not refused: a token");
-    if (!decode(team, &model, &state, tokens, 1, T, logits, active)) return puts("not refused: a position");
+    // four tokens past the end; near 2^64, position + 4 wrapped to a small number, and memory far away was written
+    size_t outside[] = {T, T - 3, SIZE_MAX - 2, SIZE_MAX - 3};
+    for (int i = 0; i < 4; i++)
+        if (!decode(team, &model, &state, tokens, 4, outside[i], logits, active)) return puts("not refused: a position");
     if (!decode(team, &model, &state, tokens, 0, 0, logits, active)) return puts("not refused: no tokens");
     if (shortlist && dtype == INT8) {
         model.embedding_column_scale = NULL;
@@ -369,7 +372,7 @@ static int try_model(int arch, int dtype, int shortlist)
     free((void *)model.embedding);
     model.embedding = NULL;
     if (shortlist && !decode(team, &model, &state, tokens, 1, 0, logits, active)) return puts("not refused: no embedding");
-    // what is prefetched from thresholds to base: a size below 0, then one of petabytes, each took for ever
+    // thresholds to base are prefetched: a range of less than 0 bytes, then one of petabytes, took for ever
     layer.up.thresholds = z + 100;
     if (!decode(team, &model, &state, tokens, 1, 0, logits, active)) return puts("not refused: base before thresholds");
     layer.up.thresholds = z;
@@ -398,21 +401,21 @@ int main(void)
 
 @pytest.mark.parametrize('sanitizer, portable', [('address,undefined', False), ('address,undefined', True), ('thread', False)])
 def test_sanitizers_on_random_shapes(tmp_path, sanitizer, portable):
-    """Random shapes, all, some and no inputs active, NaN and infinity: the right sums, nothing out of bounds, no race."""
+    """Random shapes; all, some or no inputs active; NaN and infinity: the right sums, nothing out of bounds, no race."""
     (tmp_path / 'driver.c').write_text(DRIVER, encoding='utf-8')
     command = [*build_kernel.compiler(), '-std=gnu11', '-O1', '-g', '-march=native', '-fopenmp-simd',
                f'-fsanitize={sanitizer}', '-fno-sanitize-recover=all', f'-DTRIALS={40 if sanitizer == "thread" else 150}', f'-I{SOURCE.parent}', 'driver.c', '-o', 'driver',
                '-pthread', '-lm'] + PORTABLE * portable
     built = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert built.returncode == 0, built.stderr
-    # the thread sanitizer cannot start where the system puts memory in too random places
+    # the thread sanitizer cannot start if the system randomises addresses too much
     fixed = ['setarch', '-R'] if shutil.which('setarch') else []
     done = subprocess.run([*fixed, str(tmp_path / 'driver')], capture_output=True, text=True)
     assert done.returncode == 0 and done.stdout == 'fine\n', done.stdout + done.stderr
 
 
-def test_widens_and_adds_on_aarch64(tmp_path):
-    """The driver in an emulator: NEON instructions widen weights, of which other processors' tests see nothing."""
+def test_driver_passes_on_emulated_aarch64(tmp_path):
+    """NEON instructions widen weights there, which tests on other processors never run."""
     compiler, emulator = 'aarch64-linux-gnu-gcc', 'qemu-aarch64'
     if not shutil.which(compiler) or not shutil.which(emulator):
         pytest.skip('not tested: install gcc-aarch64-linux-gnu, libc6-dev-arm64-cross and qemu-user')
@@ -426,7 +429,7 @@ def test_widens_and_adds_on_aarch64(tmp_path):
 
 @pytest.mark.parametrize('flags', [[], ['-march=native'], PORTABLE])
 def test_compiles_without_a_warning(tmp_path, flags):
-    """C11 that a compiler has nothing to say about, with and without what this processor has beyond others."""
+    """As standard C11, for this processor and for any of its kind."""
     done = subprocess.run([*build_kernel.compiler(), '-std=c11', '-O2', '-Wall', '-Wextra', '-Werror', '-Wno-unknown-pragmas',
                            *flags, '-c', str(SOURCE), '-o', str(tmp_path / 'kernel.o')], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
