@@ -200,7 +200,7 @@ def test_out_of_memory_is_not_called_damage(tmp_path, monkeypatch):
         def fail(*_, **__):
             raise error
         monkeypatch.setattr(torch.Tensor, 'to', fail)
-        with pytest.raises(CheckpointError, match='not enough memory'):
+        with pytest.raises(CheckpointError, match='out of memory'):
             load_checkpoint(tmp_path / 'm.safetensors')
 
 
@@ -385,7 +385,7 @@ def test_adapter_in_int8_is_smaller_and_as_good(tmp_path):
 @pytest.mark.parametrize('kind, says', [
     ('no base', "needs its base 'the base'"), ('other base', 'holds other weights than'), ('no hash', 'holds other weights'),
     ('odd base', 'a base that is no name'), ('other rank', 'damaged'), ('huge scale', 'damaged'), ('odd scale', 'damaged'),
-    ('nan scale', 'not finite'), ('adapter missing', 'damaged'), ('no adapter', 'damaged'), ('singular', 'no inverse')])
+    ('nan scale', 'not finite'), ('adapter missing', 'damaged'), ('no adapter', 'damaged'), ('singular', 'singular')])
 def test_adapter_that_does_not_fit_is_one_line(tmp_path, kind, says):
     """One of these made 3 billion numbers of 3; a base with other weights of the same sizes was taken in silence."""
     model, path = small_model(bases=kind == 'singular'), tmp_path / 'a.safetensors'
