@@ -10,8 +10,8 @@ Checkpoints: a model in one safetensors file, which holds no code and runs none.
 A safetensors file is the length of a header in 8 bytes, the header in JSON, which says where each tensor
 lies, and the tensors. Ours hold the model's tensors, by name; a file to resume from also holds the state of
 the optimizer, optimizer.NAME.exp_avg and so on, and teacher.NAME. Everything else (the config, the tokenizer,
-results, ...) is one JSON text in the header. An adapter (see cwic.add_lora) holds only the tensors in which it
-differs from its base, with the base's name and a hash of its weights.
+results, ...) is one JSON text in the header. An adapter (see cwic.add_lora) holds only the tensors in which
+it differs from its base, with the base's name and a hash of its weights.
 
 A file is written whole or not at all. Every name, size and number in it is checked before it is used.
 
@@ -51,8 +51,8 @@ class OutOfMemory(CheckpointError):
 
 
 @contextmanager
-def reading(path, expected='a CWIC checkpoint'):
-    """Whatever turns out to be wrong with a file becomes a CheckpointError of one line that names the file."""
+def reading(path, expected='a GPT-2 or Llama model'):
+    """Turns whatever is wrong with a file into a CheckpointError, one line that names the file."""
     try:
         yield
     except CheckpointError as error:
@@ -166,8 +166,8 @@ def in_int8(name, tensor):
 
 def weights_sha256(model):
     """
-    A hash of a model's weights, without thresholds and adapters: SHA-256 of their names, shapes and numbers in
-    bf16, in the order of their names. bf16 halves the time; smaller differences go unseen.
+    A hash of a model's weights, without thresholds and adapters: SHA-256 of their names, shapes and numbers,
+    in the order of their names. In bf16, which halves the time; smaller differences go unseen.
     """
     digest = hashlib.sha256()
     for name, p in sorted(model.named_parameters()):
@@ -184,9 +184,9 @@ def is_finite(x):
 def save_checkpoint(path, model, narrow=False, optimizer=None, teacher=None, **facts):
     """
     Writes the model, its config and facts, which JSON can hold, atomically; to resume from it, also the state
-    of the optimizer, an AdamW, and the teacher. If the facts name a base, with its base_sha256, frozen weights
-    are left out: load_checkpoint takes them from the base. narrow: adapters in int8. Raises CheckpointError if
-    a number is not finite or the disk does not take the file.
+    of the optimizer, an AdamW, and the teacher. If the facts name a base, with its base_sha256, the frozen
+    weights are left out: load_checkpoint takes them from the base. narrow: adapters in int8. Raises
+    CheckpointError if a number is not finite or the disk does not take the file.
     """
     frozen = {name for name, p in model.named_parameters() if not p.requires_grad and 'base' in facts}
     tensors = {name: tensor for name, tensor in model.state_dict().items() if name not in frozen}
@@ -220,8 +220,8 @@ def check_form(found, expected):
 
 def read_checkpoint(path):
     """
-    -> (config, the model's tensors, the rest: a dict in which 'optimizer' and 'teacher' are dicts of tensors).
-    The tensors stay in the file. Call it within reading().
+    -> (config, the model's tensors, the rest: a dict, in which 'optimizer' and 'teacher' are dicts of
+    tensors). Tensors stay in the file. Call it within reading().
     """
     if first_bytes(path, 4) == b'PK\x03\x04':
         raise CheckpointError('an old .pt file; the last version that reads it: git checkout 9a36bf1')
@@ -267,7 +267,7 @@ def load_checkpoint(path, device='cpu', base=None, merge=True):
     """
     if not os.path.lexists(path):
         raise CheckpointError(f'{path}: no such checkpoint; train one with: python train.py')
-    with reading(path):
+    with reading(path, 'a CWIC checkpoint'):
         config, tensors, saved = read_checkpoint(path)
     frozen, rank = {}, 0
     if 'base' in saved:
@@ -278,7 +278,7 @@ def load_checkpoint(path, device='cpu', base=None, merge=True):
             raise CheckpointError(f'{path}: its base {saved["base"]!r:.80} holds other weights than it was '
                                   'trained on; put those back')
         frozen = dense.state_dict()
-    with reading(path):
+    with reading(path, 'a CWIC checkpoint'):
         if frozen:
             rank = tensors['head.adapter.A'].shape[1]
         model = model_of_form(config, {**frozen, **tensors}, rank)
@@ -319,7 +319,7 @@ def load_optimizer(model, optimizer, tensors):
 
 
 def load_teacher(teacher, tensors):
-    """Puts saved['teacher'], the tensors, into a teacher, a dense model. Raises ValueError unless they fit."""
+    """Puts saved['teacher'], the tensors, into a teacher. Raises ValueError unless they fit."""
     check_form(tensors, teacher.state_dict())
     if not all(map(is_finite, tensors.values())):
         raise ValueError('a teacher with numbers that are not finite')
