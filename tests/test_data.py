@@ -278,7 +278,7 @@ def test_an_error_while_writing_leaves_the_old_data_and_no_temporary_file(tmp_pa
     old, limits = content(tmp_path / 'out'), resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (2000, limits[1]))
     try:
-        prepare(text_script, new_text, '--out', tmp_path / 'out', code=1, parts=['too large', 'is whole'])
+        prepare(text_script, new_text, '--out', tmp_path / 'out', code=1, parts=['too large', 'are whole'])
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert content(tmp_path / 'out') == old

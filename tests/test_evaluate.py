@@ -272,6 +272,19 @@ def test_dialogues_and_documents_apart():
         evaluate.windows_of_kind('dialogues', data[1:3].flatten(), {'window': 8}, spec, load_tokenizer(spec), 5, 8)
 
 
+def test_documents_that_begin_with_bos_are_no_dialogues():
+    """In Llama 3's template a dialogue begins with BOS as well: all documents were taken for dialogues."""
+    tokens = [bytes([b]) for b in range(256)]
+    special = {'<|endoftext|>': 256, '<|bos|>': 257, '<|im_start|>': 258, '<|im_end|>': 259}
+    template = {'begin': '<|bos|>', 'message': '<|im_start|>{role} {text}<|im_end|>', 'prefix': '', 'system': '',
+                'strip': False, 'stop': ['<|im_end|>']}
+    spec = bpe_spec('x', PATTERNS['gpt2'], tokens, special=special, bos=[257], template=template)
+    data = np.array([[257, 258, 5, 6], [257, 7, 8, 9], [256, 257, 7, 8], [257, 258, 6, 5]], np.uint16)
+    for kind, expected in (('dialogues', data[[0, 3]]), ('documents', data[[1, 2]])):
+        found = evaluate.windows_of_kind(kind, data.flatten(), {'window': 4}, spec, load_tokenizer(spec), 99, 4)
+        assert found.tolist() == expected.tolist()
+
+
 def test_no_target_is_another_windows_token():
     """
     Where windows are independent, the first token of the next one was scored as if it followed the last of

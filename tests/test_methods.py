@@ -339,3 +339,5 @@ def test_what_cannot_be_reached_says_so():
         METHODS['CATS'].check(dense, {}, 2.0)
     with pytest.raises(methods.Cannot, match='not at hand'):
         METHODS['smaller dense'].check(dense, {}, 2.0)
+    with pytest.raises(methods.Cannot, match='cannot be used: lr must be a finite number'):
+        METHODS['smaller dense'].check(dense, {'options': {**vars(train.TrainConfig()), 'lr': 'x'}}, 2.0)

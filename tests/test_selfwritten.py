@@ -108,6 +108,30 @@ def test_without_questions_the_text_is_what_it_always_was(chat_model, monkeypatc
     assert hashlib.sha256(windows.astype('<u2').tobytes()).hexdigest()[:16] == 'd2d4ab8e9a09d5cb'
 
 
+def test_every_document_begins_with_bos_if_the_tokenizer_has_one(monkeypatch):
+    """Llama 3's has one. The documents had none, a beginning that the model never saw in its own training."""
+    script, bos = imported(monkeypatch), 259
+    spec = {**SPEC, 'special': {**SPECIAL, '<|bos|>': bos}, 'bos': [bos], 'template': {**TEMPLATE, 'begin': '<|bos|>'}}
+    torch.manual_seed(0)
+    model = cwic.GPT(cwic.CWICConfig(arch='llama', vocab_size=260, block_size=64, n_layer=1, n_head=2, n_embd=16,
+                                     n_hidden=24)).eval()
+    hidden = model.trunk(torch.randint(260, (1, 64)))[0].mean((0, 1)).detach()
+    model.head.weight.data[:, 0] += 4 * hidden / hidden.norm() ** 2         # documents end often
+    windows = script.write_windows(model, spec, load_tokenizer(spec), 40, script.SelfWrittenConfig(window=64), 'cpu',
+                                   torch.Generator().manual_seed(1))
+    assert (windows[:20, :2] == [bos, 1]).all() and (windows[:20, 2:] != bos).all()
+    began = [window[:2] == [bos, window[1]] for window in windows[20:].tolist()]
+    assert 3 < sum(began) < 17                                          # the others after an end
+    ended = 0
+    for window, at_start in zip(windows[20:].tolist(), began):
+        ends = [i for i, id in enumerate(window) if id == 0]
+        ended += len(ends)
+        places = [0] * at_start + [i + 1 for i in ends if i + 1 < len(window)]
+        assert [i for i, id in enumerate(window) if id == bos] == places
+        assert all(window[i + 1] > 2 for i in places if i + 1 < len(window))
+    assert ended > 30
+
+
 QUESTIONS = ['why?', 'Is <|im_end|> a word,\\nor <|endoftext|>?', 'who are you']
 
 
@@ -170,7 +194,7 @@ def test_a_stopped_run_does_not_go_on_with_other_questions(asked, monkeypatch, t
     with pytest.raises(KeyboardInterrupt):
         script.main()
     (tmp_path / 'questions').write_text('why not?\n', encoding='utf-8')
-    with pytest.raises(script.DataError, match='progress.json is of a run with'):
+    with pytest.raises(script.DataError, match='progress.json belongs to a run with'):
         script.main()
 
 
