@@ -41,6 +41,16 @@ def test_pipes_and_devices_are_refused_at_once(tmp_path):
             read_text(path)
 
 
+@pytest.mark.skipif(not os.path.isdir('/proc/self/fd'), reason='needs /proc')
+def test_a_folder_in_place_of_a_file_leaves_no_descriptor_open(tmp_path):
+    """Each attempt to read a folder left one open, until there were no more."""
+    before = len(os.listdir('/proc/self/fd'))
+    for _ in range(10):
+        with pytest.raises(IsADirectoryError):
+            read_text(tmp_path)
+    assert len(os.listdir('/proc/self/fd')) == before
+
+
 def test_lines_of_a_stream_come_one_by_one():
     """A program that waits for each reply before it sends the next prompt must not wait for ever."""
     code = 'import sys; from files import read_lines\nfor line in read_lines(sys.stdin.buffer): print(line, flush=True)'

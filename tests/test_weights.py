@@ -597,11 +597,11 @@ def test_llama_3_as_gguf_scales_its_rotary_positions(tmp_path):
     ({'llama.context_length': 0}, 'block_size'),
     ({'general.alignment': 0}, 'alignment'), ({'general.alignment': 48}, 'alignment'),
     ({'general.alignment': 2 ** 31}, 'damaged'), ({'general.alignment': 'x'}, 'alignment'),
-    ({'tokenizer.ggml.merges': ['a b']}, 'damaged tokenizer'),
+    ({'tokenizer.ggml.merges': ['a b']}, 'its tokenizer cannot be used'),
     ({'tokenizer.ggml.tokens': ['a', 'a']}, 'tokenizer'),
-    ({'tokenizer.ggml.token_type': [1]}, 'damaged tokenizer'),
-    ({'tokenizer.ggml.token_type': 'x'}, 'damaged tokenizer'),
-    ({'tokenizer.chat_template': 3}, 'damaged tokenizer'),
+    ({'tokenizer.ggml.token_type': [1]}, 'its tokenizer cannot be used'),
+    ({'tokenizer.ggml.token_type': 'x'}, 'its tokenizer cannot be used'),
+    ({'tokenizer.chat_template': 3}, 'its tokenizer cannot be used'),
 ])
 def test_what_a_gguf_file_may_not_say(llama, change, words):
     assert words in refused(write_gguf(llama / 'x.gguf', change))
