@@ -38,7 +38,7 @@ DTYPES = {'F64': torch.float64, 'F32': torch.float32, 'F16': torch.float16, 'BF1
           'BOOL': torch.bool}
 LONGEST_HEADER = 100_000_000        # bytes, the format's own limit
 KEY = 'cwic'                        # of our JSON text in the header
-PARTS = ('optimizer', 'teacher')    # what the names of tensors begin with that are not the model's
+PARTS = ('optimizer', 'teacher')    # first words in the names of tensors that are not the model's
 ADAM = ('step', 'exp_avg', 'exp_avg_sq')
 
 

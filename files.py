@@ -1,11 +1,11 @@
 """
 Files as people have them: text read with care, and writes that are whole or not at all.
 
-    text = read_text('notes.txt')           # UTF-8 or UTF-16, from Windows or not; refuses what is not text
+    text = read_text('notes.txt')           # UTF-8 or UTF-16, from Windows or not; refuses binary data
     for line in read_lines(sys.stdin.buffer): ...                   # the same for a stream, as it arrives
     write_atomically('out/log.csv', lambda file: file.write(data))
 
-Not here: guessing of other encodings.
+Not here: guessing other encodings.
 """
 
 import codecs
@@ -17,7 +17,7 @@ import stat
 import struct
 
 LONGEST_JSON = 64 * 2 ** 20     # bytes: a tokenizer.json has some 10 MB
-# what is raised if a file does not hold what it should
+# exceptions of code that reads a file with other content than it should have
 DAMAGED = (LookupError, ValueError, TypeError, AttributeError, ArithmeticError, RuntimeError, struct.error)
 
 
@@ -41,7 +41,7 @@ def check_text(text, name):
 
 
 def open_regular(path):
-    """Opens a file for reading bytes. Raises OSError also for a pipe or a device, which may never end."""
+    """Opens a file for reading bytes. Raises OSError, also for pipes and devices, which may never end."""
     # without O_NONBLOCK, opening a pipe waits until somebody writes to it
     flag = getattr(os, 'O_NONBLOCK', 0)
     file = open(path, 'rb', opener=lambda path, flags: os.open(path, flags | flag))
@@ -101,7 +101,7 @@ def is_dead(pid):
 def write_atomically(path, write):
     """
     Calls write(file) on a temporary file beside path, then gives it that name: a crash at any moment leaves
-    the old file or the new one, whole. Removes what killed processes have left. Raises OSError.
+    the old file or the new one, whole. Removes the temporary files of killed processes. Raises OSError.
     """
     folder, name = os.path.split(os.path.abspath(path))
     for other in os.listdir(folder):

@@ -1,6 +1,6 @@
 """
-Command lines: each program's options, and its --help, come from a dataclass. And what all programs say on
-stderr: fail() at the end, progress() meanwhile.
+Command lines: each program's options, and its --help, come from a dataclass. Also fail() and progress(), with
+which every program writes to stderr.
 
     @dataclass
     class TrainConfig:
@@ -37,7 +37,7 @@ SAMPLING = {'temperature': 0.2, 'top_k': 0, 'top_p': 0.9, 'min_p': 0.0, 'repeat_
 
 BOOLEANS = {'yes': True, 'true': True, 'on': True, '1': True,
             'no': False, 'false': False, 'off': False, '0': False}
-# for each type of option: what errors call it, and the types that a preset may give
+# for each type of option: its name in errors, and the types that a preset may give
 KINDS = {bool: ('yes or no', (bool,)), int: ('a whole number', (int,)),
          float: ('a finite number', (float, int)), str: ('a string, in quotes', (str,))}
 

@@ -83,8 +83,8 @@ def read_shards(path):
     return tensors
 
 
-# a quantised matrix of a GGUF file: raw bytes (rows, blocks, bytes), where a block is 32 numbers of a row and
-# begins with its scale; kind: 'Q8_0', 'Q4_0' or 'Q4_1'; shape (rows, columns)
+# a quantised matrix of a GGUF file: raw bytes (rows, blocks, bytes), each block a scale and 32 numbers of a
+# row; kind: 'Q8_0', 'Q4_0' or 'Q4_1'; shape (rows, columns)
 Blocks = namedtuple('Blocks', 'raw kind shape')
 
 # types of tensors: name, numbers in a block, bytes of a block
@@ -102,7 +102,7 @@ def read_gguf_header(mapped):
     mapped: a GGUF file -> its metadata {key: value}, and [(offset, name, type, shape)] of its tensors, with
     shapes as in PyTorch, (out, in). Raises struct.error if the file ends before.
     """
-    def take(format):       # what is not in the file takes no memory, whatever the format says
+    def take(format):       # never takes more memory than the rest of the file has bytes
         return struct.unpack('<' + format, mapped.read(struct.calcsize('<' + format)))
 
     def string():
@@ -336,12 +336,12 @@ SIZES = {         # GPT-2's config.json   Llama's config.json        GGUF
     'context':    ('n_positions',        'max_position_embeddings', 'context_length'),
     'norm_eps':   ('layer_norm_epsilon', 'rms_norm_eps',            'attention.layer_norm_rms_epsilon'),
     'rope_theta': (None,                 'rope_theta',              'rope.freq_base')}
-# what a key means if it is missing or null; 0: it follows from the others
+# values of keys that are missing or null; 0: it follows from the others
 DEFAULTS = {'n_inner': 0, 'layer_norm_epsilon': 1e-5,
             'num_key_value_heads': 0, 'head_dim': 0, 'max_position_embeddings': 2048, 'rms_norm_eps': 1e-6,
             'rope_theta': 10000.0,
             'attention.head_count_kv': 0, 'rope.dimension_count': 0, 'rope.freq_base': 10000.0}
-# other keys: what a missing one means, then the values that are supported
+# other keys: the value of a missing one, then the supported values
 SUPPORTED = {
     GPT2: {'activation_function': ('gelu_new', 'gelu_new', 'gelu_pytorch_tanh'),
            'tie_word_embeddings': (True, True), 'scale_attn_weights': (True, True),
@@ -642,7 +642,7 @@ def pip_download(folder):
                '--only-binary=:all:', '--no-input', '--retries=1', '--progress-bar=off',
                '--disable-pip-version-check']
     with open(os.path.join(folder, 'log'), 'w+', encoding='utf-8', errors='replace') as log:
-        # TMPDIR: where pip collects what arrives
+        # TMPDIR: pip's own folder for a file that is still arriving
         pip = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
                                env={**os.environ, 'TMPDIR': folder})
         try:

@@ -44,8 +44,8 @@ class DataError(Exception):
 
 def run(main, memory='end other programs, or take less at once'):
     """
-    Calls main() and turns what a user can cause into one line on stderr and a non-zero exit code. memory: the
-    remedy if it runs out.
+    Calls main() and turns errors that users can cause into one line on stderr and a non-zero exit code.
+    memory: the remedy if it runs out.
     """
     try:
         if sys.stdout is not None:      # None: it was closed before the start

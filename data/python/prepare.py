@@ -35,7 +35,7 @@ sys.path.insert(0, str(HERE.parents[1]))    # the repository, for the imports be
 from data.common import DataError, find_tokenizer, in_val, run, write_dataset
 from options import option, parse_options
 
-SITE = ('site-packages', 'dist-packages')       # what folders of installed packages are called
+SITE = ('site-packages', 'dist-packages')       # names of folders with installed packages
 SKIP_FOLDERS = {'test', 'tests', 'idle_test', 'encodings', '_vendor', 'lib-dynload', *SITE}
 SKIP_FILES = {'html/entities.py', 'pydoc_data/topics.py', 'sitecustomize.py', 'usercustomize.py'}
 SKIP_PREFIXES = ('_sysconfigdata', '_sysconfig_vars', 'config-')
@@ -55,7 +55,7 @@ class PythonConfig:
 def find_sources(library, packages=()):
     """
     library: Path of a standard library; packages: Paths of folders with installed packages -> list of (name,
-    text), by name within each folder. Prints each folder, and what in it cannot be read. Raises DataError.
+    text), by name within each folder. Prints each folder, and what could not be read. Raises DataError.
     """
     sources, seen = [], set()
     for root in (library, *packages):

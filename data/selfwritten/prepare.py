@@ -2,7 +2,7 @@
 Text that a chat model writes itself, for its sparse copy to learn from -> train.bin, val.bin, meta.json.
 
     python data/selfwritten/prepare.py --model smollm2      # 16M tokens: 150 seconds on an H200
-    python data/selfwritten/prepare.py --tokens 50000       # on two CPU cores: minutes, at some 100 tokens/s
+    python data/selfwritten/prepare.py --tokens 50000       # on two CPU cores: minutes, about 100 tokens/s
     python data/selfwritten/prepare.py --questions FILE     # dialogues that begin with people's questions
 
 The text comes in windows, all of one length. Half of them are dialogues: the model gets the chat template up
