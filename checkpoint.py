@@ -7,43 +7,65 @@ Checkpoints: a model in one safetensors file, which holds no code and runs none.
     save_checkpoint('adapter.safetensors', adapted, base='smollm2', base_sha256=weights_sha256(base_model))
     adapted, saved = load_checkpoint('adapter.safetensors', base=lambda name: weights.load(name)[0])
 
-The file: 8 bytes with the length of a header, the header in JSON, which says where each tensor lies, and the
-tensors. They are the model's, by name, and in what a run resumes from also optimizer.NAME.exp_avg and the
-like, and teacher.NAME. All else (the config, the tokenizer, results, ...) is one JSON text in the header.
-
-An adapter (see cwic.add_lora) holds only the tensors in which it differs from its base, the name of that,
-and a hash of its weights.
+A safetensors file is the length of a header in 8 bytes, the header in JSON, which says where each tensor
+lies, and the tensors. Ours hold the model's tensors, by name; a file to resume from also holds the state of
+the optimizer, optimizer.NAME.exp_avg and so on, and teacher.NAME. Everything else (the config, the tokenizer,
+results, ...) is one JSON text in the header. An adapter (see cwic.add_lora) holds only the tensors in which
+it differs from its base, with the base's name and a hash of its weights.
 
 A file is written whole or not at all. Every name, size and number in it is checked before it is used.
 
-Not here: checkpoints in several files; the search for the base that an adapter names, which is in weights.py.
+Not here: checkpoints in several files; finding the base that an adapter names, which weights.py does.
 """
 
 import hashlib
 import json
 import math
 import mmap
+import os
 from contextlib import contextmanager
 from dataclasses import asdict
 
 import torch
 
 from cwic import GPT, CWICConfig, add_lora, in_bases, is_threshold, merge_lora
-from files import open_regular, write_atomically
+from files import DAMAGED, first_bytes, one_line, open_regular, write_atomically
+from options import is_out_of_memory
+from tokenizer import TokenizerError
 
 DTYPES = {'F64': torch.float64, 'F32': torch.float32, 'F16': torch.float16, 'BF16': torch.bfloat16,
           'I64': torch.int64, 'I32': torch.int32, 'I16': torch.int16, 'I8': torch.int8, 'U8': torch.uint8,
           'BOOL': torch.bool}
-LONGEST_HEADER = 100_000_000        # bytes, as the format has it
+LONGEST_HEADER = 100_000_000        # bytes, the format's own limit
 KEY = 'cwic'                        # of our JSON text in the header
-PARTS = ('optimizer', 'teacher')    # first words of the names of tensors that are not the model's
+PARTS = ('optimizer', 'teacher')    # first words in the names of tensors that are not the model's
 ADAM = ('step', 'exp_avg', 'exp_avg_sq')
-# what is raised if a file holds something else than it should
-WRONG = (LookupError, ValueError, TypeError, AttributeError, ArithmeticError, RuntimeError)
 
 
 class CheckpointError(Exception):
-    """A checkpoint that cannot be used or written; the message is one line for the user."""
+    """A model's file that cannot be used or written; the message is one line for the user."""
+
+
+class OutOfMemory(CheckpointError):
+    """Too little memory for the model; nothing is wrong with its file."""
+
+
+@contextmanager
+def reading(path, expected='a GPT-2 or Llama model'):
+    """Turns whatever is wrong with a file into a CheckpointError, one line that names the file."""
+    try:
+        yield
+    except CheckpointError as error:
+        raise type(error)(f'{path}: {error}') from None
+    except TokenizerError as error:
+        raise CheckpointError(f'{path}: {error}') from None
+    except (MemoryError, OSError, *DAMAGED) as error:
+        if is_out_of_memory(error):
+            raise OutOfMemory(f'{path}: out of memory; end other programs, or use a smaller model') from None
+        if isinstance(error, OSError):
+            raise CheckpointError(f'{path}: cannot be read ({error.strerror})') from None
+        raise CheckpointError(f'{path}: truncated, damaged, or not {expected} ({one_line(error)}); '
+                              'put a good copy in its place') from None
 
 
 # -----------------------------------------------------------------------------
@@ -89,18 +111,18 @@ def read_safetensors(path):
             raise CheckpointError(f'{name!r:.80} holds {kind!r:.40}, which is not supported')
         if [type(number) for number in shape + offsets] != [int] * (len(shape) + 2) or len(shape) > 8:
             raise ValueError(f'{name!r:.80} has the shape {shape!r:.80}, the place {offsets!r:.80}')
-        # each begins where the last one ends: no gap between two tensors, and no byte in both
+        # each begins where the last one ended: no byte belongs to two tensors, or to none
         free, begin, end = end, *(start + offset for offset in offsets)
         if begin != free:
             raise ValueError(f'{name!r:.80} begins at byte {begin:,}, not {free:,}')
         if end > len(mapped):
             raise ValueError(f'{name!r:.80} ends at byte {end:,} of a file of {len(mapped):,}')
-        # an empty tensor may not have dimensions beyond 64 bits either
+        # even an empty tensor's dimensions must fit into 64 bits
         if min(shape, default=1) < 0 or math.prod(size or 1 for size in shape) >= 2 ** 60 \
                 or end - begin != math.prod(shape) * DTYPES[kind].itemsize:
             raise ValueError(f'{name!r:.80}: {end - begin:,} bytes do not make {kind} {shape!r:.80}')
         numbers = data[begin:end]
-        if begin % DTYPES[kind].itemsize:       # in a file that is allowed, in memory it is not
+        if begin % DTYPES[kind].itemsize:       # allowed in a file, but not in memory
             numbers = torch.from_numpy(numbers.numpy().copy())
         tensors[name] = numbers.view(DTYPES[kind]).view(shape)
     if end != len(mapped):
@@ -136,7 +158,7 @@ def write_safetensors(path, tensors, metadata=None):
 def in_int8(name, tensor):
     """
     An adapter's A (in, rank) or B (rank, out) as {name: int8, its name + '.scale': a number for each of the
-    rank terms}, a quarter of the bytes. What it is off by is about 1% of the change, itself small.
+    rank terms}: a quarter of the bytes, and an error of about 1% of the change, which is small itself.
     """
     scale = (tensor.abs().amax(int(name.endswith('.B')), keepdim=True) / 127).clamp_min(1e-30)
     return {name: (tensor / scale).round().to(torch.int8), f'{name}.scale': scale}
@@ -144,8 +166,8 @@ def in_int8(name, tensor):
 
 def weights_sha256(model):
     """
-    A hash of a model's weights, less thresholds and adapters: SHA-256 of their names, shapes and numbers in
-    bf16, in the order of their names. Differences too small for bf16 go unseen; it takes half the time.
+    A hash of a model's weights, without thresholds and adapters: SHA-256 of their names, shapes and numbers,
+    in the order of their names. In bf16, which halves the time; smaller differences go unseen.
     """
     digest = hashlib.sha256()
     for name, p in sorted(model.named_parameters()):
@@ -161,64 +183,48 @@ def is_finite(x):
 
 def save_checkpoint(path, model, narrow=False, optimizer=None, teacher=None, **facts):
     """
-    Writes the model, its config and facts, which JSON can hold, atomically; for a run to resume from also the
-    state of its optimizer, an AdamW, and its teacher. With facts base=NAME and base_sha256 what is frozen is
-    left out: load_checkpoint takes it from that base. narrow: adapters in int8. Raises CheckpointError if a
-    number is not finite or the disk does not take it.
+    Writes the model, its config and facts, which JSON can hold, atomically; to resume from it, also the state
+    of the optimizer, an AdamW, and the teacher. If the facts name a base, with its base_sha256, the frozen
+    weights are left out: load_checkpoint takes them from the base. narrow: adapters in int8. Raises
+    CheckpointError if a number is not finite or the disk does not take the file.
     """
     frozen = {name for name, p in model.named_parameters() if not p.requires_grad and 'base' in facts}
     tensors = {name: tensor for name, tensor in model.state_dict().items() if name not in frozen}
     for name in [name for name in tensors if narrow and '.adapter' in name]:
         tensors.update(in_int8(name, tensors[name]))
-    for name, p in model.named_parameters() if optimizer else ():
-        tensors.update({f'optimizer.{name}.{key}': x for key, x in optimizer.state.get(p, {}).items()})
-    for name, x in teacher.state_dict().items() if teacher else ():
-        tensors[f'teacher.{name}'] = x
+    if optimizer:
+        for name, p in model.named_parameters():
+            tensors.update({f'optimizer.{name}.{key}': x for key, x in optimizer.state.get(p, {}).items()})
+    if teacher:
+        tensors.update({f'teacher.{name}': x for name, x in teacher.state_dict().items()})
+    if not all(map(is_finite, tensors.values())):
+        raise CheckpointError(f'{path} is not written: it would hold numbers that are not finite')
     try:
         text = json.dumps({'config': asdict(model.config), **facts}, allow_nan=False)
-        if not all(map(is_finite, tensors.values())):
-            raise ValueError
         write_safetensors(path, tensors, {KEY: text})
     except ValueError:
-        raise CheckpointError(f'{path} is not written: it holds numbers that are not finite') from None
+        raise CheckpointError(f'{path} is not written: its facts hold numbers that are not finite') from None
     except OSError as error:
         raise CheckpointError(f'{path} cannot be written ({error.strerror}); the old file is whole') from None
-
-
-@contextmanager
-def checking(path):
-    """Whatever is wrong with a file becomes a CheckpointError of one line that names the file."""
-    try:
-        yield
-    except CheckpointError as error:
-        raise CheckpointError(f'{path}: {error}') from None
-    except FileNotFoundError:
-        raise CheckpointError(f'{path}: no such checkpoint; train one with: python train.py') from None
-    except OSError as error:
-        raise CheckpointError(f'{path}: cannot be read ({error.strerror})') from None
-    except WRONG as error:
-        reason = ' '.join(f'{type(error).__name__}: {error}'.split())[:200]
-        raise CheckpointError(f'{path}: not a CWIC checkpoint, or a damaged one ({reason})') from None
 
 
 def check_form(found, expected):
     """Raises ValueError unless two dicts of tensors have the same names, shapes and types."""
     for name in sorted(expected.keys() | found.keys()):
-        forms = [(x.dtype, tuple(x.shape)) for x in (found.get(name), expected.get(name)) if x is not None]
-        if len(forms) < 2:
-            raise ValueError(f'{name:.80} is missing' if name in expected else f'{name:.80} is unexpected')
-        if forms[0] != forms[1]:
-            raise ValueError(f'{name:.80} is {forms[0]!s:.80} where {forms[1]!s:.80} belongs')
+        if name not in found or name not in expected:
+            raise ValueError(f'{name:.80} is ' + ('missing' if name in expected else 'unexpected'))
+        form, right = ((x.dtype, tuple(x.shape)) for x in (found[name], expected[name]))
+        if form != right:
+            raise ValueError(f'{name:.80} is {form!s:.80}, not {right!s:.80}')
 
 
 def read_checkpoint(path):
     """
-    -> (config, the model's tensors, what else the file says): that also holds the tensors of 'optimizer' and
-    'teacher', a dict each. All of them stay in the file. Call it within checking().
+    -> (config, the model's tensors, the rest: a dict, in which 'optimizer' and 'teacher' are dicts of
+    tensors). Tensors stay in the file. Call it within reading().
     """
-    with open_regular(path) as file:
-        if file.read(4) == b'PK\x03\x04':
-            raise CheckpointError('an old .pt file; the last version that reads it: git checkout 9a36bf1')
+    if first_bytes(path, 4) == b'PK\x03\x04':
+        raise CheckpointError('an old .pt file; the last version that reads it: git checkout 9a36bf1')
     tensors, metadata = read_safetensors(path)
     if KEY not in metadata:
         raise CheckpointError("not a CWIC checkpoint; for other people's weights name the folder, which also "
@@ -235,8 +241,8 @@ def read_checkpoint(path):
 
 def model_of_form(config, tensors, rank):
     """
-    A model without memory, for these tensors; rank: of its adapters, or 0. Raises ValueError unless they fit:
-    lies about sizes cost nothing.
+    A model without memory, for these tensors; rank: of its adapters, or 0. Raises ValueError unless they fit,
+    before wrong sizes can cost anything.
     """
     if config.n_layer > len(tensors):
         raise ValueError(f'{config.n_layer} layers cannot be made of {len(tensors)} tensors')
@@ -246,22 +252,22 @@ def model_of_form(config, tensors, rank):
             add_lora(model, rank)
         expected = model.state_dict()
         for name in [name for name in expected if '.adapter' in name and f'{name}.scale' in tensors]:
-            rows, columns = expected[name].shape
-            expected[name] = torch.empty(rows, columns, dtype=torch.int8)
-            expected[f'{name}.scale'] = torch.empty((rows, 1) if name.endswith('.B') else (1, columns))
+            expected.update(in_int8(name, expected[name]))
     check_form(tensors, expected)
     return model
 
 
 def load_checkpoint(path, device='cpu', base=None, merge=True):
     """
-    (model in eval mode, what else the file says, a dict). Raises CheckpointError, in one line, if the file is
+    -> (model in eval mode, the rest of the file, a dict). Raises CheckpointError, in one line, if the file is
     missing, damaged, or not one of ours.
 
-    An adapter holds only what differs from its base, named in saved['base']: base(name) must give that model.
-    It is merged, or with merge=False left apart, to be trained on.
+    An adapter holds only its differences from its base, named in saved['base']: base(name) must give that
+    model. The adapter is merged into it, or with merge=False left apart, to be trained on.
     """
-    with checking(path):
+    if not os.path.lexists(path):
+        raise CheckpointError(f'{path}: no such checkpoint; train one with: python train.py')
+    with reading(path, 'a CWIC checkpoint'):
         config, tensors, saved = read_checkpoint(path)
     frozen, rank = {}, 0
     if 'base' in saved:
@@ -272,40 +278,33 @@ def load_checkpoint(path, device='cpu', base=None, merge=True):
             raise CheckpointError(f'{path}: its base {saved["base"]!r:.80} holds other weights than it was '
                                   'trained on; put those back')
         frozen = dense.state_dict()
-    with checking(path):
+    with reading(path, 'a CWIC checkpoint'):
         if frozen:
             rank = tensors['head.adapter.A'].shape[1]
         model = model_of_form(config, {**frozen, **tensors}, rank)
-    try:
         state = {name: x.to(device, copy=True) for name, x in tensors.items() if not name.endswith('.scale')}
         for name in [name for name in state if f'{name}.scale' in tensors]:
             state[name] = state[name].float().mul_(tensors[f'{name}.scale'].to(device))
         for name in frozen.keys() - state.keys():
             state[name] = in_bases(name, frozen[name], state, config).to(device)
-        bad = next((name for name, x in state.items() if not is_finite(x)), None)
+        for name, x in state.items():
+            if not is_finite(x):
+                raise CheckpointError(f'damaged, {name} holds a number that is not finite')
         model.load_state_dict(state, assign=True)
-        if merge and not bad:
+        if merge:
             merge_lora(model)
-    except torch.linalg.LinAlgError:
-        raise CheckpointError(f'{path}: damaged, its bases have no inverse') from None
-    except (MemoryError, RuntimeError) as error:        # of torch's allocator: all else has been checked
-        reason = ' '.join(str(error).split())[:200]
-        raise CheckpointError(f'{path}: not enough memory for this model ({reason})') from None
-    if bad:
-        raise CheckpointError(f'{path}: damaged, {bad} holds a number that is not finite')
     return model.eval(), saved
 
 
 def load_optimizer(model, optimizer, tensors):
     """
-    Puts what save_checkpoint wrote of an optimizer's state into a new one, an AdamW for this model. tensors:
-    saved['optimizer']. Raises ValueError unless they fit: torch itself would not notice, and write beyond
-    their ends.
+    Puts saved['optimizer'], the tensors, into a new AdamW for this model. Raises ValueError unless they fit:
+    torch itself would not notice, and write beyond their ends.
     """
     names = {p: name for name, p in model.named_parameters()}
     trained = {names[p]: p for group in optimizer.param_groups for p in group['params']}
     found = {name.rpartition('.')[0] for name in tensors}
-    # before the first step there is none, and thresholds have none before sparsity begins
+    # before the first step there is no state, and before sparsity begins none of thresholds
     if found not in (set(), {name for name in trained if not is_threshold(name)}, set(trained)):
         raise ValueError("Adam's state is that of other parameters")
     check_form(tensors, {f'{name}.{key}': torch.zeros(()) if key == 'step' else trained[name]
@@ -320,7 +319,7 @@ def load_optimizer(model, optimizer, tensors):
 
 
 def load_teacher(teacher, tensors):
-    """The same for a teacher, a dense model: its weights, from saved['teacher']."""
+    """Puts saved['teacher'], the tensors, into a teacher. Raises ValueError unless they fit."""
     check_form(tensors, teacher.state_dict())
     if not all(map(is_finite, tensors.values())):
         raise ValueError('a teacher with numbers that are not finite')

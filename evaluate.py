@@ -329,9 +329,11 @@ def windows_of_kind(kind, data, meta, spec, encoding, count, length):
     As validation_windows(), but of a chat model's data only the 'dialogues', which begin with its template,
     or only the 'documents', which do not. Raises DataError if there are none.
     """
-    begin = dialogue_ids(spec, encoding, [('user', '')])[0] if 'template' in spec else -1
+    opening = dialogue_ids(spec, encoding, [('user', '')]) if 'template' in spec else [-1]
+    # documents may begin with BOS, too: the first token after it tells
+    at = next(i for i, id in enumerate(opening) if id not in bos_ids(spec))
     windows = validation_windows(data, meta, len(data) // meta.get('window', length), length)
-    windows = windows[(windows[:, 0] == begin) == (kind == 'dialogues')]
+    windows = windows[(windows[:, at] == opening[at]) == (kind == 'dialogues')]
     if not len(windows):
         raise DataError(f'no validation windows that are {kind}; read all of them')
     return windows[np.linspace(0, len(windows) - 1, min(count, len(windows))).astype(int)]

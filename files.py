@@ -1,11 +1,11 @@
 """
 Files as people have them: text read with care, and writes that are whole or not at all.
 
-    text = read_text('notes.txt')           # UTF-8 or UTF-16, from Windows or not; refuses what is not text
+    text = read_text('notes.txt')           # UTF-8 or UTF-16, from Windows or not; refuses binary data
     for line in read_lines(sys.stdin.buffer): ...                   # the same for a stream, as it arrives
     write_atomically('out/log.csv', lambda file: file.write(data))
 
-Not here: guessing of other encodings.
+Not here: guessing other encodings.
 """
 
 import codecs
@@ -14,8 +14,16 @@ import io
 import json
 import os
 import stat
+import struct
 
 LONGEST_JSON = 64 * 2 ** 20     # bytes: a tokenizer.json has some 10 MB
+# exceptions of code that reads a file with other content than it should have
+DAMAGED = (LookupError, ValueError, TypeError, AttributeError, ArithmeticError, RuntimeError, struct.error)
+
+
+def one_line(error):
+    """An exception's type and message, as a short line to quote."""
+    return ' '.join(f'{type(error).__name__}: {error}'.split())[:200]
 
 
 def encoding_of(start):
@@ -33,13 +41,20 @@ def check_text(text, name):
 
 
 def open_regular(path):
-    """Opens a file for reading bytes. Raises OSError also for a pipe or a device, which may never end."""
-    # without O_NONBLOCK the open itself waits for somebody to write to a pipe
-    file = open(os.open(path, os.O_RDONLY | getattr(os, 'O_NONBLOCK', 0) | getattr(os, 'O_BINARY', 0)), 'rb')
+    """Opens a file for reading bytes. Raises OSError, also for pipes and devices, which may never end."""
+    # without O_NONBLOCK, opening a pipe waits until somebody writes to it
+    flag = getattr(os, 'O_NONBLOCK', 0)
+    file = open(path, 'rb', opener=lambda path, flags: os.open(path, flags | flag))
     if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
         file.close()
         raise OSError(errno.EINVAL, 'not a regular file', str(path))
     return file
+
+
+def first_bytes(path, count):
+    """The beginning of a file, which tells its format."""
+    with open_regular(path) as file:
+        return file.read(count)
 
 
 def read_text(path, most=None):
@@ -50,7 +65,7 @@ def read_text(path, most=None):
     with open_regular(path) as file:
         size = os.fstat(file.fileno()).st_size
         if most is not None and size > most:
-            raise ValueError(f'{path}: {size:,} bytes where at most {most:,} are expected')
+            raise ValueError(f'{path}: {size:,} bytes, more than the {most:,} that are read')
         data = file.read()
     return decode_text(data, path)
 
@@ -86,7 +101,7 @@ def is_dead(pid):
 def write_atomically(path, write):
     """
     Calls write(file) on a temporary file beside path, then gives it that name: a crash at any moment leaves
-    the old file or the new one, whole. Removes what killed processes have left. Raises OSError.
+    the old file or the new one, whole. Removes the temporary files of killed processes. Raises OSError.
     """
     folder, name = os.path.split(os.path.abspath(path))
     for other in os.listdir(folder):

@@ -1,5 +1,6 @@
 """
-Command lines made from dataclasses: one for each program, which is also where its --help comes from.
+Command lines: each program's options, and its --help, come from a dataclass. Also fail() and progress(), with
+which every program writes to stderr.
 
     @dataclass
     class TrainConfig:
@@ -7,14 +8,12 @@ Command lines made from dataclasses: one for each program, which is also where i
 
     config, given = parse_options(TrainConfig, 'python train.py', presets=True)
 
-takes --lr 1e-3 and --lr=1e-3, and - for _ in names; an on/off option may stand alone. Where an option is
-given twice, the last one counts. A preset, a TOML file of the same names, may stand anywhere among the flags,
-which override it. `given` is the set of names that the flags or the preset gave, even with the default value.
+This takes --lr 1e-3 and --lr=1e-3, and - for _ in names; yes may be left out: --resume. If an option is given
+twice, the last one counts. A preset, a TOML file with values by the same names, may stand anywhere among the
+flags, which override it. `given` is the set of names that came from a flag or the preset, even with the
+default value. Other words go to the field of type tuple, if there is one.
 
-Words that belong to no option are the preset, or else go to the field of type tuple, if there is one.
 Whatever a user gets wrong ends in one line and exit code 2.
-
-Also what every program says on stderr: fail(), and progress() while it works.
 
 Not here: sub-commands, short flags, environment variables, code in presets.
 """
@@ -31,33 +30,33 @@ from dataclasses import field, fields
 
 from files import LONGEST_JSON, read_text
 
-# How chat.py draws its replies, and evaluate.py the answers on which it compares models (see cwic.sample): a
-# low temperature and nucleus sampling, as SmolLM2's makers advise; and a penalty, without which small models
-# fall into loops.
+# How chat.py samples replies, and evaluate.py the answers on which it compares models (see cwic.sample): a
+# low temperature and nucleus sampling, as SmolLM2's makers advise, and a penalty that keeps small models out
+# of loops.
 SAMPLING = {'temperature': 0.2, 'top_k': 0, 'top_p': 0.9, 'min_p': 0.0, 'repeat_penalty': 1.15}
 
 BOOLEANS = {'yes': True, 'true': True, 'on': True, '1': True,
             'no': False, 'false': False, 'off': False, '0': False}
-# of each type of option: how a user calls it; and the types that a preset may give it as
+# for each type of option: its name in errors, and the types that a preset may give
 KINDS = {bool: ('yes or no', (bool,)), int: ('a whole number', (int,)),
          float: ('a finite number', (float, int)), str: ('a string, in quotes', (str,))}
 
 
 def option(default, help, at_least=None, at_most=None):
-    """A dataclass field with a default, a line of help, and perhaps bounds on what may be given."""
+    """A dataclass field with a default, a line of help, and perhaps bounds."""
     return field(default=default, metadata={'help': help, 'at_least': at_least, 'at_most': at_most})
 
 
 def printable(text):
-    """text as one line that cannot steer a terminal: what does not print is shown as its escape sequence."""
+    """text as one line that cannot steer a terminal: characters that do not print become escape sequences."""
     line = ' '.join(line.strip() for line in str(text).splitlines())
     return ''.join(c if c.isprintable() else c.encode('unicode_escape').decode('ascii') for c in line)
 
 
 def progress(text=''):
     """
-    On a terminal, shows text as a line of stderr that the next call overwrites; without text, clears it. For
-    all work that may take longer than five seconds.
+    On a terminal, shows text as a line of stderr that the next call overwrites, or clears if it has no text.
+    For all work that may take longer than five seconds.
     """
     if sys.stderr is not None and sys.stderr.isatty():
         columns = shutil.get_terminal_size().columns        # a longer line could not be overwritten
@@ -65,7 +64,7 @@ def progress(text=''):
 
 
 def counted(items, what):
-    """Yields the items of a list, and shows how many are done: counted(windows, 'windows')."""
+    """Yields the items of a list and shows how many are done: counted(windows, 'windows')."""
     try:
         for done, item in enumerate(items):
             progress(f'{what}: {done} of {len(items)}')
@@ -83,33 +82,30 @@ def fail(message, code=2):
 
 def is_out_of_memory(error):
     """Whether an exception means that memory ran out; torch says so in words only."""
-    words = str(error).lower()
-    said = any(said in words for said in ("can't allocate memory", 'cannot allocate memory', 'out of memory'))
-    return (isinstance(error, MemoryError) or getattr(error, 'errno', None) == errno.ENOMEM
-            or isinstance(error, RuntimeError) and said)
+    if isinstance(error, RuntimeError):
+        text = str(error).lower()
+        return "can't allocate memory" in text or 'cannot allocate memory' in text or 'out of memory' in text
+    return isinstance(error, MemoryError) or getattr(error, 'errno', None) == errno.ENOMEM
 
 
 def read_value(option, text):
-    """What text gives to an option, a dataclass field. Raises ValueError: 'must be ..., not ...'."""
+    """text -> the value of an option, a dataclass field. Raises ValueError: 'must be ..., not ...'."""
     kind, least, most = option.type, option.metadata['at_least'], option.metadata['at_most']
-    needed = KINDS[kind][0]
     try:
         value = BOOLEANS[text.lower()] if kind is bool else kind(text)
-        # no option makes sense as nan, as infinity, or beyond 64 bits
-        right = abs(value) < 2 ** 63 if kind is int else math.isfinite(value) if kind is float else True
+        if kind is int and abs(value) >= 2 ** 63 or kind is float and not math.isfinite(value):
+            raise ValueError
     except (ValueError, KeyError):
-        right = False
-    if right and least is not None and value < least:
-        right, needed = False, f'at least {least}'
-    if right and most is not None and value > most:
-        right, needed = False, f'at most {most}'
-    if not right:
-        raise ValueError(f'must be {needed}, not {text}')
+        raise ValueError(f'must be {KINDS[kind][0]}, not {text}') from None
+    if least is not None and value < least:
+        raise ValueError(f'must be at least {least}, not {text}')
+    if most is not None and value > most:
+        raise ValueError(f'must be at most {most}, not {text}')
     return value
 
 
 def check_value(option, value):
-    """What a typed value, from a preset or a checkpoint, gives to an option. Raises ValueError likewise."""
+    """The same for a value that has a type, from a preset or a checkpoint."""
     needed, types = KINDS[option.type]
     if type(value) not in types:
         raise ValueError(f'must be {needed}, not {value!r:.80}')
@@ -117,7 +113,7 @@ def check_value(option, value):
 
 
 def check_options(cls, values):
-    """An instance of the dataclass cls, from {name: value} of all its options. Raises ValueError."""
+    """{name: value} of all options -> an instance of the dataclass cls. Raises ValueError."""
     options, checked = {f.name: f for f in fields(cls)}, {}
     for name in sorted(options.keys() ^ values.keys()):
         raise ValueError(f'{name:.80} is ' + ('missing' if name in options else 'no option'))
@@ -135,7 +131,7 @@ def unknown(name, names):
 
 
 def read_preset(path, options):
-    """The values in a TOML file, by name. options: dict of name to dataclass field."""
+    """A TOML file -> {name: value}. options: {name: dataclass field}."""
     try:
         preset = tomllib.loads(read_text(path, LONGEST_JSON))
     except OSError as error:
@@ -154,7 +150,7 @@ def read_preset(path, options):
 
 
 def help_text(cls, program, words):
-    """What --help prints. words: how the words that belong to no option are called."""
+    """The text of --help. words: names for the arguments that are no options."""
     about = textwrap.wrap(' '.join(cls.__doc__.split()), 110)
     lines = [' '.join(['usage:', program, *words, '[--option value ...]']), '', *about, '']
     for f in fields(cls):
@@ -167,8 +163,8 @@ def help_text(cls, program, words):
 
 def parse_options(cls, program, presets=False, argv=None):
     """
-    (an instance of the dataclass cls, the set of names that were given) from argv, a list of strings, or from
-    the command line. program: how it is called, for --help.
+    argv, a list of strings, by default the command line's -> an instance of the dataclass cls, and the set of
+    names that were given. program: the command, for --help.
     """
     options = {f.name: f for f in fields(cls) if f.type is not tuple}
     listed = next((f.name for f in fields(cls) if f.type is tuple), '')
@@ -176,8 +172,8 @@ def parse_options(cls, program, presets=False, argv=None):
     while argv:
         word = argv.pop(0)
         if word in ('-h', '--help'):
-            called = ['[PRESET.toml]'] if presets else [f'{listed.upper()} ...'] if listed else []
-            print(help_text(cls, program, called))
+            words = ['[PRESET.toml]'] * presets + [f'{listed.upper()} ...'] * bool(listed)
+            print(help_text(cls, program, words))
             sys.exit(0)
         if not word.startswith('-'):
             words.append(word)

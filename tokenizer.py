@@ -6,48 +6,52 @@ Tokenizers: text to token ids and back, always through tiktoken.Encoding; and ch
     gpt2         GPT-2's 50,257 ids; tiktoken downloads them once
     DIRECTORY    with a model's files: tokenizer.json, or vocab.bpe + encoder.json, or merges.txt + vocab.json
 
-tokenizer_spec(name) turns one of these names into a spec: a plain JSON-able dict that holds everything it
-takes to encode and decode. Specs are stored in meta.json and in checkpoints, so that both work offline and
-for ever; load_tokenizer(spec) makes the tiktoken.Encoding.
+tokenizer_spec(name) turns one of these names into a spec: a dict for JSON, with everything it takes to encode
+and decode. Specs are stored in meta.json and in checkpoints, which therefore need no network and no other
+file; load_tokenizer(spec) makes the tiktoken.Encoding.
 
     spec = tokenizer_spec('python4k')
     encoding = load_tokenizer(spec)
     ids = encoding.encode_ordinary('def fibonacci(n):')      # a literal <|endoftext|> is plain text to it
     encoding.decode_bytes(ids)                               # bytes: one token may be half a character
 
-Beside its name, a spec of kind 'bpe' holds
+A spec of kind 'bpe' has a name, and
     pattern     how text is cut into pieces before any merging, one of PATTERNS
-    ranks       the tokens in the order of their merges, in base64; in this order they have the ids that no
-                special token has
-    special     {text: id}; left out: <|endoftext|> alone, with the last id
-    words       {text: id} of added tokens that are text like any other: found in it, and shown; may be left
-                out, as may all that follows
-    end         the special token that ends a document; left out: <|endoftext|>
+    ranks       the tokens in the order of their merges, in base64; they have, in this order, the ids that no
+                added token has
+and some of
+    special     {text: id} of added tokens that text never makes; without it, <|endoftext|> with the last id
+    words       {text: id} of added tokens that are ordinary text: found in prompts, and shown
+    end         the special token that ends a document; without it, <|endoftext|>
     bos         ids that come before every text ("begin of sequence")
-    stop        ids that end a reply, beside those of 'end' and 'template'
-    lacks       bytes, in hexadecimal, that no token stands for: text loses them
-    template    how a dialogue is written, for models that have learned one; see known_template
+    stop        ids that end a reply, besides those of 'end' and 'template'
+    lacks       bytes, in hexadecimal, that no token stands for: they are lost
+    template    how a dialogue is written, for chat models; see known_template
 
-Not here: training (see data/python/train_tokenizer.py), SentencePiece, templates but SmolLM2's and Llama 3's.
+Not tried yet with the released files of GPT-2 and Llama 3, only with small vocabularies in their layout.
+
+Not here: training (see data/python/train_tokenizer.py), SentencePiece, other chat templates than SmolLM2's
+and Llama 3's.
 """
 
 import base64
 import re
+from contextlib import contextmanager
 from pathlib import Path
 
 import tiktoken
 
-from files import read_json, read_text
+from files import DAMAGED, one_line, read_json, read_text
 
 ENDOFTEXT = '<|endoftext|>'
 PYTHON4K_FILE = Path(__file__).resolve().parent / 'data' / 'python' / 'python4k.tiktoken'
 
-# how text is cut into pieces before any merging; a merge never crosses a cut. Compared with GPT-2's:
-#  - a word takes one punctuation mark before it along: '.append', '(self', '_name' (4% fewer tokens);
-#  - a newline and the indentation after it are one piece, and ':' is not part of it: a prompt that stops
-#    after 'def f(n):' is cut as the same line is cut within a file;
-#  - at most three digits; no English contractions, which would cut 'def' after the quote into 'd and ef;
-#  - no look-ahead, so the regex engine needs time linear in the text, on any text.
+# A pattern cuts text into pieces; merges never cross a cut. Compared with GPT-2's, this one
+#  - joins a word and one punctuation mark before it: '.append', '(self', '_name' (4% fewer tokens);
+#  - joins a newline and the indentation after it, but no ':' before it: a prompt that stops after 'def f(n):'
+#    is cut as the same line is cut within a file;
+#  - cuts after three digits, and not at English contractions, which would make 'd and ef of 'def;
+#  - has no look-ahead, so the regex engine needs time linear in the length of any text.
 PYTHON_PATTERN = r"(?: |[^\s\p{L}\p{N}])?\p{L}+| ?\p{N}{1,3}| ?[^\s\p{L}\p{N}]+|\s+"
 
 # the pattern of GPT-2's release, with the possessive quantifiers that tiktoken adds for speed (same cuts)
@@ -59,22 +63,19 @@ SMOLLM_PATTERN = r"\p{N}|'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?[^\s\p{L}\p{N}]++|\s++
 LLAMA3_PATTERN = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
                   r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
 
-# these and no others: the pattern of a stranger's checkpoint could hang the regex engine, or crash it
+# only these: a pattern in a stranger's file could hang the regex engine, or crash it
 PATTERNS = {'python4k': PYTHON_PATTERN, 'gpt2': GPT2_PATTERN,
             'smollm': SMOLLM_PATTERN, 'llama3': LLAMA3_PATTERN}
 LONGEST_BLANK = 10_000      # a look-ahead after a million blanks overflows that engine's stack
 
-# nothing merges, so where the cuts fall is of no consequence
-BYTES_PATTERN = r'[\s\S]{1,64}'
+BYTES_PATTERN = r'[\s\S]{1,64}'     # nothing merges, so any cuts will do
 
 SMOLLM_SYSTEM = 'You are a helpful AI assistant named SmolLM, trained by Hugging Face'
-# what Llama 3's template says where it does not know the date
+# Llama 3's template says this date if it is not told another
 LLAMA3_PREFIX = 'Cutting Knowledge Date: December 2023\nToday Date: 26 Jul 2024\n\n'
 
-
-# what may end a document, where a vocabulary has it; the next in line is what its files call eos_token
-ENDS = (ENDOFTEXT, '<|end_of_text|>')
-# the other special tokens that vocab.json may hold without a word about them
+ENDS = (ENDOFTEXT, '<|end_of_text|>')       # the first of these in a vocabulary ends a document
+# other special tokens that vocab.json may hold without saying that they are special
 USUAL = ('<s>', '</s>', '<unk>', '<pad>', '<mask>', '[PAD]')
 NAMED = tuple(f'{name}_token' for name in ('bos', 'eos', 'unk', 'sep', 'pad', 'cls', 'mask'))
 GGUF_NORMAL, GGUF_WORD, GGUF_UNUSED = 1, 4, 5
@@ -84,24 +85,33 @@ class TokenizerError(Exception):
     """A tokenizer that cannot be had or read; the message is one line for the user, remedy included."""
 
 
+@contextmanager
+def checking(name, remedy):
+    """Turns whatever is wrong with a tokenizer into a TokenizerError, one line with the remedy."""
+    try:
+        yield
+    except (OSError, *DAMAGED) as error:
+        raise TokenizerError(f'{name} cannot be used ({one_line(error)}): {remedy}') from None
+
+
 def splitter(texts):
-    """-> a pattern for re.split: any of the texts, the longest first, which it puts in the odd places"""
+    """-> a pattern with which re.split puts these texts, the longest first, in the odd places of its list"""
     return re.compile('(' + '|'.join(map(re.escape, sorted(texts, key=len, reverse=True))) + ')')
 
 
 class Encoding(tiktoken.Encoding):
     """
-    tiktoken's, for vocabularies that lack some bytes, blanks of any length, and added tokens that are found
-    in text, the words. special, words: {text: id}; added: both.
+    tiktoken's, for vocabularies that lack some bytes, any number of blanks, and words: added tokens that are
+    found in text. special, words: {text: id}.
     """
 
     def __init__(self, name, pattern, ranks, special, words, lacks=b''):
         added = special | words
         n_vocab = len(ranks) + len(added)
-        # tiktoken wants an id for every byte: those beyond the vocabulary are dropped again
+        # tiktoken needs an id for every byte: encode_between_words() drops those beyond the vocabulary
         beyond = {bytes([byte]): n_vocab + i for i, byte in enumerate(lacks)}
         super().__init__(name, pat_str=pattern, mergeable_ranks=ranks | beyond, special_tokens=added)
-        self.special, self.words, self.added, self.max_token_value = special, words, added, n_vocab - 1
+        self.special, self.words, self.max_token_value = special, words, n_vocab - 1
         self.words_in = splitter(words)
         self.special_ids = set(special.values())
 
@@ -134,7 +144,7 @@ def are_ids(ids, n_vocab):
 
 
 def load_bpe(spec):
-    """The Encoding of a spec of kind 'bpe'. Raises ValueError, KeyError, TypeError or AttributeError."""
+    """The Encoding of a spec of kind 'bpe'. Raises what DAMAGED names."""
     if spec['kind'] != 'bpe' or type(spec['name']) is not str:
         raise ValueError('of an unknown kind')
     if spec['pattern'] not in PATTERNS.values():
@@ -144,7 +154,7 @@ def load_bpe(spec):
     lacks, added = bytes.fromhex(spec.get('lacks', '')), [*special.values(), *words.values()]
     total, taken = len(tokens) + len(added), set(added)
     if len(taken) != len(added) or not are_ids(added, total):
-        raise ValueError('added ids are repeated, or beyond the vocabulary')
+        raise ValueError('ids of added tokens are repeated, or beyond the vocabulary')
     if special.keys() & words.keys() or '' in words:
         raise ValueError('added words are empty, or special')
     ranks = dict(zip(tokens, (id for id in range(total) if id not in taken), strict=True))
@@ -159,28 +169,24 @@ def load_tokenizer(spec):
     spec: dict made by tokenizer_spec (or read back from meta.json or a checkpoint) -> Encoding, ids 0 to
     n_vocab - 1. Never touches the network or a file. Raises TokenizerError.
     """
-    try:
+    with checking('the tokenizer', 'prepare the data again, or use another checkpoint'):
         if spec['kind'] == 'bytes':
-            encoding = Encoding('bytes', BYTES_PATTERN, {bytes([b]): b for b in range(256)},
-                                {ENDOFTEXT: 256}, {})
+            tokens = {bytes([b]): b for b in range(256)}
+            encoding = Encoding('bytes', BYTES_PATTERN, tokens, {ENDOFTEXT: 256}, {})
         else:
             encoding = load_bpe(spec)
         bos, stop = spec.get('bos', []), spec.get('stop', [])
         if type(bos) is not list or type(stop) is not list or not are_ids(bos + stop, encoding.n_vocab):
-            raise ValueError('ids before a text, or that end a reply, are beyond the vocabulary')
+            raise ValueError('bos and stop are no lists of ids')
         stop_ids(spec, encoding)
         if 'template' in spec:
-            for messages in ([], [('system', '')]):     # whatever is wrong with the template shows here
+            for messages in ([], [('system', '')]):     # fails if anything is wrong with the template
                 dialogue_ids(spec, encoding, messages)
         return encoding
-    except (ValueError, KeyError, TypeError, AttributeError) as e:
-        reason = ' '.join(f'{type(e).__name__}: {e}'.split())[:200]
-        raise TokenizerError(f'unusable tokenizer ({reason}): prepare the data again, '
-                             'or use another checkpoint') from e
 
 
 # -----------------------------------------------------------------------------
-# documents and dialogues: the only places where special tokens come from
+# documents and dialogues: special tokens come from nowhere else
 
 
 def bos_ids(spec):
@@ -189,7 +195,7 @@ def bos_ids(spec):
 
 
 def start_ids(spec, encoding):
-    """-> the ids after which a model expects a text to begin: BOS, or else the end of another document"""
+    """-> the ids after which a text begins: BOS, or else the end of another document"""
     return bos_ids(spec) or [end_id(spec, encoding)]
 
 
@@ -206,8 +212,8 @@ def stop_ids(spec, encoding):
 
 def written_ids(encoding, pieces):
     """
-    pieces: strings, in turn a template's and a user's -> ids. Only a template's have special tokens in them.
-    Plain text of both that meets is encoded in one go, as it was when the model learned it.
+    pieces: strings, in turn from the template and from a message -> ids. Only the template's can make special
+    tokens. Between two of those, text is encoded in one go, as it was when the model learned it.
     """
     special = splitter(encoding.special)
     ids, plain = [], ''
@@ -223,7 +229,7 @@ def written_ids(encoding, pieces):
 def dialogue_ids(spec, encoding, messages, begin=True, reply=True):
     """
     messages: [(role, text)], role 'system', 'user' or 'assistant' -> ids, as spec['template'] has it.
-    begin: this is the start of a conversation. reply: end with what opens the assistant's reply.
+    begin: this is the start of a conversation. reply: end where the assistant's reply begins.
     """
     template, messages = spec['template'], list(messages)
     before, after = template['message'].split('{text}')
@@ -241,10 +247,11 @@ def dialogue_ids(spec, encoding, messages, begin=True, reply=True):
 
 def known_template(jinja, added, bos=''):
     """
-    jinja: the chat template of a model's files, or ''; added: texts of added tokens; bos: the text that the
-    template may write as bos_token -> a spec's template; None if it is not known.
-    Its fields: what a conversation begins with; how a message is written; what stands before the text of the
-    first system message, and its text if none is given; whether blanks around texts go; what ends a reply.
+    jinja: the chat template in a model's files, or ''; added: texts of added tokens; bos: the text for its
+    bos_token -> a spec's template, or None if it is not a known one. Its fields:
+        begin, message      how a conversation begins; how a message is written
+        prefix, system      text before the first system message; that message, if none is given
+        strip, stop         whether blanks around a message go; special tokens that end a reply
     """
     if '<|im_start|>' in jinja and {'<|im_start|>', '<|im_end|>'} <= set(added):
         return {'begin': bos if 'bos_token' in jinja else '',
@@ -265,21 +272,17 @@ def known_template(jinja, added, bos=''):
 
 def spec_from_file(path, name, pattern):
     """a file in tiktoken's format, 'base64-of-the-token rank' on each line, ranks 0, 1, ... -> spec dict"""
-    try:
+    with checking(path, 'restore it from the repository'):
         lines = read_text(path).splitlines()
         tokens = [base64.b64decode(line.split()[0], validate=True) for line in lines]
         if [int(line.split()[1]) for line in lines] != list(range(len(lines))):
             raise ValueError('ranks are not 0, 1, 2, ...')
-    except OSError as e:
-        raise TokenizerError(f'cannot read {path}: {e.strerror}; restore it from the repository') from e
-    except (ValueError, IndexError) as e:
-        raise TokenizerError(f'{path} is not a tiktoken file ({e}); restore it from the repository') from e
     return bpe_spec(name, pattern, tokens)
 
 
 def gpt2_byte_of():
-    """-> dict of the character that stands for a byte in the files of byte-level BPE, to that byte"""
-    # printable bytes stand for themselves, the others got the characters from U+0100 on
+    """-> {character: byte}: in the files of byte-level BPE, one character stands for each byte"""
+    # printable bytes stand for themselves, characters from U+0100 on for the others
     printable = [b for b in range(256) if 33 <= b <= 126 or 161 <= b <= 172 or 174 <= b <= 255]
     others = [b for b in range(256) if b not in printable]
     return {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
@@ -289,24 +292,25 @@ def byte_level_spec(name, vocab, merges, special, words, jinja='', bos='', begin
     """
     name: of the pattern; vocab: {token: id}, in gpt2_byte_of's characters; merges: 'a b' or [a, b], in order;
     special, words: {text: id}; jinja, bos: see known_template; begin: ids before every text; eos: ids that
-    end one -> spec dict. Raises TokenizerError, ValueError, KeyError or TypeError.
+    end a text -> spec dict. Raises TokenizerError, or what DAMAGED names.
     """
-    byte_of, template = gpt2_byte_of(), known_template(jinja, special | words, bos)
-    added = special | words
+    added, byte_of = special | words, gpt2_byte_of()
+    template = known_template(jinja, added, bos)
     text_of = {id: text for text, id in added.items()}
     ends = [text for text in (*ENDS, *map(text_of.get, eos), '</s>') if text in added]
     if not ends:
         raise TokenizerError('no special token ends a document; name one as eos_token in '
                              'tokenizer_config.json')
     end = next((text for text in ends if text in special), ends[0])
-    # what ends a document, or a message, is special whatever the files say: else users could write it
+    # tokens that end a document or make up a template are special whatever the files say: else users could
+    # write them
     ours = {end, *re.findall(r'<\|\w+\|>', template['message'] if template else '')}
     special = special | {text: id for text, id in words.items() if text in ours}
     words = {text: id for text, id in words.items() if text not in special}
     ordinary = sorted(vocab.keys() - added.keys(), key=vocab.get)
     merged = [''.join(merge).replace(' ', '') for merge in merges]
-    order = [vocab[token] for token in merged]      # one token may be merged from several pairs
-    # tiktoken takes a token's id for the rank of its merge, so the two must agree on the order
+    order = [vocab[token] for token in merged]      # an id twice: a token may be merged from several pairs
+    # tiktoken merges in the order of ids, so that must be the order of merges
     if order != sorted(order) or {token for token in ordinary if len(token) > 1} != set(merged):
         raise ValueError('ids and merges differ in order or number')
     if sorted((vocab | added).values()) != list(range(len(vocab | added))):
@@ -329,7 +333,7 @@ def read_settings(path):
 
 
 def eos_ids(folder):
-    """The ids that end a text, as config.json and generation_config.json have them: one, a list, or none."""
+    """eos_token_id in config.json and generation_config.json, an id or a list -> the ids that end a text"""
     ids = []
     for name in ('config.json', 'generation_config.json'):
         said = read_settings(folder / name).get('eos_token_id')
@@ -342,7 +346,7 @@ def eos_ids(folder):
 def begin_ids(processor):
     """post_processor of tokenizer.json -> the ids that it puts before a text. Raises TokenizerError."""
     kind = processor['type'] if processor else 'ByteLevel'
-    if kind == 'ByteLevel':         # puts nothing there
+    if kind == 'ByteLevel':         # adds no tokens
         return []
     if kind == 'Sequence':
         return [id for step in processor['processors'] for id in begin_ids(step)]
@@ -355,14 +359,14 @@ def begin_ids(processor):
 
 
 def text_of_token(token):
-    """A token as the settings of a tokenizer have it, its text alone or among its properties -> its text"""
+    """A token in a tokenizer's settings, which is its text or a dict of its properties -> its text"""
     return token['content'] if isinstance(token, dict) else token
 
 
 def spec_from_files(folder, name, vocab, merges, added, begin=()):
     """
-    added: [{'content', 'id', 'special', ...}]; the rest as for byte_level_spec -> spec dict, with what other
-    files in the folder say. Raises as byte_level_spec does.
+    added: [{'content', 'id', 'special', ...}]; the rest as for byte_level_spec -> spec dict, in which the
+    other files of the folder count, too. Raises as byte_level_spec does.
     """
     settings = {}
     for file in ('special_tokens_map.json', 'tokenizer_config.json'):
@@ -373,7 +377,7 @@ def spec_from_files(folder, name, vocab, merges, added, begin=()):
     for key in ('add_prefix_space', 'add_eos_token'):
         if settings.get(key):
             raise TokenizerError(f'tokenizer_config.json: {key} is not supported; set it to false')
-    # where two files have a token, the first says what it is
+    # if two files have the same token, the first one's properties count
     more = [{'id': int(id), **token} for id, token in settings.get('added_tokens_decoder', {}).items()]
     more += [{'content': text, 'id': id, 'special': text in special_texts}
              for text, id in read_settings(folder / 'added_tokens.json').items()]
@@ -402,7 +406,7 @@ def spec_from_files(folder, name, vocab, merges, added, begin=()):
 
 
 def spec_from_json(folder):
-    """tokenizer.json, and what stands beside it -> spec dict. Raises as byte_level_spec does."""
+    """tokenizer.json, and the settings beside it -> spec dict. Raises as byte_level_spec does."""
     said = read_json(folder / 'tokenizer.json')
     model, cut, normalizer, cuts = said['model'], said['pre_tokenizer'], said.get('normalizer'), []
     keys = ('byte_fallback', 'dropout', 'continuing_subword_prefix', 'end_of_word_suffix')
@@ -445,14 +449,14 @@ def spec_from_gguf(metadata):
                              '(gpt2, gpt-2), SmolLM2 (gpt2, smollm) and Llama 3 (gpt2, llama-bpe)')
     if said.get('add_eos_token'):
         raise TokenizerError('add_eos_token is not supported; convert the model again without it')
-    try:
+    with checking('its tokenizer', 'fetch the file again'):
         tokens = list(zip(said['tokens'], said['token_type'], strict=True))
-        while tokens and tokens[-1][1] == GGUF_UNUSED:      # what pads a vocabulary
+        while tokens and tokens[-1][1] == GGUF_UNUSED:      # padding
             tokens.pop()
         vocab = {text: id for id, (text, _) in enumerate(tokens)}
         words = {text: vocab[text] for text, kind in tokens if kind == GGUF_WORD}
         special = {text: vocab[text] for text, kind in tokens if kind not in (GGUF_NORMAL, GGUF_WORD)}
-        # Llama 3's first files did not say that a text begins with a token
+        # Llama 3's first files did not say that a text begins with BOS
         adds_bos, usual = said.get('add_bos_token', name == 'llama3'), vocab.get('<|begin_of_text|>')
         bos = said.get('bos_token_id', usual)
         if adds_bos and not are_ids([bos], len(vocab)):
@@ -461,23 +465,17 @@ def spec_from_gguf(metadata):
         eos = [said[key] for key in ('eos_token_id', 'eot_token_id') if key in said]
         jinja, begin = said.get('tokenizer.chat_template', ''), [bos] if adds_bos else []
         return byte_level_spec(name, vocab, said['merges'], special, words, jinja, bos_text, begin, eos)
-    except (ValueError, KeyError, TypeError, AttributeError) as e:
-        raise TokenizerError(f'a damaged tokenizer ({type(e).__name__}: {e}): fetch the file again') from e
 
 
 def spec_from_dir(folder):
     """folder: str or Path of a directory with a model's tokenizer -> spec dict. Raises TokenizerError."""
     folder = Path(folder)
-    try:
+    with checking(f'the tokenizer in {folder}', 'fetch its files again'):
         if (folder / 'tokenizer.json').is_file():
             return spec_from_json(folder)
         for names in (('vocab.bpe', 'encoder.json'), ('merges.txt', 'vocab.json')):
             if all((folder / name).is_file() for name in names):
                 return spec_from_vocab(folder, *names)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
-        reason = ' '.join(f'{type(e).__name__}: {e}'.split())[:200]
-        raise TokenizerError(f'the tokenizer in {folder} is damaged, or not supported ({reason}): '
-                             'fetch its files again') from e
     raise TokenizerError(f'no tokenizer in {folder}: put tokenizer.json there, or vocab.bpe and encoder.json')
 
 
@@ -490,7 +488,7 @@ def tokenizer_spec(name):
     if name == 'gpt2':
         try:
             encoding = tiktoken.get_encoding('gpt2')
-        except (OSError, ValueError) as e:    # no network (requests' errors are OSErrors); a broken download
+        except (OSError, ValueError) as e:    # no network (requests raises OSErrors), or a broken download
             raise TokenizerError('the gpt2 tokenizer cannot be downloaded: go online once, or put vocab.bpe '
                                  'and encoder.json of GPT-2 in a directory and name that') from e
         tokens = [encoding.decode_single_token_bytes(id) for id in range(encoding.eot_token)]

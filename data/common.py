@@ -1,14 +1,19 @@
 """
-What every data/NAME/prepare.py shares: errors, encoding documents, writing a data set, going on where a call
-was stopped. And load_dataset() and load_mix(), with which train.py and others read one, or several.
+Data sets: writing them, which every data/NAME/prepare.py does with this, and reading them for training.
+
+    spec, encoding = find_tokenizer('python4k')
+    write_dataset('data/mine', encoding, spec, ['a document'], ['another'], 'my own words')
+    train, val, meta = load_dataset('mine', block_size=256)
 
 A data set is a folder with
     train.bin, val.bin    raw token ids, uint16, or uint32 if the vocabulary needs it; before each document
                           stands the tokenizer's BOS, if it has one, and after it the end token
     meta.json             'tokenizer' (spec, see tokenizer.py), 'vocab_size', 'train_tokens', 'val_tokens',
                           'train_bytes', 'val_bytes' (of UTF-8 text, without end tokens), 'source' (one line);
-                          and 'window', where both files are made of independent windows of so many tokens
+                          and 'window', if both files are made of independent windows of so many tokens
 so that bits per byte = loss in nats / ln 2 * val_tokens / val_bytes.
+
+Not here: drawing batches, which train.py does.
 """
 
 import hashlib
@@ -23,14 +28,14 @@ from typing import NamedTuple
 import numpy as np
 
 from files import read_json, write_atomically
-from options import fail, is_out_of_memory
-from tokenizer import TokenizerError, bos_ids, dialogue_ids, end_id, tokenizer_spec
+from options import fail, is_out_of_memory, option
+from tokenizer import TokenizerError, bos_ids, dialogue_ids, end_id, load_tokenizer, tokenizer_spec
 
 DATA = Path(__file__).resolve().parent
-MIN_TOKENS = 256                    # less than that in either split trains or measures nothing
+MIN_TOKENS = 256                    # in either split, at least: fewer train and measure nothing
 META = {'tokenizer': dict, 'vocab_size': int, 'train_tokens': int, 'val_tokens': int, 'train_bytes': int,
         'val_bytes': int, 'source': str, 'window': int}
-PIECES, PIECE = 64, 2 ** 20         # of a token file, in which ids are compared with the vocabulary
+PIECES, PIECE = 64, 2 ** 20         # so many tokens in so many places of a file are checked
 
 
 class DataError(Exception):
@@ -39,25 +44,25 @@ class DataError(Exception):
 
 def run(main, memory='end other programs, or take less at once'):
     """
-    Calls main() and turns what a user can cause into one line on stderr and a non-zero exit code. memory: the
-    remedy if it runs out.
+    Calls main() and turns errors that users can cause into one line on stderr and a non-zero exit code.
+    memory: the remedy if it runs out.
     """
     try:
-        if sys.stdout is not None:      # it is where stdout was closed
-            sys.stdout.reconfigure(errors='replace')    # a file's name may have what the terminal lacks
+        if sys.stdout is not None:      # None: it was closed before the start
+            sys.stdout.reconfigure(errors='replace')    # a file's name may hold what the terminal cannot show
         main()
         print(end='', flush=True)
     except (DataError, TokenizerError) as e:
         fail(e, 1)
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)    # what is left to be written goes nowhere
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)    # for what Python still writes at its end
         sys.exit(141)
     except (OSError, MemoryError, RuntimeError) as e:
         if is_out_of_memory(e):
             fail(f'out of memory; {memory}', 1)
         if not isinstance(e, OSError):
             raise
-        fail(f'{e.filename or "disk or stdout"}: {e.strerror or e}; what stood there before is whole', 1)
+        fail(f'{e.filename or "disk or stdout"}: {e.strerror or e}; older files are whole', 1)
     except KeyboardInterrupt:
         fail('interrupted; run the same command again', 130)
 
@@ -75,19 +80,26 @@ def token_dtype(vocab_size):
     return np.uint16 if vocab_size <= 2 ** 16 else np.uint32
 
 
+def tokenizer_option(default):
+    return option(default, "python4k, bytes, gpt2, a model's name, folder or .gguf file, or a folder with a "
+                           "tokenizer's files")
+
+
 def find_tokenizer(name):
-    """A tokenizer's name, or what weights.load takes -> its spec. Raises DataError or TokenizerError."""
+    """What tokenizer_option() takes -> spec, Encoding. Raises DataError or TokenizerError."""
     if name in ('python4k', 'bytes', 'gpt2'):
-        return tokenizer_spec(name)
-    import weights      # takes torch along, which takes seconds
-    try:
-        return weights.tokenizer_of(name)
-    except weights.WeightsError as e:
-        raise DataError(str(e)) from None
+        spec = tokenizer_spec(name)
+    else:
+        import weights      # imports torch, which takes seconds
+        try:
+            spec = weights.tokenizer_of(name)
+        except weights.CheckpointError as e:
+            raise DataError(str(e)) from None
+    return spec, load_tokenizer(spec)
 
 
 def document_ids(spec, encoding, document):
-    """document: str, or a dialogue, a tuple of (role, text) -> ids, with what stands around a document"""
+    """document: str, or a dialogue, a tuple of (role, text) -> ids, with BOS, if there is one, and the end"""
     if isinstance(document, str):
         # a literal '<|endoftext|>' inside a document is plain text
         ids = bos_ids(spec) + encoding.encode_ordinary(document)
@@ -115,8 +127,8 @@ def make_meta(encoding, spec, source, tokens, size):
     """tokens, size: dicts of tokens and bytes of text in 'train' and 'val' -> contents of meta.json"""
     for split in ('train', 'val'):
         if tokens[split] < MIN_TOKENS:
-            raise DataError(f'too little text: {tokens[split]} {split} tokens where {MIN_TOKENS} are the '
-                            'least; add text, or change the share kept for validation')
+            raise DataError(f'too little text: {tokens[split]} {split} tokens, and at least {MIN_TOKENS} are '
+                            'needed; add text, or change the share kept for validation')
     return {'tokenizer': spec, 'vocab_size': encoding.n_vocab, 'source': source,
             'train_tokens': tokens['train'], 'val_tokens': tokens['val'],
             'train_bytes': size['train'], 'val_bytes': size['val']}
@@ -124,9 +136,9 @@ def make_meta(encoding, spec, source, tokens, size):
 
 def publish(folder, meta):
     """
-    Gives a finished data set its names: train.bin.part and val.bin.part, where they were not renamed already
-    by a call that was cut short. meta: contents of meta.json. That one is removed first and comes back last,
-    so that where there is one, train.bin and val.bin are its own, wherever a kill falls.
+    Gives the files of a finished data set their names: train.bin.part and val.bin.part, unless an interrupted
+    call has renamed them already. meta: contents of meta.json, which is removed first and written last: if it
+    is there, it describes the train.bin and val.bin beside it, whenever a kill comes.
     """
     write_atomically(folder / 'meta.json.part', lambda file: file.write(json.dumps(meta).encode('ascii')))
     (folder / 'meta.json').unlink(missing_ok=True)
@@ -141,8 +153,8 @@ def publish(folder, meta):
 
 def load_progress(folder, fresh):
     """
-    How far an earlier call came that was stopped: the dict in progress.json, or fresh where there is none.
-    fresh['settings']: what both calls must have in common. Raises DataError, also where all is done already.
+    How far an interrupted call came: the dict in progress.json, or fresh if there is none. fresh['settings']:
+    what both calls must have in common. Raises DataError, also if everything is done already.
     """
     path = folder / 'progress.json'
     if not path.exists():
@@ -156,7 +168,7 @@ def load_progress(folder, fresh):
     except (ValueError, AttributeError, RecursionError) as e:
         raise DataError(f'{path} is damaged: delete it to start over') from e
     if progress['settings'] != fresh['settings']:
-        raise DataError(f'{path} is of a run with {progress["settings"]}: give the same options, '
+        raise DataError(f'{path} belongs to a run with {progress["settings"]}: give the same options, '
                         'or delete it to start over')
     return progress
 
@@ -165,11 +177,25 @@ def save_progress(folder, progress):
     write_atomically(folder / 'progress.json', lambda file: file.write(json.dumps(progress).encode('ascii')))
 
 
+def append_tokens(folder, split, ids, start):
+    """
+    Writes ids (tokens,) to train.bin.part or val.bin.part after its first `start` tokens; whatever a killed
+    run left after those goes. Call save_progress() only then. Raises DataError if there are fewer.
+    """
+    with open(folder / f'{split}.bin.part', 'ab') as file:
+        if file.tell() < start * ids.itemsize:
+            raise DataError(f'{file.name} is shorter than progress.json says: delete that one to start over')
+        file.truncate(start * ids.itemsize)
+        file.write(ids)
+        file.flush()
+        os.fsync(file.fileno())
+
+
 def write_dataset(folder, encoding, spec, train, val, source):
     """
-    folder: made if need be; train, val: lists of documents, see document_ids; source: one line
-    saying what the text is. Writes train.bin, val.bin and meta.json: an old data set stays until the new one
-    is complete. Raises DataError when a split is too small.
+    Writes train.bin, val.bin and meta.json into a folder, made if need be; an old data set stays until the
+    new one is complete. train, val: lists of documents, see document_ids; source: one line that says what the
+    text is. Raises DataError if a split is too small.
     """
     folder, splits = Path(folder), {'train': train, 'val': val}
     ids = {split: encode_documents(encoding, spec, documents) for split, documents in splits.items()}
@@ -190,7 +216,7 @@ def write_dataset(folder, encoding, spec, train, val, source):
 
 
 def prepare(name):
-    """Makes data/python, which needs nothing. Of any other data set a DataError says how to make it."""
+    """Makes data/python, which needs nothing. For any other data set, raises DataError with the command."""
     script = DATA / name / 'prepare.py'
     if name == 'python':
         if subprocess.run([sys.executable, script]).returncode:
@@ -199,7 +225,7 @@ def prepare(name):
     command = 'python data/text/prepare.py FILE... and then train with --data text'
     if name == 'packages':
         command = 'python data/python/prepare.py --packages'
-    elif name == 'heldout':         # which comes with the repository
+    elif name == 'heldout':         # it comes with the repository
         command = 'git checkout data/heldout'
     elif script.exists():
         command = f'python data/{name}/prepare.py'
@@ -207,10 +233,10 @@ def prepare(name):
 
 
 def check_tokens(ids, split, meta):
-    """Raises ValueError where ids (tokens,) are not what meta says of them."""
+    """Raises ValueError if ids (tokens,) do not fit what meta says of them."""
     if len(ids) != meta[f'{split}_tokens'] or len(ids) % meta.get('window', 1):
         raise ValueError(f'{split}.bin has {len(ids):,} tokens, and meta.json says otherwise')
-    # every token of a file of up to 64M; of a larger one so many, spread out, in a fraction of a second
+    # every token, or in a file of more than 64M pieces that are spread out: a fraction of a second
     for start in np.linspace(0, max(len(ids) - PIECE, 0), PIECES).astype(np.int64):
         largest = int(ids[start:start + PIECE].max())
         if largest >= meta['vocab_size']:
@@ -220,7 +246,7 @@ def check_tokens(ids, split, meta):
 def load_dataset(name, block_size):
     """
     data/NAME -> train tokens, val tokens (memory maps), meta. Prepares data/python if it is not there. Raises
-    DataError where it is damaged, or too short for windows of block_size tokens and their targets.
+    DataError if it is damaged, or too short for windows of block_size tokens and their targets.
     """
     if is_mix(name):
         raise DataError(f'{name} is a mix of data sets; name one of them: --data NAME')
@@ -289,7 +315,7 @@ def tokenizer_name(spec):
 
 def load_mix(text, block_size):
     """
-    What --data names, one data set or a mix of several -> [Part]. Raises DataError, as load_dataset() does,
+    --data, the name of one data set or a mix of several -> [Part]. Raises DataError as load_dataset() does,
     and if they have different tokenizers.
     """
     mix = [Part(name, share, *load_dataset(name, block_size)) for name, share in read_shares(text)]

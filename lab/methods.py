@@ -37,6 +37,7 @@ import torch
 import cwic
 import train
 from cwic import CWICConfig, Neurons, StripedLinear, Thresholds
+from options import check_options
 
 ONE = 10 ** 9           # columns to a stripe: all that the matrix has
 LEAST = 0.02            # a layer that skips keeps at least this share of its weights
@@ -454,10 +455,14 @@ class SmallerDense(Method):
     def check(self, model, saved, target):
         if 'options' not in saved:
             raise Cannot('the text that this model was trained on is not available')
+        try:
+            check_options(train.TrainConfig, saved['options'])
+        except ValueError as error:
+            raise Cannot(f'the options of its run cannot be used: {error}') from None
 
     def start(self, model, saved, recipe, given):
         """It reads as many tokens as the others, the dense model's training included."""
-        old, config = train.TrainConfig(**saved['options']), asdict(model.config)
+        old, config = check_options(train.TrainConfig, saved['options']), asdict(model.config)
         for n_embd in range(model.config.n_embd, 0, -2 * model.config.n_head):
             config.update(n_embd=n_embd, n_hidden=model.config.n_hidden * n_embd // model.config.n_embd)
             with torch.device('meta'):

@@ -80,7 +80,7 @@ def write_file(path, saved):
     write_safetensors(path, tensors, {'cwic': json.dumps(said)})
 
 
-def test_the_bytes_are_those_of_the_format(tmp_path):
+def test_written_safetensors_has_the_bytes_of_the_format(tmp_path):
     """
     Another reader must find every tensor, aligned, in one piece with the next, and none but them: this one knows
     nothing of ours, and the bytes of each are numpy's.
@@ -135,7 +135,7 @@ def entry(begin, end, shape=None, dtype='F32'):
     (pack({'__metadata__': {'cwic': 3}}), 'metadata that is not text'), (pack({'__metadata__': []}), 'AttributeError'),
     (pack(b'{}' + b' ' * 100, length=101_000_000), 'a header of 101,000,000 bytes'),
     (pack(b'{}', length=2 ** 64 - 1), 'a header of'), (b'', 'empty'), (b'x', 'a header of')])
-def test_what_the_format_forbids_is_refused(tmp_path, content, says):
+def test_safetensors_that_break_the_format_are_refused(tmp_path, content, says):
     """
     Two tensors on the same bytes, holes, sizes that are no whole numbers: what one reader takes and another does
     not hides things, and what none compares with the file's size takes gigabytes.
@@ -200,7 +200,7 @@ def test_out_of_memory_is_not_called_damage(tmp_path, monkeypatch):
         def fail(*_, **__):
             raise error
         monkeypatch.setattr(torch.Tensor, 'to', fail)
-        with pytest.raises(CheckpointError, match='not enough memory'):
+        with pytest.raises(CheckpointError, match='out of memory'):
             load_checkpoint(tmp_path / 'm.safetensors')
 
 
@@ -214,7 +214,7 @@ def peak_memory():
 
 
 @BOTH
-def test_lies_about_sizes_are_one_line_and_cost_nothing(tmp_path, arch):
+def test_false_sizes_are_one_line_and_take_no_memory(tmp_path, arch):
     """
     A file of some KB said n_layer=10**9, or n_embd=16384, and took gigabytes before a shape was compared.
     Others came as far as the first forward pass with a size that was a string.
@@ -250,7 +250,7 @@ def test_lies_about_sizes_are_one_line_and_cost_nothing(tmp_path, arch):
     assert len(cases) > 150 and peak_memory() - before < 100e6
 
 
-def test_nothing_that_is_not_finite_is_ever_written(tmp_path):
+def test_save_refuses_numbers_that_are_not_finite(tmp_path):
     """A step that diverged was saved over the good last.safetensors, and --resume then failed for ever."""
     path = tmp_path / 'm.safetensors'
     save_checkpoint(path, small_model())
@@ -263,7 +263,7 @@ def test_nothing_that_is_not_finite_is_ever_written(tmp_path):
         assert path.read_bytes() == whole and os.listdir(tmp_path) == ['m.safetensors']
 
 
-def test_a_disk_that_does_not_take_it(tmp_path):
+def test_full_disk_leaves_the_old_checkpoint_whole(tmp_path):
     """
     A disk that is nearly full gave a traceback. A limit on the size of files stands in for it, at many sizes.
     """
@@ -285,7 +285,7 @@ def test_a_disk_that_does_not_take_it(tmp_path):
             save_checkpoint(impossible, model)
 
 
-def test_what_killed_processes_left_is_removed_and_what_living_ones_write_is_not(tmp_path):
+def test_save_removes_partial_files_of_dead_processes_only(tmp_path):
     """*.PID.partial files stayed for ever: 46 of them after 200 kills."""
     dead, living = 2 ** 31 - 1, os.getppid()
     stay = {f'm.safetensors.{living}.partial', f'other.safetensors.{dead}.partial', 'm.safetensors.x.partial'}
@@ -296,7 +296,7 @@ def test_what_killed_processes_left_is_removed_and_what_living_ones_write_is_not
 
 
 @pytest.mark.filterwarnings('ignore:.*multi-threaded.*fork:DeprecationWarning')
-def test_a_kill_in_the_middle_of_a_save_leaves_a_whole_checkpoint(tmp_path):
+def test_kill_during_save_leaves_a_whole_checkpoint(tmp_path):
     """SIGKILL at many different moments of a process that does nothing but save: what is there must load."""
     path, left, model = tmp_path / 'm.safetensors', 0, GPT(CWICConfig(n_embd=192, n_head=3))
     save_checkpoint(path, model, step=0)
@@ -385,7 +385,7 @@ def test_adapter_in_int8_is_smaller_and_as_good(tmp_path):
 @pytest.mark.parametrize('kind, says', [
     ('no base', "needs its base 'the base'"), ('other base', 'holds other weights than'), ('no hash', 'holds other weights'),
     ('odd base', 'a base that is no name'), ('other rank', 'damaged'), ('huge scale', 'damaged'), ('odd scale', 'damaged'),
-    ('nan scale', 'not finite'), ('adapter missing', 'damaged'), ('no adapter', 'damaged'), ('singular', 'no inverse')])
+    ('nan scale', 'not finite'), ('adapter missing', 'damaged'), ('no adapter', 'damaged'), ('singular', 'singular')])
 def test_adapter_that_does_not_fit_is_one_line(tmp_path, kind, says):
     """One of these made 3 billion numbers of 3; a base with other weights of the same sizes was taken in silence."""
     model, path = small_model(bases=kind == 'singular'), tmp_path / 'a.safetensors'

@@ -189,7 +189,7 @@ def test_python_sources_that_are_left_out(tmp_path, monkeypatch):
     assert python_script.find_sources(tmp_path, [tmp_path / 'site-packages']) == library + packages
 
 
-def test_python_what_cannot_be_read_is_counted_not_the_end(tmp_path, monkeypatch, capsys):
+def test_python_files_that_cannot_be_read_are_counted(tmp_path, monkeypatch, capsys):
     """One dangling link among ten thousand installed files ended the program, the link's name its only word."""
     monkeypatch.setattr(python_script, 'MIN_BYTES', 0)
     site = tmp_path / 'site-packages'
@@ -247,7 +247,7 @@ def test_training_a_tokenizer_without_the_package_is_one_clear_line(monkeypatch,
 # ---- writing ----
 
 @pytest.mark.parametrize('moment', ['while writing', 'between the names'])
-def test_a_kill_leaves_the_old_data_or_none_never_a_mixture(tmp_path, prepare, moment):
+def test_kill_never_leaves_files_of_two_data_sets(tmp_path, prepare, moment):
     """
     train.bin of one run with meta.json of another trains without complaint on wrong ids. A kill while the new
     files are written must leave the old set; one while they get their names must leave no meta.json to be
@@ -278,7 +278,7 @@ def test_an_error_while_writing_leaves_the_old_data_and_no_temporary_file(tmp_pa
     old, limits = content(tmp_path / 'out'), resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (2000, limits[1]))
     try:
-        prepare(text_script, new_text, '--out', tmp_path / 'out', code=1, parts=['too large', 'is whole'])
+        prepare(text_script, new_text, '--out', tmp_path / 'out', code=1, parts=['too large', 'are whole'])
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert content(tmp_path / 'out') == old
@@ -290,7 +290,7 @@ def test_an_error_while_writing_leaves_the_old_data_and_no_temporary_file(tmp_pa
     assert content(tmp_path / 'out') == old
 
 
-def test_a_reader_that_is_gone_or_a_full_device_behind_stdout(tmp_path):
+def test_closed_pipe_or_full_device_as_stdout_is_no_traceback(tmp_path):
     """`prepare.py | head -1` and `> /dev/full` once ended in a traceback; the data is there all the same."""
     book, = write(tmp_path, book=lines(0, 500))
     command = [sys.executable, text_script.__file__, str(book), '--out', str(tmp_path / 'out')]
@@ -304,7 +304,7 @@ def test_a_reader_that_is_gone_or_a_full_device_behind_stdout(tmp_path):
     assert read(tmp_path / 'out')[0]['source'] == 'book.txt'
 
 
-def test_ids_beyond_16_bits(tmp_path, prepare):
+def test_vocabulary_beyond_16_bits_is_stored_as_uint32(tmp_path, prepare):
     """65,536 ids are the most that uint16 tells apart: one more, and the last would come back as id 0."""
     characters = [chr(b) for b in range(256) if chr(b).isprintable() and chr(b) != ' ']
     characters += [chr(256 + i) for i in range(256 - len(characters))]
@@ -760,7 +760,7 @@ def test_python_is_prepared_when_it_is_asked_for(monkeypatch, tmp_path, capfd):
     assert 'see the line above' in refused('python') and 'preparing' in capfd.readouterr().out
 
 
-def test_what_comes_with_the_repository_is_got_back_from_it(tmp_path, monkeypatch):
+def test_missing_heldout_data_names_git_checkout(tmp_path, monkeypatch):
     """Damaged held-out text was to be prepared again, by a program that there is not."""
     monkeypatch.setattr(common, 'DATA', tmp_path)
     with pytest.raises(DataError, match='not there.*git checkout data/heldout'):

@@ -274,6 +274,19 @@ def test_only_reads_all_dialogues_or_all_documents_once():
         evaluate.windows_of_kind('dialogues', data[1:3].flatten(), {'window': 8}, spec, load_tokenizer(spec), 5, 8)
 
 
+def test_documents_that_begin_with_bos_are_no_dialogues():
+    """In Llama 3's template a dialogue begins with BOS as well: all documents were taken for dialogues."""
+    tokens = [bytes([b]) for b in range(256)]
+    special = {'<|endoftext|>': 256, '<|bos|>': 257, '<|im_start|>': 258, '<|im_end|>': 259}
+    template = {'begin': '<|bos|>', 'message': '<|im_start|>{role} {text}<|im_end|>', 'prefix': '', 'system': '',
+                'strip': False, 'stop': ['<|im_end|>']}
+    spec = bpe_spec('x', PATTERNS['gpt2'], tokens, special=special, bos=[257], template=template)
+    data = np.array([[257, 258, 5, 6], [257, 7, 8, 9], [256, 257, 7, 8], [257, 258, 6, 5]], np.uint16)
+    for kind, expected in (('dialogues', data[[0, 3]]), ('documents', data[[1, 2]])):
+        found = evaluate.windows_of_kind(kind, data.flatten(), {'window': 4}, spec, load_tokenizer(spec), 99, 4)
+        assert found.tolist() == expected.tolist()
+
+
 def test_a_mix_is_validated_in_proportion_on_windows_of_one_length():
     mix = [Part('a', 0.75, None, np.arange(60, dtype=np.uint16), {'window': 10}),
            Part('b', 0.25, None, np.arange(100, 200, dtype=np.uint16), {})]

@@ -19,7 +19,7 @@ def test_text_from_windows_reads_as_any_other(tmp_path, data):
 
 
 @pytest.mark.parametrize('data, said', [(b'a\0b', 'NUL'), ('abc'.encode('utf-16-le'), 'NUL'), (b'abc\xff', 'byte 3')])
-def test_what_is_not_text_is_refused(tmp_path, data, said):
+def test_binary_data_is_refused_as_text(tmp_path, data, said):
     (tmp_path / 'text').write_bytes(data)
     with pytest.raises(ValueError, match=said):
         read_text(tmp_path / 'text')
@@ -41,7 +41,17 @@ def test_pipes_and_devices_are_refused_at_once(tmp_path):
             read_text(path)
 
 
-def test_lines_of_a_stream_come_one_by_one():
+@pytest.mark.skipif(not os.path.isdir('/proc/self/fd'), reason='needs /proc')
+def test_a_folder_in_place_of_a_file_leaves_no_descriptor_open(tmp_path):
+    """Each attempt to read a folder left one open, until there were no more."""
+    before = len(os.listdir('/proc/self/fd'))
+    for _ in range(10):
+        with pytest.raises(IsADirectoryError):
+            read_text(tmp_path)
+    assert len(os.listdir('/proc/self/fd')) == before
+
+
+def test_read_lines_yields_each_line_as_it_arrives():
     """A program that waits for each reply before it sends the next prompt must not wait for ever."""
     code = 'import sys; from files import read_lines\nfor line in read_lines(sys.stdin.buffer): print(line, flush=True)'
     with subprocess.Popen([sys.executable, '-c', code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as echo:

@@ -339,3 +339,5 @@ def test_a_target_out_of_reach_is_refused_with_the_reason():
         METHODS['CATS'].check(dense, {}, 2.0)
     with pytest.raises(methods.Cannot, match='not available'):
         METHODS['smaller dense'].check(dense, {}, 2.0)
+    with pytest.raises(methods.Cannot, match='cannot be used: lr must be a finite number'):
+        METHODS['smaller dense'].check(dense, {'options': {**vars(train.TrainConfig()), 'lr': 'x'}}, 2.0)

@@ -71,7 +71,7 @@ def as_words(name, value, rng):
     return [f'{flag}={text}'] if text.startswith('--') or rng.random() < 0.5 else [flag, text]
 
 
-def test_options_given_at_random_are_those_that_arrive(preset):
+def test_random_options_arrive_from_presets_and_flags(preset):
     """Values, some of them defaults, in a preset and in flags of every spelling, against merged dicts."""
     rng = random.Random(0)
     for _ in range(300):
@@ -102,11 +102,11 @@ def test_given_is_told_apart_from_default():
     assert parse() == (Config(), set())
 
 
-def test_the_last_of_two_counts():
+def test_last_of_two_flags_counts():
     assert parse('--lr', '1', '--resume', '--lr=2', '--resume', 'no')[0] == Config(lr=2.0)
 
 
-def test_words_go_to_the_field_for_them():
+def test_words_go_to_the_tuple_field():
     files = ('a.txt', 'b.txt', '7')
     for argv in (['a.txt', 'b.txt', '7', '--name', 'y'], ['a.txt', '--name', 'y', 'b.txt', '7']):
         assert parse(*argv, cls=Listed, presets=False) == (Listed(files, 'y'), {'files', 'name'})
@@ -134,7 +134,7 @@ def test_words_go_to_the_field_for_them():
     (['--resume=maybe'], '--resume must be yes or no, not maybe'),
     (['--bias='], '--bias must be yes or no, not'),
 ])
-def test_what_is_wrong_on_the_command_line(argv, words, capsys):
+def test_wrong_command_line_is_one_line(argv, words, capsys):
     """A bad option used to be a blank AssertionError; --lr nan trained a model of nan."""
     assert words in refused(capsys, *argv)
 
@@ -158,7 +158,7 @@ def test_what_is_wrong_on_the_command_line(argv, words, capsys):
     ('lr = ' + '[' * 100_000, 'not TOML'),
     ('import os', 'not TOML'),
 ])
-def test_what_is_wrong_in_a_preset(content, words, preset, capsys):
+def test_wrong_preset_is_one_line(content, words, preset, capsys):
     """Presets were once run as code."""
     path = preset(content)
     line = refused(capsys, path)
@@ -196,7 +196,7 @@ def test_help_shows_every_option_with_its_default(capsys):
             assert name == 'files' or f'--{name} ' in shown and default in shown
 
 
-def test_the_command_line_is_read_where_no_argv_is_given(monkeypatch):
+def test_sys_argv_is_the_default(monkeypatch):
     monkeypatch.setattr(sys, 'argv', ['program.py', '--lr', '7'])
     assert parse_options(Config, 'python program.py')[0].lr == 7
 

@@ -80,7 +80,7 @@ def written(chat_model, tmp_path_factory):
     return out
 
 
-def test_dialogues_follow_the_template_and_documents_hold_no_other_token_of_it(written):
+def test_dialogues_follow_the_template_and_documents_have_no_template_tokens(written):
     encoding = load_tokenizer(SPEC)
     meta = json.loads((written / 'meta.json').read_text(encoding='utf-8'))
     windows = [np.fromfile(written / f'{split}.bin', np.uint16).reshape(-1, 96).tolist()
@@ -98,7 +98,7 @@ def test_dialogues_follow_the_template_and_documents_hold_no_other_token_of_it(w
     assert documents == 6 and turns > 6
 
 
-def test_without_questions_the_text_is_what_it_always_was(chat_model, monkeypatch):
+def test_text_of_a_seed_does_not_change_between_versions(chat_model, monkeypatch):
     """As it was before the states of a window had names; so a run that was stopped then goes on the same."""
     script = imported(monkeypatch)
     model, _ = load_checkpoint(chat_model)
@@ -106,6 +106,30 @@ def test_without_questions_the_text_is_what_it_always_was(chat_model, monkeypatc
     windows = script.write_windows(model, SPEC, load_tokenizer(SPEC), 30, config, 'cpu',
                                    torch.Generator().manual_seed(3))
     assert hashlib.sha256(windows.astype('<u2').tobytes()).hexdigest()[:16] == 'd2d4ab8e9a09d5cb'
+
+
+def test_every_document_begins_with_bos_if_the_tokenizer_has_one(monkeypatch):
+    """Llama 3's has one. The documents had none, a beginning that the model never saw in its own training."""
+    script, bos = imported(monkeypatch), 259
+    spec = {**SPEC, 'special': {**SPECIAL, '<|bos|>': bos}, 'bos': [bos], 'template': {**TEMPLATE, 'begin': '<|bos|>'}}
+    torch.manual_seed(0)
+    model = cwic.GPT(cwic.CWICConfig(arch='llama', vocab_size=260, block_size=64, n_layer=1, n_head=2, n_embd=16,
+                                     n_hidden=24)).eval()
+    hidden = model.trunk(torch.randint(260, (1, 64)))[0].mean((0, 1)).detach()
+    model.head.weight.data[:, 0] += 4 * hidden / hidden.norm() ** 2         # documents end often
+    windows = script.write_windows(model, spec, load_tokenizer(spec), 40, script.SelfWrittenConfig(window=64), 'cpu',
+                                   torch.Generator().manual_seed(1))
+    assert (windows[:20, :2] == [bos, 1]).all() and (windows[:20, 2:] != bos).all()
+    began = [window[:2] == [bos, window[1]] for window in windows[20:].tolist()]
+    assert 3 < sum(began) < 17                                          # the others after an end
+    ended = 0
+    for window, at_start in zip(windows[20:].tolist(), began):
+        ends = [i for i, id in enumerate(window) if id == 0]
+        ended += len(ends)
+        places = [0] * at_start + [i + 1 for i in ends if i + 1 < len(window)]
+        assert [i for i, id in enumerate(window) if id == bos] == places
+        assert all(window[i + 1] > 2 for i in places if i + 1 < len(window))
+    assert ended > 30
 
 
 QUESTIONS = ['why?', 'Is <|im_end|> a word,\\nor <|endoftext|>?', 'who are you']
@@ -170,7 +194,7 @@ def test_a_stopped_run_does_not_go_on_with_other_questions(asked, monkeypatch, t
     with pytest.raises(KeyboardInterrupt):
         script.main()
     (tmp_path / 'questions').write_text('why not?\n', encoding='utf-8')
-    with pytest.raises(script.DataError, match='progress.json is of a run with'):
+    with pytest.raises(script.DataError, match='progress.json belongs to a run with'):
         script.main()
 
 
@@ -187,14 +211,17 @@ def test_questions_that_cannot_be_used_are_one_line(chat_model, tmp_path, monkey
     assert said in error and error.count('\n') == 1 and not os.listdir(tmp_path)
 
 
-def test_the_same_seed_writes_the_same_and_another_seed_does_not(written, chat_model, tmp_path):
+def test_the_same_seed_writes_the_same_and_another_seed_does_not(written, chat_model, tmp_path, monkeypatch):
+    script = imported(monkeypatch)
     for seed, same in (('1', True), ('2', False)):
-        assert prepare(tmp_path / seed, chat_model, '--seed', seed).returncode == 0
+        argv = ['prepare.py', '--model', chat_model, '--out', str(tmp_path / seed), *OPTIONS, '--seed', seed]
+        monkeypatch.setattr(sys, 'argv', argv)
+        script.main()
         bins = [(folder / 'train.bin').read_bytes() for folder in (tmp_path / seed, written)]
         assert (bins[0] == bins[1]) is same
 
 
-def test_half_of_the_windows_are_drawn_from_all_that_is_possible_but_answers(chat_model, monkeypatch):
+def test_answers_and_half_of_the_windows_are_sampled_with_min_p(chat_model, monkeypatch):
     """
     Of text that was all likely, and documents that all began in mid-air, a sparse SmolLM2 learned to follow
     its base's own style, and lost 9% on BLiMP, whose sentences are short, odd, and follow an end of document.
@@ -251,17 +278,20 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(written, chat_model, 
     assert not (tmp_path / 'progress.json').exists()
 
 
-def test_what_a_user_gets_wrong_is_one_line(chat_model, written, tmp_path):
-    cases = [(prepare(written, chat_model), 'prepared already'),
-             (prepare(tmp_path / 'a', str(tmp_path / 'none.safetensors')), 'none.safetensors'),
-             (prepare(tmp_path / 'b', chat_model, '--window', '20'), 'window')]
+def test_wrong_options_of_selfwritten_are_one_line(chat_model, written, tmp_path, monkeypatch, capsys):
+    script = imported(monkeypatch)
     torch.manual_seed(0)
     plain = cwic.GPT(cwic.CWICConfig(vocab_size=257, block_size=96, n_layer=1, n_head=1, n_embd=8))
     save_checkpoint(str(tmp_path / 'plain.safetensors'), plain, tokenizer={'kind': 'bytes'})
-    cases.append((prepare(tmp_path / 'c', str(tmp_path / 'plain.safetensors')), 'chat template'))
     (tmp_path / 'd').mkdir()            # this one ended in a traceback
     (tmp_path / 'd' / 'progress.json').write_text('{"batches"', encoding='utf-8')
-    cases.append((prepare(tmp_path / 'd', chat_model), 'progress.json is damaged'))
-    for result, said in cases:
-        assert result.returncode and said in result.stderr, result.stderr
-        assert len(result.stderr.splitlines()) == 1, result.stderr
+    for out, model, more, said in ((written, chat_model, [], 'prepared already'),
+                                   (tmp_path / 'a', str(tmp_path / 'none.safetensors'), [], 'none.safetensors'),
+                                   (tmp_path / 'b', chat_model, ['--window', '20'], 'window'),
+                                   (tmp_path / 'c', str(tmp_path / 'plain.safetensors'), [], 'chat template'),
+                                   (tmp_path / 'd', chat_model, [], 'progress.json is damaged')):
+        monkeypatch.setattr(sys, 'argv', ['prepare.py', '--model', model, '--out', str(out), *OPTIONS, *more])
+        with pytest.raises(SystemExit) as ended:
+            script.run(script.main)
+        error = capsys.readouterr().err
+        assert ended.value.code and said in error and error.count('\n') == 1, error

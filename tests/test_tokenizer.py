@@ -127,7 +127,7 @@ def test_python4k_cuts_and_merges_as_a_naive_encoder_does(python4k):
     assert python4k.encode_ordinary(''.join(pieces)) == expected
 
 
-def test_a_prompt_is_cut_as_the_same_text_within_a_file():
+def test_prompt_has_the_same_tokens_as_that_text_within_a_file():
     """
     A pattern that joins '):' with the newline and indentation after it needs 5% fewer tokens, but then a
     prompt that ends in 'def f(n):' ends in a token that in the training text never stood before a line end:
@@ -166,7 +166,7 @@ def test_any_text_round_trips(name):
 
 
 @pytest.mark.parametrize('character', list(' \n=a1_é\x00\u3000'))
-def test_long_runs_of_one_character(python4k, character):
+def test_long_runs_of_one_character_round_trip(python4k, character):
     """
     With a look-ahead in the pattern, as GPT-2's has, the regex engine backtracks: two million blanks crash
     it.
@@ -241,7 +241,7 @@ TEMPLATE = {'begin': '', 'message': '{role}: {text}', 'prefix': '', 'system': ''
                                        TEMPLATE | {'system': 1}, TEMPLATE | {'stop': ['a']},
                                        TEMPLATE | {'stop': 3}, TEMPLATE | {'stop': [[]]}))], ids=range(94))
 def test_a_damaged_spec_is_one_clear_line(spec):
-    with pytest.raises(TokenizerError, match='^unusable tokenizer .*: prepare the data again') as e:
+    with pytest.raises(TokenizerError, match='^the tokenizer cannot be used .*: prepare the data again') as e:
         load_tokenizer(spec)
     assert str(e.value).isprintable()
 
@@ -406,7 +406,7 @@ def test_dialogues_are_written_as_the_models_templates_do(spec, special):
     assert dialogue_ids(spec, encoding, [], begin=False, reply=False) == []
 
 
-def test_what_ends_a_document_and_a_reply(spec, special):
+def test_end_id_and_stop_ids_of_known_models(spec, special):
     encoding = load_tokenizer(spec)
     end, stop = (ENDOFTEXT, '<|im_end|>') if special == SMOLLM_SPECIAL else ('<|end_of_text|>', '<|eot_id|>')
     assert end_id(spec, encoding) == special[end]
@@ -430,7 +430,7 @@ def test_a_base_model_has_no_template(tmp_path):
     assert tokenizer_spec(str(folder))['template']['system'] == tokenizer.SMOLLM_SYSTEM
 
 
-def test_bytes_that_a_vocabulary_lacks_are_lost_and_nothing_else():
+def test_only_bytes_missing_from_the_vocabulary_are_lost():
     """SmolLM2 has no token for 21 bytes, such as 4 and 0xF1; tiktoken panics at the first of them."""
     encoding = load_tokenizer(LACKING)
     assert encoding.n_vocab == 4095 and end_id(LACKING, encoding) == 4094
@@ -438,7 +438,7 @@ def test_bytes_that_a_vocabulary_lacks_are_lost_and_nothing_else():
     assert max(encoding.encode_ordinary('\x00x' * 1000)) < 4094
 
 
-def test_a_million_blanks(spec):
+def test_a_million_blanks_do_not_crash_the_regex_engine(spec):
     """They overflowed the regex engine's stack, a panic that no `except Exception` catches."""
     encoding = load_tokenizer(spec)
     for text in (' ' * 1_000_000 + 'a', 'a' + '\u3000' * 300_000, ('\t' * 9999 + 'x') * 50,
@@ -546,14 +546,14 @@ def test_added_tokens_that_are_not_special_are_words(llama3):
 
 
 @pytest.mark.parametrize('flag', ['single_word', 'lstrip', 'rstrip'])
-def test_a_word_that_is_matched_in_another_way_is_refused(llama3, flag):
+def test_added_word_with_matching_flags_is_refused(llama3, flag):
     word = added('<tool>', NEXT, **{flag: True})
     change_json(llama3 / 'tokenizer.json', added_tokens=lambda old: old + [word])
     with pytest.raises(TokenizerError, match=f"the added token '<tool>' is {flag}, which is not supported"):
         tokenizer_spec(str(llama3))
 
 
-def test_what_a_template_writes_is_special_whatever_the_file_says(tmp_path):
+def test_template_tokens_are_special_even_if_files_deny_it(tmp_path):
     """A user who writes <|im_end|> would end the turn."""
     folder = write_tokenizer_json(tmp_path / 'model', SMOLLM_SPECIAL)
     change_json(folder / 'tokenizer.json', added_tokens=[added(text, id) for text, id in SMOLLM_SPECIAL.items()])
@@ -607,14 +607,14 @@ def test_without_bos_a_text_begins_after_another_documents_end(llama3):
     ('config.json', {'eos_token_id': '7'}, 'eos_token_id .* is no id'),
     ('config.json', {'eos_token_id': [True]}, 'eos_token_id .* is no id'),
 ])
-def test_what_is_not_done_is_refused(llama3, file, change, words):
+def test_unsupported_tokenizer_settings_are_refused(llama3, file, change, words):
     change_json(llama3 / file, **change)
     with pytest.raises(TokenizerError, match=words) as error:
         tokenizer_spec(str(llama3))
     assert str(error.value).isprintable()
 
 
-def test_an_empty_normalizer_is_none(llama3):
+def test_empty_normalizer_counts_as_none(llama3):
     expected = tokenizer_spec(str(llama3))
     change_json(llama3 / 'tokenizer.json', normalizer={'type': 'Sequence', 'normalizers': []})
     assert tokenizer_spec(str(llama3)) == expected
@@ -633,7 +633,7 @@ def test_eos_token_id_ends_a_reply(llama3):
     for key in ('eos_token_id', 'eot_token_id'):
         spec = spec_from_gguf(gguf(**{key: 7}))
         assert stop_ids(spec, load_tokenizer(spec)) == {EOS, 7}
-    with pytest.raises(TokenizerError, match='a damaged tokenizer'):
+    with pytest.raises(TokenizerError, match='its tokenizer cannot be used'):
         spec_from_gguf(gguf(eos_token_id='x'))
 
 
@@ -642,7 +642,7 @@ def test_unused_tokens_at_the_end_of_a_gguf_file_are_no_part_of_the_vocabulary()
     assert load_tokenizer(spec).n_vocab == NEXT + 2 and spec['words'] == {'<tool>': NEXT + 1}
 
 
-def test_gpt2s_own_tokenizer_json_does_not_name_its_type(tmp_path):
+def test_tokenizer_json_of_gpt2_without_type_is_read(tmp_path):
     """The release's file was refused for want of "type"."""
     folder = write_gpt2_dir(tmp_path / 'gpt2', GPT2_MERGES)
     expected = tokenizer_spec(str(folder))
@@ -657,7 +657,7 @@ def test_gpt2s_own_tokenizer_json_does_not_name_its_type(tmp_path):
     assert tokenizer_spec(str(folder)) == expected
 
 
-def test_tokens_that_were_added_to_gpt2(tmp_path):
+def test_added_tokens_beside_gpt2s_files_are_read(tmp_path):
     """[PAD] and the like stand in a file of their own, or beside the settings; some names the settings have."""
     folder = write_gpt2_dir(tmp_path / 'gpt2', GPT2_MERGES, 'merges.txt', 'vocab.json')
     end = 256 + len(GPT2_MERGES)
@@ -671,7 +671,7 @@ def test_tokens_that_were_added_to_gpt2(tmp_path):
     assert load_tokenizer(spec).n_vocab == end + 4
 
 
-def test_a_vocabulary_with_another_end_than_endoftext(tmp_path):
+def test_eos_token_other_than_endoftext_ends_documents(tmp_path):
     folder = write_gpt2_dir(tmp_path / 'gpt2', GPT2_MERGES, 'merges.txt', 'vocab.json')
     vocab = json.loads((folder / 'vocab.json').read_text(encoding='utf-8'))
     id = vocab.pop(ENDOFTEXT)
@@ -687,7 +687,7 @@ def test_a_vocabulary_with_another_end_than_endoftext(tmp_path):
         tokenizer_spec(str(folder))
 
 
-def test_the_files_of_a_tokenizer_are_read_as_text_from_anywhere(tmp_path):
+def test_tokenizer_files_with_bom_or_crlf_are_read(tmp_path):
     """A byte order mark made tokenizer.json "damaged"; CRLF put \\r into merges."""
     folder = write_gpt2_dir(tmp_path / 'gpt2', GPT2_MERGES)
     expected = tokenizer_spec(str(folder))

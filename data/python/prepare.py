@@ -5,12 +5,12 @@ Python code: the standard library of the Python that runs this script -> train.b
     python data/python/prepare.py --packages        # and every installed package: data/packages, for a GPU
 
 About 10 MB of code and docstrings, no network, a few seconds, the same bytes each time on the same Python.
-With --packages ten times as much where torch, sympy, numpy and the like are installed (100 MB, 33 million
-tokens in 6 seconds); what is there decides what comes out, and the licences are the packages' own.
+With --packages ten times as much, if torch, sympy, numpy and the like are installed (100 MB, 33 million
+tokens in 6 seconds); the text depends on what is installed, and its licences are the packages' own.
 
-The split is by file, on a hash of its path: no file is in both, and one that keeps its name keeps its side in
-every Python, so that what the tokenizer beside this script was trained on (train files of one version) is not
-validated on in another.
+The split is by file, by a hash of its path: no file is in both splits, and one that keeps its name stays in
+its split in every version of Python. So the tokenizer beside this script, trained on the train files of one
+version, has not seen another version's validation text.
 
 Not in the corpus:
   - tests (more than all the rest, and repetitive), copies of packages inside others (_vendor), this machine's
@@ -18,7 +18,7 @@ Not in the corpus:
   - tables and generated text: encodings/ (character maps and a boilerplate page per codec), html/entities.py,
     pydoc_data/topics.py (the manual as 750 kB of string literals), and a package's largest files;
   - files that do not decode or whose names do not, empty ones, and any file whose content came before;
-  - what cannot be read, such as another user's files and links to nowhere: their number is printed.
+  - files that cannot be read, such as another user's, and links to nowhere: their number is printed.
 """
 
 import os
@@ -32,11 +32,10 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))    # the repository, for the imports below
-from data.common import DataError, in_val, run, write_dataset
+from data.common import DataError, find_tokenizer, in_val, run, write_dataset
 from options import option, parse_options
-from tokenizer import load_tokenizer, tokenizer_spec
 
-SITE = ('site-packages', 'dist-packages')       # what folders of installed packages are called
+SITE = ('site-packages', 'dist-packages')       # names of folders with installed packages
 SKIP_FOLDERS = {'test', 'tests', 'idle_test', 'encodings', '_vendor', 'lib-dynload', *SITE}
 SKIP_FILES = {'html/entities.py', 'pydoc_data/topics.py', 'sitecustomize.py', 'usercustomize.py'}
 SKIP_PREFIXES = ('_sysconfigdata', '_sysconfig_vars', 'config-')
@@ -48,15 +47,15 @@ MAX_BYTES = 400_000         # of a package's file
 @dataclass
 class PythonConfig:
     """Python code: the standard library of the Python that runs this, and its packages if asked for."""
-    packages: bool = option(False, 'every installed package too; the licences are their own')
+    packages: bool = option(False, 'also every installed package; their licences are their own')
     out: str = option('', 'folder for train.bin, val.bin and meta.json; '
-                          'without it, data/python, or data/packages with --packages')
+                          'none: data/python, or data/packages with --packages')
 
 
 def find_sources(library, packages=()):
     """
     library: Path of a standard library; packages: Paths of folders with installed packages -> list of (name,
-    text), by name within each folder. Prints each folder, and what in it cannot be read. Raises DataError.
+    text), by name within each folder. Prints each folder, and what could not be read. Raises DataError.
     """
     sources, seen = [], set()
     for root in (library, *packages):
@@ -74,9 +73,9 @@ def find_sources(library, packages=()):
                 status = paths[name].stat()
                 if not stat.S_ISREG(status.st_mode) or root != library and status.st_size > MAX_BYTES:
                     continue
-                with tokenize.open(paths[name]) as f:   # heeds a file's own 'coding:' line
+                with tokenize.open(paths[name]) as f:   # follows a file's own 'coding:' line
                     text = f.read()
-            except (SyntaxError, UnicodeError, LookupError):    # unknown or wrong encoding, or not of text
+            except (SyntaxError, UnicodeError, LookupError):    # an encoding that is unknown or wrong
                 continue
             except OSError:
                 unreadable.append(paths[name])
@@ -96,14 +95,14 @@ def find_sources(library, packages=()):
 
 def main():
     config, _ = parse_options(PythonConfig, 'python data/python/prepare.py')
-    spec = tokenizer_spec('python4k')
+    spec, encoding = find_tokenizer('python4k')
     folders = [Path(folder) for folder in sys.path if Path(folder).name in SITE] if config.packages else []
     sources = find_sources(Path(sysconfig.get_path('stdlib')), folders)
     train = [text for name, text in sources if not in_val(name, VAL_FRACTION)]
     val = [text for name, text in sources if in_val(name, VAL_FRACTION)]
     source = f'standard library of Python {platform.python_version()}' + ' and packages' * config.packages
     out = config.out or (HERE.parent / 'packages' if config.packages else HERE)
-    write_dataset(out, load_tokenizer(spec), spec, train, val, source)
+    write_dataset(out, encoding, spec, train, val, source)
 
 
 if __name__ == '__main__':

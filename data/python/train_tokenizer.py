@@ -4,14 +4,16 @@ committed.
 
     pip install tokenizers && python data/python/train_tokenizer.py
 
-4,096 ids: the 256 bytes, 3,839 merges, and <|endoftext|>, whose id (4095) tokenizer.py adds: it is not in the
-file. The pieces that text is cut into come from PYTHON_PATTERN in tokenizer.py; change one and the other must
-be made anew. On the standard library of Python 3.11 it makes 3.78 bytes per token, GPT-2's pattern at the
-same size 3.63.
+4,096 ids: the 256 bytes, 3,839 merges, and <|endoftext|>, id 4095, which is not in the file but added by
+tokenizer.py. Text is cut into pieces by PYTHON_PATTERN in tokenizer.py: if that changes, run this again. On
+the standard library of Python 3.11 a token stands for 3.78 bytes; with GPT-2's pattern and as many ids, for
+3.63.
 
 `tokenizers` counts and merges; the result is written in tiktoken's format only if tiktoken then cuts every
-file of the corpus, validation included, exactly as `tokenizers` does (tiktoken knows tokens by rank, not
-which pair made them).
+file of the corpus, validation included, exactly as `tokenizers` does (tiktoken knows tokens by rank, not by
+the pair that made them).
+
+Not here: other corpora, other vocabulary sizes.
 """
 
 import base64
@@ -59,7 +61,7 @@ def main():
     tokens = [bytes([b]) for b in range(256)]
     tokens += [bytes(byte_of[c] for c in left + right) for left, right in merges]
     if len(tokens) != 256 + MERGES:
-        raise DataError(f'{len(merges)} merges where {MERGES} were asked for: the corpus is too small')
+        raise DataError(f'{len(merges)} merges, not {MERGES}: the corpus is too small')
 
     encoding = load_tokenizer(bpe_spec('python4k', PYTHON_PATTERN, tokens))
     size = count = 0

@@ -1,31 +1,31 @@
 """
-Text that a chat model writes itself -> train.bin, val.bin, meta.json: what its sparse copy learns from.
+Text that a chat model writes itself, for its sparse copy to learn from -> train.bin, val.bin, meta.json.
 
     python data/selfwritten/prepare.py --model smollm2      # 16M tokens: 150 seconds on an H200
-    python data/selfwritten/prepare.py --tokens 50000       # on two CPU cores: minutes, at some 100 tokens/s
-    python data/selfwritten/prepare.py --questions FILE     # dialogues that begin with questions of people
+    python data/selfwritten/prepare.py --tokens 50000       # on two CPU cores: minutes, about 100 tokens/s
+    python data/selfwritten/prepare.py --questions FILE     # dialogues that begin with people's questions
 
-Half of the windows are dialogues: given is only the template up to where the user speaks, and the model
-writes the question, then the answer, then the next question, to the end of the window. The other half are
-plain documents, begun from a random token; where one ends, the next begins. No corpus and no licence but the
-model's own. Users and documents are drawn at temperature 1, answers at 0.7. In half of the windows min-p 0.05
-leaves only what is likely; in the others, --anything, users and documents are drawn from all that the model
-thinks possible: people write what surprises it, and a copy that has read only what is likely is at a loss
-there.
-Half of the documents begin as if after another document's end.
+The text comes in windows, all of one length. Half of them are dialogues: the model gets the chat template up
+to where the user speaks, and writes the question, then the answer, then the next question, to the end of the
+window. The other half are plain documents, each begun from a random token; if one ends, the next begins.
+There is no corpus, and no licence but the model's own.
 
-People also ask what the model would not. With --questions, a share of the dialogues, --asked, begin with a
-line of that file as the user's first message; the model writes the answer and goes on as in all others.
+Users and documents are sampled at temperature 1, answers at 0.7. In half of the windows, min-p 0.05 leaves
+only likely tokens. In the others (--anything) users and documents are sampled from all tokens: people write
+things that surprise the model, and a copy that has only read likely text is lost there. Half of the document
+windows begin as if another document had just ended.
 
-The text depends on the seed, the options, the questions and the device alone. A run that stops is taken up
-where it was by the same command: finished windows wait in train.bin.part and val.bin.part, progress.json
-counts them.
+People also ask what the model would not. With --questions, a share of the dialogues (--asked) begin with a
+line of that file as the user's first message; the model answers, and goes on as in the others.
 
-Not here: filtering. At these temperatures next to no window comes twice.
+The text depends only on the seed, the options, the questions and the device. If a run stops, the same command
+goes on from there: finished windows wait in train.bin.part and val.bin.part, progress.json counts them.
+
+Not here: filtering. At these temperatures hardly any window comes twice.
 """
 
 import hashlib
-import os
+import math
 import sys
 import time
 from dataclasses import dataclass, replace
@@ -39,18 +39,19 @@ sys.path.insert(0, str(HERE.parents[1]))    # the repository, for the imports be
 import weights
 from checkpoint import CheckpointError
 from cwic import KVCache, sample
-from data.common import DataError, load_progress, make_meta, publish, run, save_progress, token_dtype
+from data.common import (DataError, append_tokens, load_progress, make_meta, publish, run, save_progress,
+                         token_dtype)
 from device import choose_device
 from evaluate import read_questions
 from options import option, parse_options
-from tokenizer import dialogue_ids, end_id, load_tokenizer, stop_ids
+from tokenizer import bos_ids, dialogue_ids, end_id, load_tokenizer, stop_ids
 
-VAL_EVERY = 64              # one window in so many is for validation
+VAL_EVERY = 64              # one window in 64 is for validation
 MIN_P = 0.05
 # where the next token of a window comes from
 SAMPLED, RANDOM, TEMPLATE, OPENING = range(4)
 # the state of a window: the user speaks, the assistant speaks, a document goes on, a document begins; from
-# IN_TEMPLATE on, one for each token that the template puts between two turns
+# IN_TEMPLATE on, one for each token that always stands between two turns, or before a document: BOS
 USER, ASSISTANT, DOCUMENT, NEW_DOCUMENT, IN_TEMPLATE = range(5)
 
 
@@ -58,11 +59,11 @@ USER, ASSISTANT, DOCUMENT, NEW_DOCUMENT, IN_TEMPLATE = range(5)
 class SelfWrittenConfig:
     """Text that a chat model writes itself: half dialogues, half plain documents."""
     model: str = option('smollm2', 'the chat model: smollm2, a Llama-family folder or GGUF file, ...')
-    tokens: int = option(16_000_000, 'how many to write, at least', at_least=1)
+    tokens: int = option(16_000_000, 'how many tokens to write, at least', at_least=1)
     dialogues: float = option(0.5, 'share of dialogues; the rest are documents', at_least=0, at_most=1)
-    anything: float = option(0.5, 'share of windows in which users and documents are drawn from all tokens, '
-                             'not only from likely ones', at_least=0, at_most=1)
-    questions: str = option('', 'a file of questions of people, one on each line, \\n for a line break')
+    anything: float = option(0.5, 'share of windows in which users and documents are sampled from all '
+                             'tokens, not only likely ones', at_least=0, at_most=1)
+    questions: str = option('', "a file of people's questions, one on each line, \\n for a line break")
     asked: float = option(0.6, 'with --questions: share of dialogues that begin with one of them', at_least=0,
                           at_most=1)
     window: int = option(512, 'length of the independent windows, in tokens', at_least=32)
@@ -76,8 +77,8 @@ class SelfWrittenConfig:
 
 def template_pieces(spec, encoding):
     """
-    What the chat template puts around the words, as lists of ids: before the first user's, between user and
-    assistant, and between assistant and user. Found by comparing dialogues that differ in one word.
+    The fixed parts of the chat template, as lists of ids: before the first user's words, from the user's to
+    the assistant's, and from those to the next user's. Found by comparing dialogues that differ in one word.
     """
     def around_last_word(before):
         a, b = (dialogue_ids(spec, encoding, before + [('user', word)]) for word in ('a', 'b'))
@@ -92,18 +93,19 @@ def template_pieces(spec, encoding):
     return opening, to_answer, to_question
 
 
-def transitions(to_answer, to_question):
+def transitions(to_answer, to_question, bos):
     """
-    How a window goes on, by its state, in three lists: the template's next token (0 if it is not in the
-    template), the state after a stop token, and the state after any other.
+    How a window goes on, by its state, in three lists: the next token if it is fixed (else 0), the state
+    after a stop token, and the state after any other.
     """
     template = [0] * IN_TEMPLATE
-    after_stop, after_other = [None, None, NEW_DOCUMENT, DOCUMENT], [USER, ASSISTANT, DOCUMENT, DOCUMENT]
-    for speaker, text, other in ((USER, to_answer, ASSISTANT), (ASSISTANT, to_question, USER)):
-        text = text[1:]         # its first token is the stop token, which the speaker says
-        states = [*range(len(template), len(template) + len(text)), other]
+    after_stop, after_other = [None, None, None, DOCUMENT], [USER, ASSISTANT, DOCUMENT, DOCUMENT]
+    # the first token of the template's parts is the stop token, which the speaker says
+    for state, text, then in ((USER, to_answer[1:], ASSISTANT), (ASSISTANT, to_question[1:], USER),
+                              (DOCUMENT, bos, NEW_DOCUMENT)):
+        states = [*range(len(template), len(template) + len(text)), then]
         template += text
-        after_stop[speaker] = states[0]
+        after_stop[state] = states[0]
         after_stop += states[1:]
         after_other += states[1:]
     return template, after_stop, after_other
@@ -111,8 +113,8 @@ def transitions(to_answer, to_question):
 
 def in_template(questions, spec, encoding, window):
     """
-    Each question as the ids of the template with it, up to where the answer begins; no special token can come
-    from a question. Raises DataError for one that leaves no room in a window (tokens).
+    -> for each question, the ids of the template with it, up to where the answer begins. No special token can
+    come from a question. Raises DataError for one that leaves no room in a window (tokens).
     """
     prompts = [dialogue_ids(spec, encoding, [('user', text.replace('\\n', '\n'))]) for text in questions]
     for text, ids in zip(questions, prompts):
@@ -125,18 +127,19 @@ def in_template(questions, spec, encoding, window):
 @torch.inference_mode()
 def write_windows(model, spec, encoding, count, config, device, generator, prompts=()):
     """
-    Windows of text np.int64 (count, config.window), first the dialogues, then the documents. All advance
-    together, one token at a time, through one KV cache. prompts: lists of ids; the first dialogues, a share
-    of config.asked, each begin with one of them, drawn at random.
+    Windows of text, np.int64 (count, config.window), first the dialogues, then the documents. All advance
+    together, one token at a time, through one KV cache. prompts: lists of ids; a share config.asked of the
+    dialogues, the first ones, each begin with one of them, chosen at random.
     """
     opening, to_answer, to_question = template_pieces(spec, encoding)
     stops = torch.tensor(sorted(stop_ids(spec, encoding)), device=device)
-    end, special = end_id(spec, encoding), sorted(encoding.special.values())
+    bos, end, special = bos_ids(spec), end_id(spec, encoding), sorted(encoding.special.values())
     plain = torch.tensor([i for i in range(encoding.n_vocab) if i not in set(special)], device=device)
-    template, after_stop, after_other = torch.tensor(transitions(to_answer, to_question), device=device)
+    template, after_stop, after_other = torch.tensor(transitions(to_answer, to_question, bos), device=device)
     dialogues = round(count * config.dialogues)
     dialogue = torch.arange(count, device=device) < dialogues
-    # a dialogue's turns end with the stop token, and with nothing else; a document may end where it likes
+    # a dialogue's turns end with the stop token, a document with the end token; no other special token is
+    # sampled. (documents or dialogues, vocab)
     forbidden = torch.zeros(2, model.config.vocab_size, device=device)
     forbidden[:, special] = -torch.inf
     forbidden[0, end], forbidden[1, to_answer[0]] = 0, 0
@@ -149,7 +152,8 @@ def write_windows(model, spec, encoding, count, config, device, generator, promp
     for row, ids in enumerate(openings):
         window[row, :len(ids)] = torch.tensor(ids)
     window = window.to(device)
-    given = torch.tensor([len(ids) for ids in openings] + [1] * (count - dialogues), device=device)
+    lengths = [len(ids) for ids in openings] + [len(bos) + 1] * (count - dialogues)
+    given = torch.tensor(lengths, device=device)                    # (count,)
     states = [ASSISTANT] * asked + [USER] * (dialogues - asked) + [DOCUMENT] * (count - dialogues)
     state = torch.tensor(states, device=device)
 
@@ -159,9 +163,13 @@ def write_windows(model, spec, encoding, count, config, device, generator, promp
     def random_token():
         return plain[torch.randint(len(plain), (count,), generator=generator).to(device)]
 
-    window[~dialogue, 0] = random_token()[~dialogue]
+    # a document begins with BOS, if there is one, and a random token; or after another's end, with BOS
+    begin = torch.tensor([*bos, 0], device=device).repeat(count, 1)
+    begin[:, -1] = random_token()
     after_another = ~dialogue & toss(0.5)
-    window[after_another, 0], state[after_another] = end, NEW_DOCUMENT
+    begin[after_another] = torch.tensor([end, *bos], device=device)
+    window[~dialogue, :len(bos) + 1] = begin[~dialogue]
+    state[after_another] = NEW_DOCUMENT
     anything = toss(config.anything)
     cache = KVCache(replace(model.config, block_size=config.window), count, device, model.head.weight.dtype)
     for i in range(config.window - 1):
@@ -204,7 +212,7 @@ def main():
     progress = load_progress(folder, {'settings': settings, 'batches': 0})
     try:
         model, saved = weights.load(config.model)
-    except (CheckpointError, weights.WeightsError) as error:
+    except CheckpointError as error:
         raise DataError(str(error)) from None
     spec = saved['tokenizer']
     encoding = load_tokenizer(spec)
@@ -213,29 +221,24 @@ def main():
     prompts = in_template(questions, spec, encoding, config.window)
     model = model.to(device, torch.bfloat16 if device == 'cuda' else torch.float32)
     folder.mkdir(parents=True, exist_ok=True)
-    batches = -(-config.tokens // (batch * config.window))
+    batches = math.ceil(config.tokens / (batch * config.window))
     dtype = token_dtype(encoding.n_vocab)
-    every = min(VAL_EVERY, batch // 2)      # of dialogues as of documents; half and half, at least one each
+    every = min(VAL_EVERY, batch // 2)      # at least one dialogue and one document
     val_rows = np.arange(batch) % every == every - 1
     split_rows = {'train': ~val_rows, 'val': val_rows}
-    parts = {split: folder / f'{split}.bin.part' for split in split_rows}
+    per_batch = {split: int(rows.sum()) * config.window for split, rows in split_rows.items()}      # tokens
     for i in range(progress['batches'], batches):
         start, generator = time.perf_counter(), torch.Generator().manual_seed(config.seed * 1_000_003 + i)
         text = write_windows(model, spec, encoding, batch, config, device, generator, prompts).astype(dtype)
-        for split, path in parts.items():
-            rows = split_rows[split]
-            with open(path, 'ab') as f:     # less what a kill left after the last record
-                f.truncate(i * int(rows.sum()) * config.window * dtype().itemsize)
-                f.write(np.ascontiguousarray(text[rows]))
-                f.flush()
-                os.fsync(f.fileno())
+        for split, rows in split_rows.items():
+            append_tokens(folder, split, text[rows].ravel(), i * per_batch[split])
         progress['batches'] = i + 1
         save_progress(folder, progress)
         speed = batch * config.window / (time.perf_counter() - start)
         print(f'{(i + 1) * batch * config.window:,} tokens written, {speed:,.0f}/s', flush=True)
-    tokens = {split: batches * int(rows.sum()) * config.window for split, rows in split_rows.items()}
-    size = {split: len(encoding.decode_bytes(np.fromfile(path, dtype).tolist()))
-            for split, path in parts.items()}
+    tokens = {split: batches * count for split, count in per_batch.items()}
+    size = {split: len(encoding.decode_bytes(np.fromfile(folder / f'{split}.bin.part', dtype).tolist()))
+            for split in tokens}
     meta = {**make_meta(encoding, spec, f'written by {config.model}', tokens, size), 'window': config.window}
     publish(folder, meta)
     (folder / 'progress.json').unlink()

@@ -6,6 +6,8 @@ Tiny Shakespeare: 1.1 MB of plays -> train.bin, val.bin, meta.json.
 
 Downloaded once, to input.txt beside this script. The last tenth is for validation, cut after a line, so with
 bytes (the default; the text is ASCII) losses compare with those that others report per character.
+
+Not here: other texts (see data/text/prepare.py).
 """
 
 import http.client
@@ -16,11 +18,10 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))    # the repository, for the imports below
-from data.common import DataError, find_tokenizer, run, write_dataset
+from data.common import DataError, find_tokenizer, run, tokenizer_option, write_dataset
 from files import write_atomically
 from data.text.prepare import cut, read_documents
 from options import option, parse_options
-from tokenizer import load_tokenizer
 
 URL = 'https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt'
 SIZE = 1_115_394    # bytes
@@ -29,9 +30,8 @@ SIZE = 1_115_394    # bytes
 @dataclass
 class ShakespeareConfig:
     """Tiny Shakespeare, 1.1 MB of plays, downloaded once; the last tenth is for validation."""
-    tokenizer: str = option('bytes', "python4k, bytes, gpt2, a model's name, folder or .gguf file, or a "
-                            "folder with a tokenizer's files")
-    out: str = option('', 'folder for train.bin, val.bin and meta.json; without it, that of this script')
+    tokenizer: str = tokenizer_option('bytes')
+    out: str = option('', 'folder for train.bin, val.bin and meta.json; none: that of this script')
 
 
 def download(path):
@@ -40,7 +40,7 @@ def download(path):
         with urllib.request.urlopen(URL, timeout=30) as response:
             data = response.read()
         if len(data) != SIZE:
-            raise OSError(f'{len(data):,} bytes came where {SIZE:,} were due')
+            raise OSError(f'{len(data):,} bytes came, not {SIZE:,}')
     except (OSError, http.client.HTTPException) as e:
         raise DataError(f'cannot download Tiny Shakespeare ({e}): fetch {URL} elsewhere, '
                         f'and put it at {path}') from e
@@ -49,8 +49,7 @@ def download(path):
 
 def main():
     config, _ = parse_options(ShakespeareConfig, 'python data/shakespeare/prepare.py')
-    spec = find_tokenizer(config.tokenizer)
-    encoding = load_tokenizer(spec)
+    spec, encoding = find_tokenizer(config.tokenizer)
     text = HERE / 'input.txt'
     if not text.exists():
         download(text)

@@ -6,9 +6,9 @@ Text or dialogues of your own, UTF-8 -> train.bin, val.bin, meta.json in this fo
     python data/text/prepare.py book.txt talks.jsonl --tokenizer smollm2
     python train.py --data text --init_from smollm2         # the model whose tokenizer that is
 
-Many files are split by file: no file is in both train and val. Where that cannot come near the share asked
-for, as with one file or a few large ones, each file is cut in two near its end: between two documents if it
-marks them with <|endoftext|>, else after a line. Each file (or marked document) becomes a document; one that
+Many files are split by file: no file is in both train and val. If that cannot come near the share asked for,
+as with one file or a few large ones, each file is cut in two near its end: between two documents if it marks
+them with <|endoftext|>, else after a line. Each file (or marked document) becomes a document; one that
 repeats an earlier one to the letter is dropped. Line ends become '\\n', a byte order mark goes.
 
 A file whose name ends in .jsonl holds dialogues, one on each line, such as
@@ -41,10 +41,10 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))    # the repository, for the imports below
-from data.common import DataError, find_tokenizer, run, write_dataset
-from files import read_text
+from data.common import DataError, find_tokenizer, run, tokenizer_option, write_dataset
+from files import DAMAGED, one_line, read_text
 from options import fail, option, parse_options
-from tokenizer import ENDOFTEXT, load_tokenizer
+from tokenizer import ENDOFTEXT
 
 
 @dataclass
@@ -56,17 +56,13 @@ class TextConfig:
     written in the chat template of the model named as --tokenizer.
     """
     files: tuple = option((), 'text files, and .jsonl files of dialogues')
-    tokenizer: str = option('python4k', "python4k, bytes, gpt2, a model's name, folder or .gguf file, or a "
-                            "folder with a tokenizer's files")
+    tokenizer: str = tokenizer_option('python4k')
     out: str = option(str(HERE), 'folder for train.bin, val.bin and meta.json')
     val_fraction: float = option(0.1, 'share of the text kept for validation', at_least=0, at_most=1)
 
 
 def dialogue(line):
-    """
-    A line of a .jsonl file -> its messages, a tuple of (role, text). Raises ValueError, KeyError, TypeError
-    or AttributeError.
-    """
+    """A line of a .jsonl file -> its messages, a tuple of (role, text). Raises what DAMAGED names."""
     messages = json.loads(line)['messages']
     for i, message in enumerate(messages):
         if message.keys() != {'role', 'content'} or type(message['content']) is not str:
@@ -88,11 +84,11 @@ def documents_in(path):
             try:
                 for number, line in lines:
                     yield dialogue(line)
-            except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
+            except DAMAGED as e:
                 raise DataError(f'{path}, line {number}: not {{"messages": [{{"role": ..., "content": ...}}, '
-                                f'...]}} ({type(e).__name__}: {e})') from None
+                                f'...]}} ({one_line(e)})') from None
         elif ENDOFTEXT in text:
-            # a marked document may have any number of blank lines around it: one newline at its end is enough
+            # a marked document may have blank lines around it: one newline at its end is enough
             yield from (part.strip('\n') + '\n' for part in text.split(ENDOFTEXT))
         else:
             yield text
@@ -125,11 +121,11 @@ def read_documents(paths):
 
 
 def cut(documents, val_fraction):
-    """documents of one file -> (train, val) lists: its last val_fraction, from a boundary on"""
+    """documents of one file -> (train, val) lists: val is about its last val_fraction"""
     if len(documents) == 1 and isinstance(documents[0], str):
         text = documents[0]
         end = int(len(text) * (1 - val_fraction))
-        end = text.find('\n', end, -1) + 1 or end       # the end of that line; within the last line, anywhere
+        end = text.find('\n', end, -1) + 1 or end       # the end of that line, unless it is the last one
         return [text[:end]], [text[end:]]
     ends = list(accumulate(len(text_of(document)) for document in documents))
     end = min(bisect_left(ends, ends[-1] * (1 - val_fraction)) + 1, len(documents) - 1)
@@ -140,14 +136,14 @@ def split(files, val_fraction):
     """files: lists of documents -> (train, val) lists of documents, in the order given"""
     texts = [''.join(map(text_of, documents)) for documents in files]
     size = [len(text) for text in texts]
-    # a shuffle that depends on the content alone, not on names or on the order given
+    # shuffled by content alone, not by names or the order given
     digest = [hashlib.sha256(text.encode('utf-8')).hexdigest() for text in texts]
     left, val = sum(size) * val_fraction, set()
     for i in sorted(range(len(files)), key=lambda i: digest[i]):
         if size[i] <= left:
             left -= size[i]
             val.add(i)
-    if left > sum(size) * val_fraction / 2:         # too few files to come near
+    if left > sum(size) * val_fraction / 2:         # too few files to come near that share
         pieces = [cut(documents, val_fraction) for documents in files]
     else:
         pieces = [([], documents) if i in val else (documents, []) for i, documents in enumerate(files)]
@@ -158,8 +154,7 @@ def main():
     config, _ = parse_options(TextConfig, 'python data/text/prepare.py')
     if not config.files:
         fail('name the text: python data/text/prepare.py FILE...')
-    spec = find_tokenizer(config.tokenizer)
-    encoding = load_tokenizer(spec)
+    spec, encoding = find_tokenizer(config.tokenizer)
     paths = [Path(file) for file in config.files]
     files = read_documents(paths)
     if 'template' not in spec and not all(isinstance(document, str) for file in files for document in file):
