@@ -259,10 +259,9 @@ def read_blimp(path, most):
     try:
         text = read_xz(path) if path.endswith('.xz') else read_text(path, LONGEST_JSON)
         for row in map(json.loads, filter(str.strip, text.split('\n'))):
-            pair = row['UID'], row['sentence_good'], row['sentence_bad']
             seen[row['UID']] += 1
             if seen[row['UID']] <= most:
-                pairs.append(pair)
+                pairs.append((row['UID'], row['sentence_good'], row['sentence_bad']))
     except OSError as error:
         raise DataError(f'{path}: {error.strerror}') from None
     except (ValueError, KeyError, TypeError, RecursionError, lzma.LZMAError, EOFError) as error:
