@@ -336,8 +336,8 @@ def eos_ids(folder):
     """eos_token_id in config.json and generation_config.json, an id or a list -> the ids that end a text"""
     ids = []
     for name in ('config.json', 'generation_config.json'):
-        said = read_settings(folder / name).get('eos_token_id')
-        ids += [] if said is None else said if isinstance(said, list) else [said]
+        eos = read_settings(folder / name).get('eos_token_id')
+        ids += [] if eos is None else eos if isinstance(eos, list) else [eos]
     if not all(type(id) is int for id in ids):
         raise ValueError(f'eos_token_id {ids!r:.80} is no id')
     return ids
@@ -407,8 +407,8 @@ def spec_from_files(folder, name, vocab, merges, added, begin=()):
 
 def spec_from_json(folder):
     """tokenizer.json, and the settings beside it -> spec dict. Raises as byte_level_spec does."""
-    said = read_json(folder / 'tokenizer.json')
-    model, cut, normalizer, cuts = said['model'], said['pre_tokenizer'], said.get('normalizer'), []
+    data = read_json(folder / 'tokenizer.json')
+    model, cut, normalizer, cuts = data['model'], data['pre_tokenizer'], data.get('normalizer'), []
     keys = ('byte_fallback', 'dropout', 'continuing_subword_prefix', 'end_of_word_suffix')
     unsupported = [key for key in keys if model.get(key)]
     if normalizer and normalizer != {'type': 'Sequence', 'normalizers': []}:
@@ -428,8 +428,8 @@ def spec_from_json(folder):
     name = next((name for name in known if known[name] == cuts), None)
     if name is None:
         raise TokenizerError(f'text is cut otherwise than for GPT-2, SmolLM2 or Llama 3: {cuts!r:.100}')
-    return spec_from_files(folder, name, model['vocab'], model['merges'], said['added_tokens'],
-                           begin_ids(said.get('post_processor')))
+    return spec_from_files(folder, name, model['vocab'], model['merges'], data['added_tokens'],
+                           begin_ids(data.get('post_processor')))
 
 
 def spec_from_vocab(folder, merges_name, vocab_name):
@@ -441,30 +441,30 @@ def spec_from_vocab(folder, merges_name, vocab_name):
 
 def spec_from_gguf(metadata):
     """metadata: {key: value} of a GGUF file -> spec dict. Raises TokenizerError."""
-    said = {key.removeprefix('tokenizer.ggml.'): value for key, value in metadata.items()}
-    name = {'gpt-2': 'gpt2', 'smollm': 'smollm', 'llama-bpe': 'llama3'}.get(said.get('pre'))
-    if said.get('model') != 'gpt2' or name is None:
-        kind = f"{said.get('model')!r:.40}, {said.get('pre')!r:.40}"
+    settings = {key.removeprefix('tokenizer.ggml.'): value for key, value in metadata.items()}
+    name = {'gpt-2': 'gpt2', 'smollm': 'smollm', 'llama-bpe': 'llama3'}.get(settings.get('pre'))
+    if settings.get('model') != 'gpt2' or name is None:
+        kind = f"{settings.get('model')!r:.40}, {settings.get('pre')!r:.40}"
         raise TokenizerError(f'a tokenizer of kind {kind}; supported is byte-level BPE as in GPT-2 '
                              '(gpt2, gpt-2), SmolLM2 (gpt2, smollm) and Llama 3 (gpt2, llama-bpe)')
-    if said.get('add_eos_token'):
+    if settings.get('add_eos_token'):
         raise TokenizerError('add_eos_token is not supported; convert the model again without it')
     with checking('its tokenizer', 'fetch the file again'):
-        tokens = list(zip(said['tokens'], said['token_type'], strict=True))
+        tokens = list(zip(settings['tokens'], settings['token_type'], strict=True))
         while tokens and tokens[-1][1] == GGUF_UNUSED:      # padding
             tokens.pop()
         vocab = {text: id for id, (text, _) in enumerate(tokens)}
         words = {text: vocab[text] for text, kind in tokens if kind == GGUF_WORD}
         special = {text: vocab[text] for text, kind in tokens if kind not in (GGUF_NORMAL, GGUF_WORD)}
         # Llama 3's first files did not say that a text begins with BOS
-        adds_bos, usual = said.get('add_bos_token', name == 'llama3'), vocab.get('<|begin_of_text|>')
-        bos = said.get('bos_token_id', usual)
+        adds_bos, usual = settings.get('add_bos_token', name == 'llama3'), vocab.get('<|begin_of_text|>')
+        bos = settings.get('bos_token_id', usual)
         if adds_bos and not are_ids([bos], len(vocab)):
             raise ValueError('no bos_token_id')
         bos_text = tokens[bos][0] if are_ids([bos], len(vocab)) else ''
-        eos = [said[key] for key in ('eos_token_id', 'eot_token_id') if key in said]
-        jinja, begin = said.get('tokenizer.chat_template', ''), [bos] if adds_bos else []
-        return byte_level_spec(name, vocab, said['merges'], special, words, jinja, bos_text, begin, eos)
+        eos = [settings[key] for key in ('eos_token_id', 'eot_token_id') if key in settings]
+        jinja, begin = settings.get('tokenizer.chat_template', ''), [bos] if adds_bos else []
+        return byte_level_spec(name, vocab, settings['merges'], special, words, jinja, bos_text, begin, eos)
 
 
 def spec_from_dir(folder):
