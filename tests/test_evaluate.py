@@ -318,7 +318,7 @@ def test_the_shipped_adapter_is_as_good_as_adapters_readme_says():
     windows = np.concatenate([evaluate.windows_of_kind(kind, data, meta, spec, encoding, 2, 512)
                               for kind in ('dialogues', 'documents')])
     results = evaluate.measure(model, windows, teacher)
-    expected = dict(val_loss=1.2087, reduction=2.851, kl=0.1349, agreement=0.8293)
+    expected = dict(val_loss=1.2531, reduction=3.030, kl=0.1816, agreement=0.8053)
     # processors round differently, which decides about inputs near a threshold: 2% of the KL of 2,048 tokens
     kl = expected.pop('kl')
     figures = f'| {expected["reduction"]:.2f}x | {kl:.3f} | {expected["agreement"]:.0%} |'.replace(' 0.', ' .')
