@@ -59,7 +59,6 @@ from checkpoint import CheckpointError
 from cwic import GPT, CWICConfig, KVCache
 from data import common
 from decoder import FORMATS, Decoder, PackedMatrix, pointer
-from device import ProcessGone
 from files import write_atomically
 from lab.bench_train import measure_train, start_processes
 from lab.methods import calibrate, gates, hooked
@@ -677,8 +676,6 @@ def main():
         fail(error, 1)
     except torch.OutOfMemoryError:
         fail('out of memory; a smaller --batch takes less', 1)
-    except ProcessGone as why:
-        fail(f'another process has ended; see what it said ({why})', 1)
     except KeyboardInterrupt:
         progress()
         sys.exit(130)

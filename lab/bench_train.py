@@ -28,8 +28,8 @@ import torch.distributed as dist
 import cwic
 import train
 from cwic import GPT, CWICConfig
-from device import (check_compile, choose_device, choose_dtype, join_processes, tune_malloc, meet,
-                    all_reduce, together)
+from device import (all_reduce, barrier, check_compile, choose_device, choose_dtype, collective,
+                    join_processes, tune_malloc)
 from lab.methods import calibrate, gates
 from options import fail, parse_options, progress
 
@@ -60,7 +60,8 @@ def make_run(config, shape=None):
     optimizer = torch.optim.AdamW(model.parameter_groups(0.0, 0.0, 0.0), fused=device != 'mps')
     active = torch.tensor([float(layer.n_weights) for _, layer in model.sparse_layers()], device=device)
     return train.Run(options, model, {}, optimizer, device, choose_dtype('auto', device)[0], active,
-                     head_loss=train.head_loss, gradients=train.gradients, update=train.update)
+                     head_loss=train.head_loss, gradients=train.gradients,
+                     optimizer_step=train.optimizer_step)
 
 
 def start_processes(config):
@@ -108,7 +109,8 @@ def disagreement(run, tokens):
     for device in (run.device, 'cpu'):
         model = copy.deepcopy(run.model).to(device).train()
         inputs, targets = tokens[:1, :64].to(device), tokens[:1, 1:65].to(device)
-        loss, _ = train.backward(replace(run, model=model), inputs, targets, dense=False, price=1e-9)
+        same = replace(run, model=model, dtype=torch.float32)
+        loss, _ = train.gradients(same, inputs, targets, price=1e-9, dense=False)
         found.append((loss.cpu(), {name: p.grad.cpu() for name, p in model.named_parameters()
                                    if p.grad is not None}))
     return difference(*found)
@@ -168,7 +170,7 @@ def time_steps(rows, run, tokens, rounds, rank, teacher=None):
                      active=run.active.clone(), teacher=teacher if 'teacher' in row['engine'] else None)
              for row in rows]
     for step in steps:
-        step.gradients, step.update = train.recorded(step)
+        step.gradients, step.optimizer_step = train.recorded(step)
     for done in range(rounds + WARM_UP):
         for row, step, times in zip(rows, steps, seconds):
             progress(f'round {done + 1} of {rounds + WARM_UP}: {row["engine"]}')
@@ -188,7 +190,7 @@ def time_steps(rows, run, tokens, rounds, rank, teacher=None):
                 if run.device == 'cuda':        # what is replayed takes no memory anew
                     peak = torch.cuda.max_memory_allocated() / 2 ** 30
                     row['memory_gib'] = max(row.get('memory_gib', 0.0), peak)
-            meet()
+            barrier()
     progress()
     for row, times in zip(rows, seconds):
         if times:
@@ -202,7 +204,7 @@ def message_seconds(run, rounds):
     """What the message takes that sums as many numbers as all gradients have, over all processes."""
     message, times = [torch.zeros_like(p) for p in run.model.parameters()], []
     for _ in range(rounds + WARM_UP):
-        meet()
+        barrier()
         start = time.perf_counter()
         all_reduce(message)
         getattr(torch, run.device).synchronize()
@@ -225,7 +227,7 @@ def measure_train(config, shape):
     progress('making the model')
     run = make_run(config, shape)
     batch, length, model, choice = run.config.batch_size, run.config.block_size, run.model, [run.dtype]
-    together(dist.broadcast_object_list, choice)                    # on a CPU, measured by each
+    collective(dist.broadcast_object_list, choice)                    # on a CPU, measured by each
     run.dtype = choice[0]
     tokens = torch.randint(model.config.vocab_size, (max(batch, 4) * world_size, length + 1)).to(device)
     checks, check = {}, world_size == 1 and run.device != 'cpu'
@@ -236,7 +238,7 @@ def measure_train(config, shape):
     if check:
         _, checks['sparse: all else'], checks['sparse: thresholds'] = disagreement(run, tokens)
     for x in model.state_dict().values():
-        together(dist.broadcast, x, 0)
+        collective(dist.broadcast, x, 0)
     model.train()
     name = torch.cuda.get_device_name() if run.device == 'cuda' else f'{torch.get_num_threads()} threads'
     about = dict(device=f'{run.device} ({name})', dtype=str(run.dtype).removeprefix('torch.'), batch=batch,
