@@ -118,7 +118,7 @@ class TrainConfig:
     threshold_lr: float = option(0.1, 'learning rate of the thresholds, as a share of --lr', at_least=0)
     weight_decay: float = option(0.1, 'weight decay of the matrices', at_least=0)
     beta2: float = option(0.99, "AdamW's second beta", at_least=0, at_most=0.99999)
-    clip: float = option(1.0, "clip the gradient, except the thresholds', to this norm; 0: no", at_least=0)
+    clip: float = option(1.0, "largest norm of the gradient, thresholds' left out; 0: no limit", at_least=0)
     batch_size: int = option(8, 'sequences per step, over all processes', at_least=1, at_most=2 ** 16)
     micro_batch: int = option(8, 'sequences per forward pass, at most', at_least=1)
     recompute: bool = option(False, 'recompute activations in the backward pass: slower, less memory')
@@ -251,7 +251,7 @@ def gradients(run, tokens, targets, price, dense):
         with run.autocast():
             hidden, active_trunk = model.trunk(inputs, dense=dense, recompute=config.recompute)
             leaf = hidden.detach().requires_grad_()                     # (B, T, d)
-            # pieces of equal size: torch.compile would compile again for another one
+            # pieces of equal size, as torch.compile would compile again for another one
             pieces = math.ceil(len(inputs) / rows_at_once(model, inputs.shape[1]))
             while len(inputs) % pieces:
                 pieces += 1
@@ -263,10 +263,10 @@ def gradients(run, tokens, targets, price, dense):
             for piece in zip(leaf.split(rows), teacher_hidden, labels.split(rows)):
                 piece_loss, piece_active = run.head_loss(model, run.teacher, *piece, dense, teacher_share,
                                                          config.reverse_kl)
-                weight = rows / config.batch_size                       # of the piece in the step's mean
-                (weight * (piece_loss + price * piece_active.mean())).backward()
-                loss = loss + weight * piece_loss.detach()
-                active_head = active_head + weight * piece_active.detach().mean()
+                share = rows / config.batch_size                        # of the step's sequences
+                (share * (piece_loss + price * piece_active.mean())).backward()
+                loss = loss + share * piece_loss.detach()
+                active_head = active_head + share * piece_active.detach().mean()
             active_trunk = len(inputs) / config.batch_size * active_trunk.mean((1, 2))      # (matrices - 1,)
             if dense:
                 hidden.backward(leaf.grad)
@@ -312,9 +312,9 @@ def train_step(run, tokens, targets, target, dense=False, stop=False):
     model, rates = run.model, [float(group['lr']) for group in run.optimizer.param_groups]
     if isinstance(run.optimizer_step, CudaGraph):
         rates = torch.tensor(rates, device=run.device)
-    # the slope of flop_loss(run.active), one number, makes micro-batches and processes exact
+    # the slope of flop_loss: all micro-batches and processes pay the same price for an active weight
     price = 0.0 if dense else cwic.price(run.active.sum(), model.n_weights(), target)
-    # two functions, because all_reduce() stands between them: each is recorded as a CUDA graph of its own
+    # two functions, as all_reduce() stands between them: each is recorded as a CUDA graph of its own
     loss, active = run.gradients(run, tokens, targets, run.active.new_tensor(price), dense)
     stop = torch.tensor(float(stop), device=run.device)
     all_reduce([p.grad for p in model.parameters() if p.grad is not None] + [loss, active, stop])
