@@ -1,12 +1,12 @@
 """
-Where a program computes, and in what: the device, the dtype of matrix products, memory, torch.compile, and
-several processes that share the work of a step. Used by train.py, bench.py and others.
+Where a program computes, and in what: the device, the dtype of matrix products, torch.compile, CUDA graphs,
+and several processes that share the work of a step. train.py and lab/ use it.
 
     device = choose_device('auto')                      # 'cuda', 'mps' or 'cpu'
     dtype, why = choose_dtype('auto', device)           # torch.bfloat16, 'measured: ... 3.4x as fast here'
-    device, rank, world_size = join_processes(device)        # as torchrun started them
+    device, rank, world_size = join_processes(device)   # as torchrun started them
 
-Not here: a choice among several GPUs, which torchrun makes.
+Not here: a choice among several GPUs, and a watch over processes. torchrun does both.
 """
 
 import ctypes
@@ -21,16 +21,15 @@ import torch.distributed as dist
 from options import fail, printable
 
 if torch.__version__ < '2.13':
-    # for torch.compile: where older ones sum over tokens and over inputs in one kernel, the gradient of a
-    # single stripe's thresholds, (1, in), comes out as (in)
+    # Only for GPU machines that come with an older torch of their own: with torch.compile it can return the
+    # gradient of a single stripe's thresholds, (1, in), in the shape (in).
     os.environ.setdefault('TORCHINDUCTOR_MIX_ORDER_REDUCTION', '0')
 
 
 def tune_malloc():
     """
-    Asks glibc to keep the memory it is given back. By default it returns large blocks to the system at once,
-    and every step pays for each page again: up to a quarter of the time of a CWIC step on a CPU. Elsewhere
-    than on Linux this does nothing.
+    Asks glibc to keep freed memory. By default it returns large blocks to the system, and every step pays for
+    each page again: up to a quarter of the time of a CWIC step on a CPU. Only Linux needs this.
     """
     mallopt = getattr(ctypes.CDLL(None), 'mallopt', None) if sys.platform == 'linux' else None
     if mallopt:
@@ -39,8 +38,12 @@ def tune_malloc():
         mallopt(m_trim_threshold, 2 ** 31 - 1)
 
 
+# -----------------------------------------------------------------------------
+# device, dtype, torch.compile
+
+
 def choose_device(name):
-    """'auto', 'cuda', 'mps' or 'cpu' -> the device to use. Ends the program where it is missing."""
+    """'auto', 'cuda', 'mps' or 'cpu' -> the device to use. Ends the program if there is none of that name."""
     found = {'cuda': torch.cuda.is_available(), 'mps': torch.backends.mps.is_available(), 'cpu': True}
     available = [device for device in found if found[device]]
     if name != 'auto' and name not in available:
@@ -77,65 +80,46 @@ def choose_dtype(name, device):
 
 
 def why_no_compile(device):
-    """Why torch.compile cannot work here, in a line; '' where it can."""
+    """Why torch.compile does not work here, in one line; '' if it does."""
     try:
         torch.compile(lambda x: x.sin() + 1)(torch.ones(8, device=device))
-    except Exception as error:      # a missing compiler, Triton or header shows in many ways
+    except Exception as error:      # a missing compiler, Triton or header raises one of many kinds
         line = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         return line.strip()[:200]
     return ''
 
 
 def check_compile(device):
-    """Ends the program where torch.compile cannot work, before anything is trained."""
+    """Ends the program if torch.compile does not work, before anything is trained."""
     why = why_no_compile(device)
     if why:
         fail(f'--compile: does not work here ({why}); it needs a C++ compiler, or on a GPU Triton; leave it '
              'out, or turn it off: --compile no', 1)
 
 
+# -----------------------------------------------------------------------------
+# CUDA graph replay
+
+
 def compilations():
-    """How many parts of torch.compile's work are done, those of a first backward or a first call included."""
+    """How many pieces torch.compile has compiled so far; a backward pass counts when it first runs."""
     return sum(map(len, torch._dynamo.utils.compilation_time_metrics.values()))
-
-
-class CudaGraphs:
-    """Runs functions on a stream of their own, and records them there: nothing of the default one can be."""
-
-    def __init__(self):
-        self.stream = torch.cuda.Stream()
-
-    def run(self, function, arguments):
-        self.stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self.stream):
-            results = function(*arguments)
-        torch.cuda.current_stream().wait_stream(self.stream)
-        return results
-
-    def record(self, function, arguments):
-        """-> what the function returns at each replay; what replays it. Raises RuntimeError."""
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.stream(torch.cuda.current_stream()):    # which a failed recording does not restore
-            # thread_local: NCCL has a thread that asks the GPU things meanwhile
-            with torch.cuda.graph(graph, stream=self.stream, capture_error_mode='thread_local'):
-                results = function(*arguments)
-        return results, graph.replay
 
 
 class CudaGraph:
     """
-    function(*arguments), recorded after some calls and from then on replayed (a CUDA graph): a GPU is done
-    with a thousand small kernels sooner than Python has asked for them one by one. Nothing can be compiled
-    while recording, so a call in which nothing was has to come first. What cannot be recorded is called.
+    function(*arguments), recorded as a CUDA graph after some calls and replayed from then on: a GPU finishes
+    a thousand small kernels sooner than Python can launch them one by one. Compiling cannot be recorded, so a
+    call in which nothing was compiled must come first. A function that cannot be recorded is called as it is.
 
-    A replay reads and writes the memory it was recorded with. So of the arguments only what tensors hold may
-    differ from call to call (else it is recorded anew), the function must do the same whatever they hold, and
-    what it returns, and the gradients it leaves, stand until the next call.
+    A replay reads and writes the memory of the recording. So only the contents of the tensors among the
+    arguments may change between calls (any other change starts a new recording), the function must do the
+    same whatever they are, and its results, and the gradients it leaves, are overwritten by the next call.
     """
-    WARM_UP = 3         # calls, at least, in which torch.compile compiles, and memory is taken
+    WARM_UP = 3         # calls before the recording, at least: torch.compile compiles, memory is allocated
 
-    def __init__(self, function, graphs=None):
-        self.function, self.graphs = function, graphs or CudaGraphs()
+    def __init__(self, function):
+        self.function, self.stream = function, None
         self.kind, self.recordable = None, True
 
     def __call__(self, *arguments):
@@ -151,122 +135,119 @@ class CudaGraph:
             self.replay()
             return self.results
         before = compilations()
-        results = self.graphs.run(self.function, arguments)
+        results = self.run(arguments)
         self.calls += 1
         self.settled = self.calls >= self.WARM_UP and compilations() == before
         return results
 
     def record(self, arguments):
+        """Sets self.replay and what it needs; if CUDA refuses, says so in a line, once."""
         copies = [x.clone() if torch.is_tensor(x) else x for x in arguments]
         try:
-            self.results, self.replay = self.graphs.record(self.function, copies)
+            self.results, self.replay = self.capture(copies)
             self.tensors = [x for x in copies if torch.is_tensor(x)]
-        except RuntimeError as error:       # what CUDA does not allow while it records; too little memory
+        except RuntimeError as error:       # an operation that cannot be recorded, or too little memory
             self.recordable = False
             line = str(error).splitlines()[0]
             print(printable(f'{self.function.__name__} is not recorded, so slower: {line}'), file=sys.stderr)
+
+    def run(self, arguments):
+        """Calls the function on a stream of its own: the default stream cannot be recorded."""
+        self.stream = self.stream or torch.cuda.Stream()
+        self.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.stream):
+            results = self.function(*arguments)
+        torch.cuda.current_stream().wait_stream(self.stream)
+        return results
+
+    def capture(self, arguments):
+        """Records the function -> the tensors that each replay fills; a function that replays."""
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.stream(torch.cuda.current_stream()):    # restored if the recording fails
+            # thread_local: NCCL's watchdog thread queries the GPU during capture
+            with torch.cuda.graph(graph, stream=self.stream, capture_error_mode='thread_local'):
+                results = self.function(*arguments)
+        return results, graph.replay
 
 
 # -----------------------------------------------------------------------------
 # several processes, each with its share of every step
 
 
-PATIENCE = 15       # seconds for a sum on GPUs, once all have begun it; torchrun kills what is left after 30
-
-
-class ProcessGone(Exception):
-    """Another process of this run has ended or is out of reach; the message, one line, is torch's reason."""
-
-
-def reach(others, *args, **more):
-    """others(*args, **more), a call that all processes make at once. Raises ProcessGone."""
-    try:
-        return others(*args, **more)
-    except RuntimeError as error:       # of many texts: connection closed by peer, timed out, ...
-        raise ProcessGone(str(error).split('\n')[0].split('] ', 1)[-1].split('. ')[0]) from None
-
-
-TORCHRUN = 'RANK', 'LOCAL_RANK', 'WORLD_SIZE', 'MASTER_ADDR', 'MASTER_PORT'    # in a process's environment
+TORCHRUN = 'RANK', 'LOCAL_RANK', 'WORLD_SIZE', 'MASTER_ADDR', 'MASTER_PORT'    # in the environment
 
 
 def join_processes(device):
     """
-    (device, rank, world_size): one process alone, or what torchrun says of this one among many. Raises
-    ProcessGone. Ends the program if torchrun cannot have said it: a cluster's jobs leave a part of it behind.
+    (device, rank, world_size): those of a process alone, or as torchrun set them in the environment. Ends the
+    program if torchrun cannot have set them: jobs of a cluster may leave some of them behind.
     """
-    said = {name: os.environ[name] for name in TORCHRUN if name in os.environ}
+    found = {name: os.environ[name] for name in TORCHRUN if name in os.environ}
     try:
-        rank, world_size = int(said.get('RANK', 0)), int(said.get('WORLD_SIZE', 1))
-        local, _ = int(said.get('LOCAL_RANK', 0)), int(said.get('MASTER_PORT', 0))
-        right = 0 <= rank < world_size and (world_size == 1 or len(said) == len(TORCHRUN))
+        rank, world_size = int(found.get('RANK', 0)), int(found.get('WORLD_SIZE', 1))
+        local_rank, _ = int(found.get('LOCAL_RANK', 0)), int(found.get('MASTER_PORT', 0))
+        valid = 0 <= rank < world_size and (world_size == 1 or len(found) == len(TORCHRUN))
     except ValueError:
-        right = False
-    if not right:
-        values = ' '.join(f'{name}={value}' for name, value in said.items())
-        fail(f'{values}, in the environment, is not what torchrun would say: unset {" ".join(said)}, or '
-             'start this with torchrun')
+        valid = False
+    if not valid:
+        values = ' '.join(f'{name}={value}' for name, value in found.items())
+        fail(f'{values}, in the environment, is not what torchrun sets: unset {" ".join(found)}, or start '
+             'this with torchrun')
     if world_size > 1:
         backend = 'gloo'
         if device == 'cuda':
-            if local >= torch.cuda.device_count():
-                fail(f'process {local + 1} of this host has no GPU, there being {torch.cuda.device_count()}; '
-                     'start fewer: --nproc_per_node')
-            device, backend = f'cuda:{local}', 'cpu:gloo,cuda:nccl'
+            if local_rank >= torch.cuda.device_count():
+                fail(f'process {local_rank + 1} of this host has no GPU, as there are '
+                     f'{torch.cuda.device_count()}; start fewer: --nproc_per_node')
+            device, backend = f'cuda:{local_rank}', 'cpu:gloo,cuda:nccl'
             torch.cuda.set_device(device)
-        reach(dist.init_process_group, backend, timeout=timedelta(hours=1))
+        # an hour, as the others wait while the first process downloads or evaluates
+        dist.init_process_group(backend, timeout=timedelta(hours=1))
     return device, rank, world_size
 
 
-def together(collective, *args):
-    """collective(*args) with all processes; nothing where there is one. Raises ProcessGone."""
+def collective(function, *args):
+    """
+    function(*args), called by all processes at once; nothing if there is only one. Ends the program if
+    another process has ended: that one has said why.
+    """
     if dist.is_initialized():
-        reach(collective, *args)
+        try:
+            function(*args)
+        except RuntimeError as error:
+            fail(f'another process has ended; see what it said ({str(error).splitlines()[0]})', 1)
 
 
-def meet():
-    """Waits until all processes are here, through the CPU. Raises ProcessGone as soon as one has ended."""
-    together(dist.all_reduce, torch.zeros(1))
+def barrier():
+    """Waits until all processes are here."""
+    collective(dist.all_reduce, torch.zeros(1))
 
 
 def all_reduce(tensors):
-    """
-    Sums tensors over all processes, in place, as one message for each dtype.
-
-    On GPUs that is NCCL's work, which waits for ever for a process of the same host that has ended: it sees
-    no more than network errors (NVIDIA/nccl issue 279). So it begins only when all are here, with nothing
-    left to compute before it, and then takes milliseconds, or is given up. Raises ProcessGone.
-    """
-    if dist.is_initialized() and tensors[0].is_cuda:
-        torch.cuda.synchronize()
-        meet()
+    """Sums tensors over all processes, in place, as one flat message for each dtype."""
     for dtype in dict.fromkeys(t.dtype for t in tensors) if dist.is_initialized() else ():
         same = [t for t in tensors if t.dtype == dtype]
         flat = torch.cat([t.reshape(-1) for t in same])
-        message, start = reach(dist.all_reduce, flat, async_op=True), time.monotonic()
-        while flat.is_cuda and not message.is_completed():
-            if time.monotonic() > start + PATIENCE:
-                raise ProcessGone(f'no sum within {PATIENCE} seconds')
-            time.sleep(1e-4)
-        reach(message.wait)
-        torch._foreach_copy_(same, [total.view_as(t) for t, total
-                                    in zip(same, flat.split([t.numel() for t in same]))])
+        collective(dist.all_reduce, flat)
+        sums = flat.split([t.numel() for t in same])
+        torch._foreach_copy_(same, [total.view_as(t) for t, total in zip(same, sums)])
 
 
 def local_main_first(action):
-    """action(), by the first process of each host before the others: they find what it downloads."""
+    """action(), in the first process of each host before the others, which find what it downloaded."""
     first = os.environ.get('LOCAL_RANK', '0') == '0'
     if not first:
-        meet()
+        barrier()
     result = action()
     if first:
-        meet()
+        barrier()
     return result
 
 
-def leave(code):
+def exit_process(code):
     """
-    Ends this program. One process of several goes at once, without torch's clearing up: NCCL's waits for
-    processes that have ended (NVIDIA/nccl issue 863), and warns of itself.
+    Ends the program; one process of several at once, without clean-up: NCCL's may wait for a process that has
+    ended (NVIDIA/nccl issue 863).
     """
     if dist.is_initialized():
         os._exit(code)

@@ -1,26 +1,26 @@
 """
-Trains a CWIC model: first dense, then ever sparser, then sparse for good; or makes a pretrained model sparse.
+Trains a CWIC model: from scratch, first dense and then ever sparser; or from a pretrained dense model.
 
     python train.py                                     # a small model of Python code, on any laptop
-    python train.py --target_reduction 1                # the same run without sparsity, to compare with
+    python train.py --target_reduction 1                # the same run without sparsity, for comparison
     python train.py config/NAME.toml --lr 5e-4          # a preset, with one option changed
-    python train.py --data selfwritten:0.5,people:0.5   # a mix, by shares of each batch
-    python train.py --resume                            # goes on as if it had never stopped
+    python train.py --data selfwritten:0.5,people:0.5   # a mix: half of each batch from each data set
+    python train.py --resume                            # continues as if the run had never stopped
     python train.py --init_from gpt2 --max_steps 0      # no training: saves GPT-2 as it was released
-    torchrun --nproc_per_node 2 train.py                # several processes share each step's batch
+    torchrun --nproc_per_node 2 train.py                # two processes share the batch of each step
 
-With --init_from, sparsity begins at once, at the exact dense model, and the loss is the two-way KL to that
-model, unless --dense_steps, --teacher and --reverse_kl say otherwise. With --lora_rank, its matrices stay frozen:
-what is learned is thresholds and a low-rank change of each matrix, and checkpoints hold only that.
---init_from such an adapter goes on from it.
+With --init_from, the run starts at the exact dense model and becomes sparse from the first step on, and its
+loss is the KL to that model, unless --dense_steps, --teacher and --reverse_kl say otherwise. With --lora_rank
+the model's matrices stay frozen: the run learns thresholds and a low-rank change of each matrix, and its
+checkpoints hold only those. --init_from such an adapter continues from it.
 
-Leaves in --out: best.safetensors (the best evaluation that met the compute target, for use), last.safetensors
-(all it takes to resume), log.csv and training.png.
+A run leaves in --out: best.safetensors (the best evaluation that met the compute target, for use),
+last.safetensors (all that --resume needs), log.csv and training.png.
 
-A batch depends on the seed and the step alone, so there is no data position and no random state to carry: a
-resumed run draws what the uninterrupted one would have drawn, on any number of processes. Each process takes
-its share of the sequences of every step; gradients and counts are summed in one place,
-all_reduce(). All evaluate, the first one logs and saves. Where one ends, the rest save and end.
+A batch depends on the seed and the step alone, so there is no data position and no random state to save:
+a resumed run reads what the uninterrupted one would have read, on any number of processes. Each process takes
+its share of the sequences; all_reduce() sums gradients, counts and losses; the first process evaluates, logs
+and saves. If a process dies, torchrun ends the others, and --resume continues from the last evaluation.
 Several hosts need --out on a shared disk.
 
 Not here: an experiment tracker, dropout, sharding of weights or of the optimiser.
@@ -30,8 +30,9 @@ import os
 import signal
 
 if __name__ == '__main__':
-    signal.signal(signal.SIGINT, signal.SIG_DFL)    # Ctrl-C while torch is imported, for seconds
-    # torch's threads would wait for each other spinning: beside other programs that is ten times slower
+    # importing torch takes seconds; Ctrl-C meanwhile just ends the program, without a traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    # torch's idle threads sleep instead of spinning: ten times as fast if other programs need the cores
     os.environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE')
 
 import csv
@@ -49,86 +50,83 @@ import torch.distributed as dist
 import cwic
 import plots
 import weights
-from checkpoint import CheckpointError, load_optimizer, load_teacher, save_checkpoint, weights_sha256
+from checkpoint import CheckpointError, load_optimizer, load_teacher, save_checkpoint
 from cwic import GPT, CWICConfig
 from data import common
-from device import (ProcessGone, CudaGraph, check_compile, choose_device, choose_dtype,
-                    local_main_first, join_processes, tune_malloc, leave, all_reduce, together,
-                    why_no_compile)
+from device import (CudaGraph, all_reduce, check_compile, choose_device, choose_dtype, collective,
+                    exit_process, join_processes, local_main_first, tune_malloc, why_no_compile)
 from evaluate import in_replies, measure, mix_windows, rows_at_once
 from files import write_atomically
-from options import check_options, fail, option, parse_options
+from options import fail, option, parse_options
+from starting import (BEST, COLUMNS, FILES, LAST, check_carried, claim_folder, new_model, resumed_model,
+                      starting_model)
 
-COLUMNS = ['step', 'seconds', 'loss', 'val_loss', 'reduction', 'target', 'lr']      # of log.csv
-BEST, LAST = 'best.safetensors', 'last.safetensors'
-FILES = (BEST, LAST, 'log.csv', 'training.png')                                     # of a run
-MET = 0.97                  # an evaluation has met the target from this share of it on
-OBSERVED = 64               # windows on which the statistics rest, all of them dense
-FUSE_FROM = 2 ** 18         # tokens of sparse training that pay for compiling the gate, on a CPU
+MET = 0.97                  # an evaluation meets the target if it reaches this share of it
+OBSERVED = 64               # sequences on which the statistics are observed
+FUSE_FROM = 2 ** 18         # tokens of sparse training from which compiling the gates pays, on a CPU
 
 
 @dataclass
 class TrainConfig:
     """Trains a CWIC model: from scratch, dense and then sparse, or from a pretrained model."""
-    data: str = option('python', 'folder in data/ that holds train.bin, val.bin and meta.json; or a mix of '
-                       'several, with shares of the windows: selfwritten:0.5,people:0.5')
-    out: str = option('out', 'where checkpoints, the log and the picture go')
-    overwrite: bool = option(False, 'start anew in an --out that holds another run, which is deleted')
-    init_from: str = option('', 'model to start from: smollm2, gpt2, ..., a folder or GGUF file with such '
-                            'weights, or a checkpoint of ours')
-    lora_rank: int = option(0, 'with --init_from: freeze its matrices and learn a change of this rank of each; '
-                       '0: train all weights', at_least=0)
-    resume: bool = option(False, 'go on from last.safetensors in --out, with the options it was started with')
-    seed: int = option(1, 'of the initial weights and of the order of the data', at_least=0)
+    data: str = option('python', 'folder in data/ with train.bin, val.bin and meta.json; or a mix of several,'
+                       ' each with its share of the sequences: selfwritten:0.5,people:0.5')
+    out: str = option('out', 'folder for the checkpoints, the log and the picture')
+    overwrite: bool = option(False, 'delete the run that --out holds, and start a new one there')
+    init_from: str = option('', 'model to start from: smollm2, gpt2, ..., a folder or GGUF file with weights '
+                            'of such a model, or one of our checkpoints')
+    lora_rank: int = option(0, 'with --init_from: freeze its matrices and learn a change of this rank for '
+                            'each (LoRA); 0: train all weights', at_least=0)
+    resume: bool = option(False, 'continue the run in --out, with the options it was started with')
+    seed: int = option(1, 'seed of the initial weights and of the order of the data', at_least=0)
     device: str = option('auto', 'auto, cpu, cuda or mps')
-    dtype: str = option('auto', 'of matrix products: auto, float32 or bfloat16')
+    dtype: str = option('auto', 'number format of matrix products: auto, float32 or bfloat16')
     # the model
-    arch: str = option('gpt2', 'gpt2, or llama: RMSNorm, rotary positions, grouped queries, a gated MLP')
-    n_layer: int = option(2, 'blocks')
-    n_head: int = option(5, 'attention heads')
-    n_kv_head: int = option(0, 'llama: heads of keys and values; 0: as many as --n_head')
-    n_embd: int = option(320, 'width')
+    arch: str = option('gpt2', 'gpt2; or llama: RMSNorm, rotary positions, grouped queries, a gated MLP')
+    n_layer: int = option(2, 'number of blocks')
+    n_head: int = option(5, 'attention heads per block')
+    n_kv_head: int = option(0, 'llama: heads for keys and values; 0: as many as --n_head')
+    n_embd: int = option(320, 'width of the model')
     n_hidden: int = option(0, 'width of the MLP; 0: 4 times --n_embd')
-    block_size: int = option(256, 'tokens in a training window, and in a new model\'s context', at_least=1)
+    block_size: int = option(256, "tokens in a training sequence, and in a new model's context", at_least=1)
     bias: bool = option(True, 'gpt2: biases in linear layers and norms')
-    stripe_qkv: int = option(320, 'columns in a stripe of the query-key-value matrix')
-    stripe_out: int = option(320, '... of the attention output matrix')
-    stripe_up: int = option(320, '... of the first MLP matrix (llama: of its gate)')
-    stripe_down: int = option(320, '... of the second MLP matrix')
-    stripe_head: int = option(1024, '... of the LM head')
-    bases: bool = option(False, 'with --init_from: head and attention output read the principal components '
-                         'of their inputs, of which they can skip more')
-    shortlist: bool = option(False, 'the head computes the logits of the likeliest tokens with every weight, '
-                             'so that it can skip more for all others')
+    stripe_qkv: int = option(320, 'columns per stripe of the query-key-value matrix')
+    stripe_out: int = option(320, 'columns per stripe of the attention output matrix')
+    stripe_up: int = option(320, 'columns per stripe of the first MLP matrix (llama: of its gate)')
+    stripe_down: int = option(320, 'columns per stripe of the second MLP matrix')
+    stripe_head: int = option(1024, 'columns per stripe of the LM head')
+    bases: bool = option(False, 'with --init_from: the head and the attention output read the principal '
+                         'components of their inputs, and can skip more of them')
+    shortlist: bool = option(False, 'the head uses every weight for the likeliest tokens, so that it can '
+                             'skip more for all others')
     # compute
-    target_reduction: float = option(3.0, 'dense weights / active weights per token to train for; 1 trains a '
-                                     'dense model', at_least=1)
-    teacher: float = option(-1.0, 'share of the sparse loss that is KL to the frozen dense model, not '
-                            'next-token loss; below 0: 1 with --init_from, else 0', at_least=-1, at_most=1)
-    reverse_kl: float = option(0.5, 'share of KL(student || teacher) in that; the rest is '
+    target_reduction: float = option(3.0, 'dense weights / active weights per token to train for; 1: train '
+                                     'a dense model', at_least=1)
+    teacher: float = option(-1.0, 'share of the KL to the frozen dense model in the sparse loss, the rest '
+                            'being next-token loss; below 0: 1 with --init_from, else 0',
+                            at_least=-1, at_most=1)
+    reverse_kl: float = option(0.5, 'share of KL(student || teacher) in that KL, the rest being '
                                'KL(teacher || student)', at_least=0, at_most=1)
     # the schedule, in optimiser steps
-    dense_steps: int = option(700, 'steps before sparsity begins; with --init_from, none', at_least=0)
-    ramp_steps: int = option(150, 'steps in which the target rises from 1 to --target_reduction', at_least=0)
+    dense_steps: int = option(700, 'steps before sparsity; with --init_from, 0 unless given', at_least=0)
+    ramp_steps: int = option(150, 'steps over which the target rises to --target_reduction', at_least=0)
     hold_steps: int = option(350, 'steps at the full target', at_least=0)
-    max_steps: int = option(-1, 'stop after this step; -1: at the end; 0: save what was read', at_least=-1)
-    warmup_steps: int = option(300, 'steps in which the learning rate rises from 0', at_least=1)
-    lr: float = option(2e-3, 'peak learning rate, held while dense, then falling along a line', at_least=0)
-    final_lr: float = option(0.1, 'the last learning rate, as a share of --lr', at_least=0)
+    max_steps: int = option(-1, 'stop after this step; -1: at the end; 0: only save the model', at_least=-1)
+    warmup_steps: int = option(300, 'steps over which the learning rate rises from 0', at_least=1)
+    lr: float = option(2e-3, 'peak learning rate: held while dense, then falling linearly', at_least=0)
+    final_lr: float = option(0.1, 'learning rate at the end, as a share of --lr', at_least=0)
     threshold_lr: float = option(0.1, 'learning rate of the thresholds, as a share of --lr', at_least=0)
-    weight_decay: float = option(0.1, 'of matrices', at_least=0)
+    weight_decay: float = option(0.1, 'weight decay of the matrices', at_least=0)
     beta2: float = option(0.99, "AdamW's second beta", at_least=0, at_most=0.99999)
-    clip: float = option(1.0, 'largest norm of the gradient, but for the thresholds; 0: any', at_least=0)
-    batch_size: int = option(8, 'sequences in an optimiser step, over all processes', at_least=1,
-                             at_most=2 ** 16)
-    micro_batch: int = option(8, 'sequences in one forward pass, at most', at_least=1)
-    recompute: bool = option(False, 'compute activations again in backward, not keep them: slower, smaller')
-    compile: bool = option(False, 'fuse what torch.compile can, and on a GPU replay steps: '
-                           'several times as fast there, after a minute')
-    # what is reported
-    eval_every: int = option(150, 'steps between evaluations, each of which also saves last.safetensors',
-                             at_least=1)
-    eval_windows: int = option(128, 'windows of validation text, always the same', at_least=1,
+    clip: float = option(1.0, "largest norm of the gradient, thresholds' left out; 0: no limit", at_least=0)
+    batch_size: int = option(8, 'sequences per step, over all processes', at_least=1, at_most=2 ** 16)
+    micro_batch: int = option(8, 'sequences per forward pass, at most', at_least=1)
+    recompute: bool = option(False, 'recompute activations in the backward pass: slower, less memory')
+    compile: bool = option(False, 'use torch.compile, and on a GPU replay CUDA graphs: several times as fast '
+                           'there, after a minute')
+    # reports
+    eval_every: int = option(150, 'steps between evaluations; each also saves last.safetensors', at_least=1)
+    eval_windows: int = option(128, 'validation sequences per evaluation, always the same', at_least=1,
                                at_most=2 ** 16)
     log_every: float = option(5.0, 'seconds between lines of output', at_least=0)
 
@@ -142,65 +140,55 @@ class TrainConfig:
         return step < self.dense_steps or self.target_reduction == 1
 
 
-# options that a resumed run may change: they change what it costs, not what it computes
-FREE_TO_CHANGE = {'out', 'resume', 'max_steps', 'device', 'dtype', 'micro_batch', 'recompute', 'compile',
-                  'log_every'}
-
-
 @dataclass(eq=False)
 class Run:
-    """What a run carries from one step to the next. last.safetensors holds all of it."""
+    """The state of a run between two steps. last.safetensors holds all of it."""
     config: TrainConfig
     model: GPT
     tokenizer: dict
     optimizer: torch.optim.Optimizer
     device: str
     dtype: torch.dtype                  # of matrix products
-    active: torch.Tensor                # (matrices,) running mean of each matrix's active weights per token
+    active: torch.Tensor                # (matrices,) running mean of the active weights per token
     teacher: GPT = None
-    base: dict = field(default_factory=dict)        # of an adapter: its 'base', and 'base_sha256'
+    base: dict = field(default_factory=dict)        # an adapter's 'base' and 'base_sha256'
     step: int = 0
     seconds: float = 0.0                # of training so far, evaluations included
     results: dict = field(default_factory=dict)     # of the last evaluation, see evaluate.measure()
-    best: dict = field(default_factory=dict)        # those of best.safetensors, and its step
+    best: dict = field(default_factory=dict)        # the results in best.safetensors, and their step
     log: list = field(default_factory=list)         # rows of log.csv
-    head_loss: object = None            # head_loss(), or what torch.compile made of it
-    gradients: object = None            # gradients(), or a recording of it
-    update: object = None               # update(), or a recording of it
+    head_loss: object = None            # head_loss(), compiled or not
+    gradients: object = None            # gradients(), or its CudaGraph
+    optimizer_step: object = None       # optimizer_step(), or its CudaGraph
 
     def autocast(self):
         device = self.model.head.weight.device.type
         return nullcontext() if self.dtype == torch.float32 else torch.autocast(device, dtype=self.dtype)
 
+    def uncompiled(self):
+        """A context without torch.compile, for shapes that no step has."""
+        return torch.compiler.set_stance('force_eager') if self.config.compile else nullcontext()
+
     def path(self, name):
         return os.path.join(self.config.out, name)
 
 
-CARRIED = ('step', 'seconds', 'results', 'best', 'log')         # of a Run, as they are in last.safetensors
+CARRIED = ('step', 'seconds', 'results', 'best', 'log')     # fields of a Run, as they are in last.safetensors
 
 # -----------------------------------------------------------------------------
 # data and schedules
 
 
-def windows(mix, starts, block_size, device):
-    """
-    The training sequences that begin at starts (B, 2), see step_starts(): inputs and targets (B, block_size);
-    targets are the inputs one token later.
-    """
-    tokens = np.stack([mix[part].train[start:start + block_size + 1] for part, start in starts])
-    tokens = torch.from_numpy(tokens.astype(np.int64)).to(device)
-    return tokens[:, :-1], tokens[:, 1:]
-
-
 def step_starts(mix, config, step):
     """
-    Where the sequences of one step begin, those of all processes: np.int64 (batch_size, 2), the index of a
-    data set in the mix and of a token in it, a function of the seed and the step alone. It is any token, or
-    in data that is made of windows, the first of one.
+    Where the sequences of a step begin: np.int64 (batch_size, 2), the index of a data set in the mix and the
+    index of a token in it. It depends on the seed and the step alone. A sequence may begin at any token, or,
+    in data that is made of windows, at the first token of one.
     """
-    rng, parts = np.random.default_rng([config.seed, step]), np.zeros(config.batch_size, np.int64)
+    rng = np.random.default_rng([config.seed, step])
+    parts = np.zeros(config.batch_size, np.int64)
     if len(mix) > 1:
-        # points evenly spread over [0, 1), all moved by one random number: each data set gets its share of
+        # evenly spaced points in [0, 1), all shifted by one random number: each data set gets its share of
         # the batch, rounded up or down at random, and exact on average
         points = (np.arange(config.batch_size) + rng.random()) / config.batch_size
         parts = np.searchsorted(np.cumsum([part.share for part in mix[:-1]]), points, side='right')
@@ -209,14 +197,21 @@ def step_starts(mix, config, step):
     return np.stack([parts, strides[parts] * rng.integers(0, counts[parts])], 1)
 
 
+def get_batch(mix, starts, block_size, device):
+    """starts (B, 2), see step_starts() -> tokens and targets, one token later, (B, block_size) each."""
+    tokens = np.stack([mix[part].train[start:start + block_size + 1] for part, start in starts])
+    tokens = torch.from_numpy(tokens.astype(np.int64)).to(device)
+    return tokens[:, :-1], tokens[:, 1:]
+
+
 def target_at(step, config):
-    """The reduction to train for: 1 while dense, then along a line to its end value, then held."""
+    """The reduction to train for: 1 while dense, then rising linearly to its final value, then held."""
     progress = (step + 1 - config.dense_steps) / max(config.ramp_steps, 1)
     return 1 + (config.target_reduction - 1) * min(max(progress, 0.0), 1.0)
 
 
 def lr_at(step, config):
-    """Warm-up, level while dense, then down along a line: the sparse model must still be able to learn."""
+    """Warm-up, constant while dense, then falling linearly: the sparse model must still be able to learn."""
     warm = min((step + 1) / config.warmup_steps, 1.0)
     left = 1 - max(step - config.dense_steps, 0) / max(config.steps() - config.dense_steps, 1)
     return config.lr * warm * (config.final_lr + (1 - config.final_lr) * left)
@@ -227,10 +222,7 @@ def lr_at(step, config):
 
 
 def head_loss(model, teacher, hidden, teacher_hidden, targets, dense, teacher_share, reverse_kl):
-    """
-    The head and the loss of what it predicts. hidden (B, T, d), targets (B, T) -> the loss, a mean over
-    tokens, in nats; and the head's active weights (B, T).
-    """
+    """hidden (B, T, d), targets (B, T) -> mean loss (nats), the head's active weights per token (B, T)."""
     logits, active = model.head(hidden, dense)
     logits, loss = logits.flatten(0, 1), 0.0                            # (B * T, vocab)
     if teacher_share < 1:
@@ -242,61 +234,53 @@ def head_loss(model, teacher, hidden, teacher_hidden, targets, dense, teacher_sh
     return loss, active
 
 
-def backward(run, tokens, targets, dense, price):
-    """
-    Adds the gradients of one micro-batch, tokens and targets (B, T), to those of the step. Only a few
-    sequences' logits exist at a time: backward reaches their hidden states before the next come, and the
-    trunk when all are there. Returns the loss (nats) and each matrix's active weights (matrices,), both as
-    their part of the step's mean.
-    """
-    config, model = run.config, run.model
-    share = len(tokens) / config.batch_size
-    teacher_share = 0.0 if dense or run.teacher is None else config.teacher
-    hidden, active = model.trunk(tokens, dense=dense, recompute=config.recompute)
-    leaf = hidden.detach().requires_grad_()                             # (B, T, d)
-    # pieces of one size, or for another one torch.compile would compile again
-    count = math.ceil(len(tokens) / rows_at_once(model, tokens.shape[1]))
-    while len(tokens) % count:
-        count += 1
-    teacher_hidden = [None] * count
-    if teacher_share:
-        with torch.no_grad():
-            teacher_hidden = run.teacher.trunk(tokens, dense=True)[0].tensor_split(count)
-    total_loss, active_head = 0.0, 0.0
-    for piece in zip(leaf.tensor_split(count), teacher_hidden, targets.tensor_split(count)):
-        piece_share = share * len(piece[0]) / len(tokens)
-        loss, active_piece = run.head_loss(model, run.teacher, *piece, dense, teacher_share,
-                                           config.reverse_kl)
-        (piece_share * (loss + price * active_piece.mean())).backward()
-        total_loss = total_loss + piece_share * loss.detach()
-        active_head = active_head + piece_share * active_piece.detach().mean()
-    active = share * active.mean((1, 2))                                # (matrices - 1,)
-    if dense:
-        hidden.backward(leaf.grad)
-    else:
-        torch.autograd.backward([hidden, price * active.sum()], [leaf.grad, None])
-    return total_loss, torch.cat([active.detach(), active_head[None]])  # (matrices,)
-
-
 def gradients(run, tokens, targets, price, dense):
     """
-    Leaves in each .grad what this process's share of a step, tokens and targets (B, T), adds to the gradient.
-    price: what each active weight costs, a tensor. Returns loss and active weights as backward() does.
+    The forward and backward passes over this process's share of a step, tokens and targets (B, T): leaves the
+    gradients in each .grad. price: what an active weight costs, a tensor. Returns this process's part of the
+    step's mean loss (nats), and of its mean active weights per token (matrices,).
+
+    The head's (B, T, vocab) logits are a step's largest tensors, so the head runs forward and backward a few
+    rows at a time, on a copy of `hidden` cut off from the graph; the trunk then runs backward once.
     """
+    config, model = run.config, run.model
+    teacher_share = 0.0 if dense or run.teacher is None else config.teacher
     run.optimizer.zero_grad()
-    loss, active = 0.0, 0.0
-    for micro_batch in zip(tokens.split(run.config.micro_batch), targets.split(run.config.micro_batch)):
+    loss, active, active_head = 0.0, 0.0, 0.0
+    for inputs, labels in zip(tokens.split(config.micro_batch), targets.split(config.micro_batch)):
         with run.autocast():
-            micro_loss, micro_active = backward(run, *micro_batch, dense, price)
-        loss, active = loss + micro_loss, active + micro_active
-    return loss, active
+            hidden, active_trunk = model.trunk(inputs, dense=dense, recompute=config.recompute)
+            leaf = hidden.detach().requires_grad_()                     # (B, T, d)
+            # pieces of equal size, as torch.compile would compile again for another one
+            pieces = math.ceil(len(inputs) / rows_at_once(model, inputs.shape[1]))
+            while len(inputs) % pieces:
+                pieces += 1
+            rows = len(inputs) // pieces
+            teacher_hidden = [None] * pieces
+            if teacher_share:
+                with torch.no_grad():
+                    teacher_hidden = run.teacher.trunk(inputs, dense=True)[0].split(rows)
+            for piece in zip(leaf.split(rows), teacher_hidden, labels.split(rows)):
+                piece_loss, piece_active = run.head_loss(model, run.teacher, *piece, dense, teacher_share,
+                                                         config.reverse_kl)
+                share = rows / config.batch_size                        # of the step's sequences
+                (share * (piece_loss + price * piece_active.mean())).backward()
+                loss = loss + share * piece_loss.detach()
+                active_head = active_head + share * piece_active.detach().mean()
+            active_trunk = len(inputs) / config.batch_size * active_trunk.mean((1, 2))      # (matrices - 1,)
+            if dense:
+                hidden.backward(leaf.grad)
+            else:
+                torch.autograd.backward([hidden, price * active_trunk.sum()], [leaf.grad, None])
+            active = active + active_trunk.detach()
+    return loss, torch.cat([active, active_head[None]])
 
 
-def update(run, rates, dense):
+def optimizer_step(run, rates, dense):
     """
-    Moves the parameters, along gradients that are summed by now. rates: the learning rate of each group of
-    them, as numbers, or as a tensor where this is recorded. Returns the norm of the gradient, and that of the
-    thresholds', which is not part of it.
+    Clips the gradients, summed by now, and moves the parameters. rates: the learning rate of each parameter
+    group, as numbers, or as a tensor in a CudaGraph. Returns the norm of the gradient without the thresholds,
+    and that of the thresholds' gradient.
     """
     *others, thresholds = [group['params'] for group in run.optimizer.param_groups]
     norm = torch.nn.utils.clip_grad_norm_(sum(others, []), run.config.clip or math.inf)
@@ -304,7 +288,7 @@ def update(run, rates, dense):
     learned = [layer for _, layer in run.model.sparse_layers() if layer.theta.requires_grad]
     before = [layer.theta.detach().clone() for layer in learned]
     for group, rate in zip(run.optimizer.param_groups, rates, strict=True):
-        # AdamW refuses to be recorded unless it is capturable, and warns where it need not be
+        # AdamW must be capturable to be recorded, and warns if it is capturable without need
         group.update(lr=rate, capturable=norm.is_cuda and torch.cuda.is_current_stream_capturing())
     run.optimizer.step()
     if learned and not dense:
@@ -313,35 +297,40 @@ def update(run, rates, dense):
 
 
 def recorded(run):
-    """gradients(), update(): on a GPU and with --compile, from their fourth call on replayed as recorded."""
-    replayed = run.config.compile and run.model.head.weight.is_cuda
-    return [CudaGraph(work) if replayed else work for work in (gradients, update)]
+    """gradients() and optimizer_step(): with --compile on a GPU as CUDA graphs, else as they are."""
+    replay = run.config.compile and run.model.head.weight.is_cuda
+    return [CudaGraph(function) if replay else function for function in (gradients, optimizer_step)]
 
 
 def train_step(run, tokens, targets, target, dense=False, stop=False):
     """
     One optimiser step on this process's share of the batch, tokens and targets (B, T); target: the reduction
-    to train for. Changes the model, the optimiser and run.active. Returns the step's loss in nats, the active
-    weights of each matrix (matrices,), both over all processes, and whether any process wants to stop. Raises
-    ProcessGone before anything is changed. Ends the program where the loss or its gradient is not finite.
+    to train for. Changes the model, the optimiser and run.active. Returns, over all processes, the loss
+    (nats), the active weights per token (matrices,), and whether any process was asked to stop. Ends the
+    program if the loss or its gradient is not finite.
     """
     model, rates = run.model, [float(group['lr']) for group in run.optimizer.param_groups]
-    if isinstance(run.update, CudaGraph):
+    if isinstance(run.optimizer_step, CudaGraph):
         rates = torch.tensor(rates, device=run.device)
-    # the loss of compute, flop_loss(run.active), has one slope for all: what each active weight costs
+    # the slope of flop_loss: all micro-batches and processes pay the same price for an active weight
     price = 0.0 if dense else cwic.price(run.active.sum(), model.n_weights(), target)
+    # two functions, as all_reduce() stands between them: each is recorded as a CUDA graph of its own
     loss, active = run.gradients(run, tokens, targets, run.active.new_tensor(price), dense)
     stop = torch.tensor(float(stop), device=run.device)
     all_reduce([p.grad for p in model.parameters() if p.grad is not None] + [loss, active, stop])
-    norm, threshold_norm = run.update(run, rates, dense)
+    norm, threshold_norm = run.optimizer_step(run, rates, dense)
     if not dense:
-        # one batch's count is noise, and flop_loss, bent as it is, would mistake noise for missing reduction
+        # flop_loss is convex, so noise in one batch's count would bias the price: a running mean has less
         run.active.lerp_(active.to(run.active), 0.1)
-    # a process that is alone waits for its GPU here, and not earlier: it has been told all the step takes
+    # the first line of a step that waits for the GPU
     if not math.isfinite(loss + norm + threshold_norm):
         fail(f'step {run.step + 1}: the loss is {float(loss)}, the norm of its gradient {float(norm)}; '
-             'stopped, and what was saved before is whole. Try a lower --lr', 1)
+             'stopped. Earlier checkpoints are intact. Try a lower --lr', 1)
     return float(loss), active, bool(stop)
+
+
+# -----------------------------------------------------------------------------
+# the first sparse step
 
 
 def observed(model):
@@ -351,30 +340,28 @@ def observed(model):
 
 def observe(run, mix):
     """
-    Finds the bases, if the model is to have some, and sets the statistics of all layers that have none yet;
-    then every process has the first one's model. Raises ProcessGone.
+    Finds the bases, if the model is to have some, and the statistics of all layers that have none yet; then
+    every process gets the model of the first one. Ends the program if a layer's inputs never change.
     """
     config = replace(run.config, batch_size=OBSERVED)
     starts = step_starts(mix, config, 2 ** 31)                          # of a step that never comes
-    tokens, _ = windows(mix, starts, config.block_size, run.device)
-    with run.autocast():
+    tokens, _ = get_batch(mix, starts, config.block_size, run.device)
+    with run.autocast(), run.uncompiled():
         if run.config.bases:
-            sparse = any(layer.sigma.any() for _, layer in run.model.sparse_layers())       # an adapter, from before
+            # an adapter is observed as it runs, sparse; a dense model has no statistics yet
+            sparse = any(layer.sigma.any() for _, layer in run.model.sparse_layers())
             run.model.find_bases(tokens, dense=not sparse)
-            run.optimizer.state.clear()     # what Adam knows, it knows of the matrices before
+            run.optimizer.state.clear()     # Adam's moments belong to the old basis
         run.model.observe(tokens)
-    # all read the same windows, but not on the same kind of GPU: which way a component points is chance.
-    # Through the CPU, where the end of another process is seen
+    # all read the same tokens, but on another kind of GPU a component may come out with the other sign
     for tensor in run.model.state_dict().values():
-        message = tensor.cpu()
-        together(dist.broadcast, message, 0)
-        tensor.copy_(message)
+        collective(dist.broadcast, tensor, 0)
     if not observed(run.model):
         fail('the inputs of a layer never change, so its thresholds could not learn: is a layer all 0?', 1)
 
 
 def fuse_gates(run):
-    """Compiles the model's gates, and nothing else, where that works and pays. Returns whether it will."""
+    """Compiles the model's gates, and nothing else, if that works and pays. Returns whether it does."""
     config = run.config
     tokens = (config.steps() - config.dense_steps) * config.batch_size * config.block_size
     pays = run.device == 'cpu' and not config.compile and tokens >= FUSE_FROM and not why_no_compile('cpu')
@@ -384,7 +371,7 @@ def fuse_gates(run):
 
 
 def frozen_teacher(run):
-    """The dense model that the student starts from: a copy, less the student's adapters."""
+    """The dense model that the student starts from: a copy of the student, without its LoRA."""
     teacher = cwic.dense_copy(run.model)
     for block in teacher.blocks if run.config.compile else ():
         block.compile()
@@ -395,116 +382,8 @@ def frozen_teacher(run):
 # the beginning of a run
 
 
-def new_model(sizes):
-    try:
-        return GPT(CWICConfig(**sizes))
-    except ValueError as error:
-        fail(f'--{error}')
-
-
-def with_stripes(model, sizes):
-    """
-    A model of these sizes: each stripe begins as the one in which it lay. If this one is to have bases, its
-    head's statistics are gone, for all that to be found.
-    """
-    new = new_model({name: sizes[name] for name in asdict(model.config)})
-    if sizes.get('lora_rank'):
-        cwic.add_lora(new, sizes['lora_rank'])
-    state = {name: tensor for name, tensor in model.state_dict().items() if not name.endswith('theta')}
-    new.load_state_dict(state, strict=False)
-    for (_, layer), (_, old) in zip(new.sparse_layers(), model.sparse_layers()):
-        if isinstance(layer, cwic.StripedLinear):
-            layer.theta.data = old.theta.data[torch.arange(len(layer.theta)) * layer.stripe // old.stripe]
-        else:
-            layer.theta.data = old.theta.data
-    if new.config.bases and not model.config.bases:
-        new.head.sigma.zero_()
-    return new
-
-
-def starting_model(config, given):
-    """--init_from -> (model, what else its file says, the options with its sizes and what it implies)."""
-    source = config.init_from
-    try:
-        model, saved = weights.load(source, merge=False)
-    except (CheckpointError, weights.WeightsError) as error:
-        fail(f'--init_from {source}: {error}', 1)
-    sizes, base = asdict(model.config), saved.get('base')
-    if base:                    # an adapter: goes on from where it stands
-        sizes.update(init_from=base, lora_rank=model.head.adapter.A.shape[1])
-    elif any(float(layer.theta.detach().max()) > 0 for _, layer in model.sparse_layers()):
-        fail(f'--init_from {source}: is sparse already; start from a dense model, such as one trained with '
-             '--target_reduction 1')
-    for name in sorted(given & sizes.keys() - {'init_from'}):
-        asked = getattr(config, name)
-        if name == 'block_size' and asked <= sizes[name]:
-            continue                    # so long are the training windows; the model's context stays
-        finer = name.startswith('stripe_') and (asked <= sizes[name] or not base)
-        if asked != sizes[name] and not finer and not (name in ('bases', 'shortlist') and asked):
-            fail(f'--{name} {asked}: {source} has {sizes[name]}; leave the option out')
-        sizes[name] = asked
-    if any(sizes[name] != size for name, size in asdict(model.config).items()):
-        model = with_stripes(model, sizes)
-    if config.lora_rank and not base:
-        saved.update(base=source, base_sha256=weights_sha256(model))
-        cwic.add_lora(model, config.lora_rank)
-    implied = {**sizes, 'dense_steps': 0, 'teacher': 1.0 if config.teacher < 0 else config.teacher}
-    options = TrainConfig.__dataclass_fields__.keys() - (given & {'dense_steps', 'block_size'})
-    return model, saved, replace(config, **{name: implied[name] for name in options & implied.keys()})
-
-
-def resumed_model(config, given):
-    """last.safetensors -> (model, what else it says, its options, changed by those given now)."""
-    try:
-        model, saved = weights.load(os.path.join(config.out, LAST), merge=False)
-        old = check_options(TrainConfig, saved.get('options', {}))
-        sizes = {name: getattr(old, name, size) for name, size in asdict(model.config).items()}
-        if old.block_size > model.config.block_size \
-                or CWICConfig(**{**sizes, 'block_size': model.config.block_size}) != model.config:
-            raise ValueError('options of another model')
-    except (CheckpointError, weights.WeightsError) as error:
-        fail(f'cannot resume: {error}', 1)
-    except ValueError as error:
-        fail(f'cannot resume: {LAST} does not hold a run ({error})', 1)
-    for name in sorted(given - FREE_TO_CHANGE):
-        asked, had = getattr(config, name), getattr(old, name)
-        if asked != had:
-            fail(f'--{name} {asked}: the run was started with {had}; leave the option out, or choose another '
-                 '--out')
-    names = given & FREE_TO_CHANGE | {'out', 'resume', 'max_steps'}
-    return model, saved, replace(old, **{name: getattr(config, name) for name in names})
-
-
-def check_carried(saved, config, n_matrices):
-    """Raises an error unless this can be said of a run, in last.safetensors. n_matrices: of its model."""
-    def numbers(xs, count):
-        return type(xs) is list and len(xs) == count and all(type(x) in (int, float) for x in xs)
-
-    def measured(x):        # as evaluate.measure() returns it
-        names = ['val_loss', 'spread', 'reduction', 'surprise_correlation', 'entropy_correlation',
-                 *x.keys() & {'kl', 'agreement'}]
-        return (numbers([x[name] for name in names], len(names)) and x['reduction'] > 0
-                and numbers(x['active_share'], n_matrices)
-                and numbers([x['compute_percentiles'][p] for p in ('5', '95')], 2))
-
-    def logged(row):        # its fourth number, val_loss, may be missing
-        return (type(row) is list and numbers(row[:3] + row[4:], len(COLUMNS) - 1)
-                and (row[3] is None or numbers(row[3:4], 1)))
-
-    step, results, best, log = (saved[name] for name in ('step', 'results', 'best', 'log'))
-    fits = {
-        'step': type(step) is int and 0 <= step <= config.steps(),
-        'seconds': numbers([saved['seconds']], 1) and saved['seconds'] >= 0,
-        'active': numbers(saved['active'], n_matrices) and min(saved['active']) >= 0,
-        'results': results == {} or measured(results),
-        'best': best == {} and step < config.steps() or measured(best) and type(best['step']) is int,
-        'log': type(log) is list and all(map(logged, log))}
-    if not all(fits.values()):
-        raise ValueError(', '.join(name for name, fit in fits.items() if not fit))
-
-
 def restore(run, saved):
-    """Puts all that last.safetensors holds but the model where it was. Ends the program if it is no run."""
+    """Sets all of a run but its model from last.safetensors. Ends the program if that does not hold a run."""
     config = run.config
     try:
         check_carried(saved, config, len(run.active))
@@ -517,7 +396,7 @@ def restore(run, saved):
         if run.step > config.dense_steps and not config.is_dense(run.step):
             fuse_gates(run)
             run.teacher = frozen_teacher(run) if config.teacher else None
-            if config.teacher and not run.base:         # an adapter's teacher is its base, which is at hand
+            if config.teacher and not run.base:         # an adapter's teacher is its base
                 load_teacher(run.teacher, saved['teacher'])
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         fail(f'cannot resume: {LAST} does not hold a run ({error}); is it a {BEST}?', 1)
@@ -525,8 +404,8 @@ def restore(run, saved):
 
 def begin(config, given, device):
     """
-    -> Run: a new one, one from a pretrained model, or a resumed one; and its data, a list of common.Part, or
-    None where none is needed.
+    -> a Run, which is new, starts from a pretrained model, or is resumed; and its data, a list of
+    common.Part, or None if it needs none.
     """
     torch.manual_seed(config.seed)
     model, saved, mix = None, {}, None
@@ -556,7 +435,7 @@ def begin(config, given, device):
     active = torch.tensor([layer.n_weights for _, layer in model.sparse_layers()], dtype=exact, device=device)
     base = {name: saved[name] for name in ('base', 'base_sha256') if name in saved}
     run = Run(config, model, tokenizer, optimizer, device, torch.float32, active, base=base,
-              head_loss=head_loss, gradients=gradients, update=update)
+              head_loss=head_loss, gradients=gradients, optimizer_step=optimizer_step)
     if config.compile:
         check_compile(device)
         run.head_loss = torch.compile(head_loss)
@@ -566,43 +445,16 @@ def begin(config, given, device):
     if config.resume:
         restore(run, saved)
     elif type(shares) is list and [type(x) is float and 0 < x < 2 for x in shares] == [True] * len(active):
-        run.active *= torch.tensor(shares).to(active)       # of an adapter, which is sparse already
+        run.active *= torch.tensor(shares).to(active)       # an adapter, which is sparse already
     return run, mix
 
 
 # -----------------------------------------------------------------------------
-# what a run leaves
-
-
-def claim_folder(config):
-    """
-    Makes --out this run's own, for as long as what is returned is kept. Ends the program where another run is
-    at work there, or has been and is neither to be resumed nor overwritten.
-    """
-    try:
-        os.makedirs(config.out, exist_ok=True)
-        lock = open(os.path.join(config.out, '.lock'), 'w', encoding='utf-8')
-    except OSError as error:
-        fail(f'--out {config.out}: {error.strerror}; choose another', 1)
-    try:
-        import fcntl
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        fail(f'--out {config.out}: another run is at work there; choose another')
-    except (ImportError, OSError):      # Windows, or a disk without locks: nothing keeps two runs apart
-        pass
-    if not config.resume:
-        if not config.overwrite and any(os.path.exists(os.path.join(config.out, name)) for name in FILES):
-            fail(f'--out {config.out} holds a run already: go on with it (--resume), choose another, or '
-                 'delete it (--overwrite)')
-        folder = os.path.dirname(config.init_from) or '.'
-        if os.path.isfile(config.init_from) and os.path.samefile(folder, config.out):
-            fail(f'--init_from {config.init_from} lies in --out, where this run will write; choose another')
-    return lock
+# files
 
 
 def save(run, name):
-    """Writes best.safetensors, which is for use, or last.safetensors, with all it takes to go on."""
+    """Writes best.safetensors, for use, or last.safetensors, with all that --resume needs."""
     config = run.config
     saved = dict(run.results, tokenizer=run.tokenizer, options=asdict(config), step=run.step)
     if run.base:
@@ -617,14 +469,29 @@ def save(run, name):
 
 
 def save_last(run):
-    """last.safetensors, and log.csv with the rows so far."""
+    """Writes last.safetensors, and log.csv with the rows so far."""
     save(run, LAST)
     text = io.StringIO(newline='')
     csv.writer(text).writerows([COLUMNS] + run.log)
     try:
         write_atomically(run.path('log.csv'), lambda file: file.write(text.getvalue().encode()))
     except OSError as error:
-        fail(f'{run.path("log.csv")} cannot be written ({error.strerror}); the checkpoints are whole', 1)
+        fail(f'{run.path("log.csv")} cannot be written ({error.strerror}); the checkpoints are intact', 1)
+
+
+def save_best(run):
+    """Writes best.safetensors after the best evaluation that met the target, or the last one if none did."""
+    config, results = run.config, run.results
+    score = 'kl' if 'kl' in results else 'val_loss'
+    met = (run.step >= config.dense_steps + config.ramp_steps
+           and results['reduction'] >= MET * config.target_reduction)
+    if met and results[score] < run.best.get(score, math.inf) or run.step == config.steps() and not run.best:
+        run.best = {**results, 'step': run.step}
+        save(run, BEST)
+
+
+# -----------------------------------------------------------------------------
+# what a run prints
 
 
 def clock(seconds):
@@ -633,7 +500,7 @@ def clock(seconds):
 
 
 def announce(run, mix, world_size, why):
-    """What will be done, on what, in a few lines."""
+    """Prints what will be trained, on what data and on what device. why: the reason for the dtype."""
     config = run.config
     total = sum(p.numel() for p in run.model.parameters())
     trained = sum(p.numel() for p in run.model.parameters() if p.requires_grad)
@@ -664,10 +531,10 @@ class Progress:
 
     def __init__(self, run):
         self.run, self.time, self.step = run, time.perf_counter(), run.step
-        self.paces = []                 # seconds for the work of a dense step, line by line
+        self.paces = []                 # seconds per dense step, line by line
 
     def work(self, step):
-        """Of all steps before this one, in dense steps: a sparse one takes about 1.5 times as long."""
+        """The steps before this one, counted in dense steps: a sparse one takes about 1.5 times as long."""
         dense = step if self.run.config.target_reduction == 1 else min(step, self.run.config.dense_steps)
         return dense + 1.5 * (step - dense)
 
@@ -676,7 +543,7 @@ class Progress:
         speed = (run.step - self.step) * config.batch_size * config.block_size / seconds
         self.paces.append(seconds / (self.work(run.step) - self.work(self.step)))
         self.time, self.step = self.time + seconds, run.step
-        # a median: some lines' time is that of compiling or evaluating
+        # the median, as some lines include compiling or an evaluation
         left = float(np.median(self.paces[-9:])) * (self.work(config.last_step()) - self.work(run.step))
         return (f'step {run.step:5d}/{config.steps()}  loss {loss:.4f}  '
                 + (f'val {run.results["val_loss"]:.4f}  ' if evaluated else ' ' * 12)
@@ -685,8 +552,19 @@ class Progress:
                 + f'{clock(left)} left')
 
 
+def print0(line, rank, requests):
+    """Prints a line, in the first process only. If stdout is gone, the run is to stop."""
+    if rank > 0:
+        return
+    try:
+        print(line, flush=True)
+    except OSError as error:            # nobody reads on, or the disk is full
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        requests.append(f'stdout failed ({error.strerror})')
+
+
 def finish(run, mix):
-    """The picture and the closing lines, both of the best checkpoint. An error if its target was not met."""
+    """The closing lines and the picture, of the best checkpoint; exit code 1 if that missed the target."""
     config, best = run.config, run.best
     loss, reduction = best['val_loss'], best['reduction']
     # each part of a mix has its share of the tokens
@@ -712,99 +590,82 @@ def finish(run, mix):
     except OSError as error:
         fail(f'{run.path("training.png")} cannot be written ({error.strerror}); --resume draws it again', 1)
     if reduction < MET * config.target_reduction:
-        fail(f'target not met: {reduction:.2f}x where {config.target_reduction:g}x was asked for; give it '
-             'more --hold_steps, or a higher --threshold_lr', 1)
+        fail(f'target not met: {reduction:.2f}x instead of {config.target_reduction:g}x; give it more '
+             '--hold_steps, or a higher --threshold_lr', 1)
 
 
 # -----------------------------------------------------------------------------
+# the loop
 
 
-def wishes_to_stop():
-    """A list to which Ctrl-C, SIGTERM and the end of a terminal add. A second Ctrl-C ends at once."""
-    wishes = []
+def stop_requests():
+    """
+    Returns a list to which Ctrl-C, SIGTERM and the end of the terminal add a word each from now on. A second
+    Ctrl-C ends the program at once.
+    """
+    requests = []
 
     def interrupted(*_):
-        wishes.append('interrupted')
-        signal.signal(signal.SIGINT, lambda *_: fail('interrupted; what was saved before is whole', 130))
+        requests.append('interrupted')
+        signal.signal(signal.SIGINT, lambda *_: fail('interrupted; earlier checkpoints are intact', 130))
 
     signal.signal(signal.SIGINT, interrupted)
-    signal.signal(signal.SIGTERM, lambda *_: wishes.append('terminated'))
+    signal.signal(signal.SIGTERM, lambda *_: requests.append('terminated'))
     # Windows has no such signal; nohup ignores it
     if hasattr(signal, 'SIGHUP') and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
-        signal.signal(signal.SIGHUP, lambda *_: wishes.append('terminal gone'))
-    return wishes
+        signal.signal(signal.SIGHUP, lambda *_: requests.append('terminal gone'))
+    return requests
 
 
 def train(run, mix, rank, world_size):
-    """The loop, until the last step or a wish to stop before it. Returns that: 'interrupted', ..., or ''."""
+    """
+    The training loop. Returns '' after the last step, or what asked it to stop earlier ('interrupted', ...).
+    Ends the program if a loss is not finite, a layer cannot learn, or a file cannot be written.
+    """
     config, model = run.config, run.model
     val_tokens = mix_windows(mix, 'val', config.eval_windows, config.block_size)
     replies = in_replies(val_tokens, run.tokenizer)
-    uncompiled = (lambda: torch.compiler.set_stance('force_eager')) if config.compile else nullcontext
-    wishes, stop, progress = wishes_to_stop(), False, Progress(run)
-    run.gradients, run.update = recorded(run)
-
-    def batch(step):
-        """This process's share of a step: inputs, targets (B, T)."""
-        starts = np.array_split(step_starts(mix, config, step), world_size)[rank]
-        return windows(mix, starts, config.block_size, run.device)
-
-    def say(line):
-        if rank:
-            return
-        try:
-            print(line, flush=True)
-        except OSError as error:            # nobody reads on, or the disk is full
-            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-            wishes.append(f'stdout failed ({error.strerror})')
-
+    requests, stop, progress = stop_requests(), False, Progress(run)
+    run.gradients, run.optimizer_step = recorded(run)
     while run.step < config.last_step() and not stop:
-        started, dense, target = time.perf_counter(), config.is_dense(run.step), target_at(run.step, config)
-        lr = lr_at(run.step, config)
+        started, dense = time.perf_counter(), config.is_dense(run.step)
+        target, lr = target_at(run.step, config), lr_at(run.step, config)
         for group, share in zip(run.optimizer.param_groups, (1, 1, config.threshold_lr), strict=True):
             group['lr'] = share * lr
-        try:
-            if run.step == config.dense_steps and not dense:
-                if fuse_gates(run):
-                    say('sparse from here on; the gates are compiled first, for ten seconds or less')
-                if not observed(model):             # unlike most adapters
-                    with uncompiled():
-                        observe(run, mix)
-                run.teacher = frozen_teacher(run) if config.teacher else None
-            loss, active, stop = train_step(run, *batch(run.step), target, dense, stop=bool(wishes))
-        except ProcessGone as why:
-            save_last(run)              # by whichever are left: all have the same to save
-            fail(f'another process has ended; step {run.step} is saved, go on with --resume ({why})', 1)
+        if run.step == config.dense_steps and not dense:
+            if fuse_gates(run):
+                print0('sparse from here on; the gates are compiled first, for ten seconds or less', rank,
+                       requests)
+            if not observed(model):             # most adapters have their statistics already
+                observe(run, mix)
+            run.teacher = frozen_teacher(run) if config.teacher else None
+        starts = np.array_split(step_starts(mix, config, run.step), world_size)[rank]
+        tokens, targets = get_batch(mix, starts, config.block_size, run.device)
+        loss, active, stop = train_step(run, tokens, targets, target, dense, stop=bool(requests))
         run.step += 1
+        if rank > 0:
+            continue            # the first process evaluates, logs and saves; the others wait at the next sum
 
         evaluated = run.step % config.eval_every == 0 or run.step == config.steps()
         if evaluated:
-            with uncompiled():
+            with run.uncompiled():
                 run.results = measure(model, val_tokens, run.teacher, dense, replies)
             if not math.isfinite(run.results['val_loss']):
-                fail(f'step {run.step}: the validation loss is {run.results["val_loss"]}; stopped, and what '
-                     'was saved before is whole. Try a lower --lr', 1)
+                fail(f'step {run.step}: the validation loss is {run.results["val_loss"]}; stopped. Earlier '
+                     'checkpoints are intact. Try a lower --lr', 1)
         run.seconds += time.perf_counter() - started
         reduction = model.n_weights() / max(float(active.sum()), 1.0)
         if evaluated or run.step % 10 == 0:
             val_loss = run.results['val_loss'] if evaluated else None
             run.log.append([run.step, round(run.seconds, 2), loss, val_loss, reduction, target, lr])
         if evaluated:
-            score = 'kl' if 'kl' in run.results else 'val_loss'
-            met = (run.step >= config.dense_steps + config.ramp_steps
-                   and run.results['reduction'] >= MET * config.target_reduction)
-            better = (met and run.results[score] < run.best.get(score, math.inf)
-                      or run.step == config.steps() and not run.best)
-            run.best = {**run.results, 'step': run.step} if better else run.best
-            if rank == 0:
-                if better:
-                    save(run, BEST)
-                save_last(run)
+            save_best(run)
+            save_last(run)
         if evaluated or time.perf_counter() - progress.time >= config.log_every:
-            say(progress.line(loss, reduction, target, evaluated))
+            print0(progress.line(loss, reduction, target, evaluated), rank, requests)
     if rank == 0 and (stop or run.step < config.steps()):
         save_last(run)
-    return (wishes or ['interrupted'])[0] if stop else ''
+    return (requests or ['interrupted'])[0] if stop else ''
 
 
 def main():
@@ -823,7 +684,7 @@ def main():
     if config.batch_size < world_size:
         fail(f'--batch_size {config.batch_size} is too small to be shared by {world_size} processes')
     choice = [choose_dtype(config.dtype, torch.device(device).type)]
-    together(dist.broadcast_object_list, choice)                    # measured by each, decided by the first
+    collective(dist.broadcast_object_list, choice)      # each process measures, the first one decides
     run.dtype, why = choice[0]
     config.dtype = str(run.dtype).removeprefix('torch.')            # a resumed run does not measure again
     if rank == 0:
@@ -836,29 +697,26 @@ def main():
             save(run, BEST)
             print(f'no step to do: saved as it is; talk to it: python chat.py --ckpt {run.path(BEST)}')
         return
-    wish = train(run, mix, rank, world_size)
-    if rank == 0 and (wish or run.step < config.steps()):
+    request = train(run, mix, rank, world_size)
+    if rank == 0 and (request or run.step < config.steps()):
         with suppress(OSError):             # a terminal that is gone
-            print(f'\n{wish or "stopped"} at step {run.step}, which is saved; go on with: '
+            print(f'\n{request or "stopped"} at step {run.step}, which is saved; continue with: '
                   f'python train.py --resume --out {config.out}', flush=True,
-                  file=sys.stderr if wish else sys.stdout)
+                  file=sys.stderr if request else sys.stdout)
     elif rank == 0:
         finish(run, mix)
-    sys.exit(130 if wish else 0)
+    sys.exit(130 if request else 0)
 
 
 def program():
-    """main(), and one line for what may end it."""
-    try:
-        common.run(main, memory='a smaller --micro_batch takes less, and so does --recompute')
-    except ProcessGone as why:
-        fail(f'another process has ended; see what it said ({why})', 1)
+    """main(), with one line for each error that a user can cause."""
+    common.run(main, memory='a smaller --micro_batch takes less, and so does --recompute')
 
 
 if __name__ == '__main__':
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGINT, signal.default_int_handler)        # all is imported: Ctrl-C is handled again
     try:
         program()
     except SystemExit as end:
-        leave(end.code)
-    leave(0)
+        exit_process(end.code)
+    exit_process(0)

@@ -172,7 +172,7 @@ def distil(run, mix, method, calibration, report):
         for group, share in zip(run.optimizer.param_groups, (1, 1, config.threshold_lr), strict=True):
             group['lr'] = share * lr
         starts = train.step_starts(mix, config, run.step)
-        method.step(run, *train.windows(mix, starts, config.block_size, run.device), target)
+        method.step(run, *train.get_batch(mix, starts, config.block_size, run.device), target)
         report(run.step + 1, config.steps())
 
 

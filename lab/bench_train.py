@@ -27,7 +27,8 @@ import torch.distributed as dist
 import cwic
 import train
 from cwic import GPT, CWICConfig
-from device import check_compile, choose_device, choose_dtype, join_processes, tune_malloc
+from device import (barrier, check_compile, choose_device, choose_dtype, collective, join_processes,
+                    tune_malloc)
 from lab.methods import calibrate, sparse_layers_of
 from options import fail, parse_options, progress
 
@@ -62,7 +63,8 @@ def make_run(config, shape=None):
     optimizer = torch.optim.AdamW(model.parameter_groups(0.0, 0.0, 0.0), fused=device != 'mps')
     active = torch.tensor([float(layer.n_weights) for _, layer in model.sparse_layers()], device=device)
     return train.Run(options, model, {}, optimizer, device, choose_dtype('auto', device)[0], active,
-                     head_loss=train.head_loss, gradients=train.gradients, update=train.update)
+                     head_loss=train.head_loss, gradients=train.gradients,
+                     optimizer_step=train.optimizer_step)
 
 
 def start_processes(config):
@@ -83,11 +85,6 @@ def alone():
     train.all_reduce = all_reduce
 
 
-def wait_for_all():
-    if dist.is_initialized():
-        dist.all_reduce(torch.zeros(1))     # through the CPU: a barrier would be a GPU's work
-
-
 def time_steps(rows, run, tokens, rounds, rank, teacher=None):
     """
     Each row names an engine and a number of processes; adds what a training step of it takes.
@@ -98,7 +95,7 @@ def time_steps(rows, run, tokens, rounds, rank, teacher=None):
                      active=run.active.clone(), teacher=teacher if 'teacher' in row['engine'] else None)
              for row in rows]
     for step in steps:
-        step.gradients, step.update = train.recorded(step)
+        step.gradients, step.optimizer_step = train.recorded(step)
     for done in range(rounds + WARM_UP):
         for row, step, times in zip(rows, steps, seconds):
             progress(f'round {done + 1} of {rounds + WARM_UP}: {row["engine"]}')
@@ -118,7 +115,7 @@ def time_steps(rows, run, tokens, rounds, rank, teacher=None):
                 if run.device == 'cuda':        # of all rounds, as a CUDA graph allocates nothing in replay
                     peak = torch.cuda.max_memory_allocated() / 2 ** 30
                     row['memory_gib'] = max(row.get('memory_gib', 0.0), peak)
-            wait_for_all()
+            barrier()
     progress()
     for row, times in zip(rows, seconds):
         if times:
@@ -138,8 +135,7 @@ def measure_train(config, shape):
     progress('making the model')
     run = make_run(config, shape)
     batch, length, model, choice = run.config.batch_size, run.config.block_size, run.model, [run.dtype]
-    if world_size > 1:
-        dist.broadcast_object_list(choice)      # on a CPU each process has measured which is faster
+    collective(dist.broadcast_object_list, choice)      # on a CPU each process has measured which is faster
     run.dtype = choice[0]
     tokens = torch.randint(model.config.vocab_size, (batch * world_size, length + 1)).to(run.device)
     progress('setting thresholds')

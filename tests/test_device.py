@@ -1,4 +1,4 @@
-"""device.py: what the environment says of processes, and when work on a GPU is recorded. On a CPU, with a stand-in."""
+"""device.py: the environment that torchrun sets, and when a CudaGraph records. On a CPU, with a stand-in."""
 
 import pytest
 import torch
@@ -10,8 +10,8 @@ import device
     (dict(WORLD_SIZE='2', RANK='0'), 'unset RANK WORLD_SIZE'), (dict(RANK=''), 'RANK=, in the environment'),
     (dict(RANK='1'), 'RANK=1'), (dict(RANK='-1', WORLD_SIZE='1'), 'RANK=-1'), (dict(WORLD_SIZE='two'), 'WORLD_SIZE=two'),
     (dict(RANK='0', LOCAL_RANK='0', WORLD_SIZE='2', MASTER_ADDR='localhost', MASTER_PORT='http'), 'MASTER_PORT=http')])
-def test_an_environment_that_torchrun_did_not_make(said, words, monkeypatch, capsys):
-    """A cluster left WORLD_SIZE=2 RANK=0 behind, or an empty RANK: a traceback."""
+def test_a_wrong_environment_is_one_line(said, words, monkeypatch, capsys):
+    """WORLD_SIZE=2 RANK=0 or an empty RANK, left behind by a cluster, was a traceback."""
     for name in device.TORCHRUN:
         monkeypatch.delenv(name, raising=False)
     assert device.join_processes('cpu') == ('cpu', 0, 1)
@@ -23,31 +23,32 @@ def test_an_environment_that_torchrun_did_not_make(said, words, monkeypatch, cap
     assert ended.value.code == 2 and error.count('\n') == 1 and words in error and 'torchrun' in error
 
 
-class Graphs:
-    """In place of a GPU's: knows what was run, and what was recorded."""
+class CudaGraph(device.CudaGraph):
+    """On a CPU: notes what was called, recorded and replayed."""
 
-    def __init__(self, fails=False):
+    def __init__(self, function, fails=False):
+        super().__init__(function)
         self.fails, self.done = fails, []
 
-    def run(self, function, arguments):
+    def run(self, arguments):
         self.done.append('run')
-        return function(*arguments)
+        return self.function(*arguments)
 
-    def record(self, function, arguments):
+    def capture(self, arguments):
         self.done.append('record')
         if self.fails:
             raise RuntimeError('CUDA error: operation not permitted when stream is capturing\nand more')
-        results = function(*arguments)
-        return results, lambda: (self.done.append('replay'), results.copy_(function(*arguments)))
+        results = self.function(*arguments)
+        return results, lambda: (self.done.append('replay'), results.copy_(self.function(*arguments)))
 
 
 @pytest.mark.parametrize('compiling_in, recorded_in', [([1], 4), ([1, 3], 5), ([1, 2, 3, 4, 6], 6), ([3, 4, 5], 7)])
-def test_nothing_is_recorded_before_a_call_that_compiles_nothing(compiling_in, recorded_in, monkeypatch):
+def test_recording_waits_until_nothing_compiles(compiling_in, recorded_in, monkeypatch):
     """
     The fourth call was recorded whatever the third had done: a step of Llama's size, in which something was still
     compiled, ended in a traceback. Call 6 of the third case would compile, but it is recorded: nothing did in call 5.
     """
-    times, calls, graphs = {'what was timed': []}, [], Graphs()
+    times, calls = {'what was timed': []}, []
     monkeypatch.setattr(torch._dynamo.utils, 'compilation_time_metrics', times)
 
     def twice(x):
@@ -56,13 +57,13 @@ def test_nothing_is_recorded_before_a_call_that_compiles_nothing(compiling_in, r
             times['what was timed'].append(0.5)
         return 2 * x
 
-    recorded = device.CudaGraph(twice, graphs)
+    recorded = CudaGraph(twice)
     for call in range(1, 10):
         assert float(recorded(torch.tensor(float(call)))) == 2 * call
-    assert graphs.done == ['run'] * (recorded_in - 1) + ['record'] + ['replay'] * (10 - recorded_in)
+    assert recorded.done == ['run'] * (recorded_in - 1) + ['record'] + ['replay'] * (10 - recorded_in)
 
 
-def test_torch_says_when_something_was_compiled():
+def test_compilations_count_forward_and_backward():
     """A forward, the backward that is compiled when it first runs, and both again for another dtype; but no call after."""
     function, counts = torch.compile(lambda x: (x.sin() * 2).sum(), backend='aot_eager'), []
     for dtype in (torch.float32, torch.float32, torch.float64, torch.float64):
@@ -74,11 +75,10 @@ def test_torch_says_when_something_was_compiled():
     assert counts == [(True, True), (False, False)] * 2
 
 
-def test_what_cannot_be_recorded_is_called(capsys):
+def test_a_function_that_cannot_be_recorded_is_called(capsys):
     """And that is said once, in a line: it is slower, but it is no reason to end."""
-    graphs = Graphs(fails=True)
-    recorded = device.CudaGraph(torch.neg, graphs)
+    recorded = CudaGraph(torch.neg, fails=True)
     assert [float(recorded(torch.tensor(float(i)))) for i in range(8)] == [-i for i in range(8)]
-    assert graphs.done == ['run'] * 3 + ['record'] + ['run'] * 5
+    assert recorded.done == ['run'] * 3 + ['record'] + ['run'] * 5
     error = capsys.readouterr().err
     assert error == 'neg is not recorded, so slower: CUDA error: operation not permitted when stream is capturing\n'

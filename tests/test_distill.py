@@ -14,6 +14,7 @@ import torch
 
 import cwic
 import evaluate
+import starting
 import train
 import weights
 from checkpoint import load_checkpoint, save_checkpoint
@@ -63,9 +64,8 @@ def distil(source, data, out, *args):
 @pytest.mark.parametrize('rank', [0, 3])
 def test_distillation_starts_at_the_exact_dense_model(arch, rank):
     """
-    With warm statistics and thresholds at 0 the sparse model is the dense one computed another way: nothing
-    is skipped, and the KL to the teacher is 0 but for rounding. Once a layer inside each block started at
-    another threshold than the others; and an adapter whose B is not 0 would start elsewhere.
+    With statistics and thresholds at 0, nothing is skipped, and the KL to the teacher is 0 up to rounding. One
+    layer of each block once started at another threshold; and LoRA with a B that is not 0 would start elsewhere.
     """
     model = dense_model(arch).train()
     if rank:
@@ -77,16 +77,16 @@ def test_distillation_starts_at_the_exact_dense_model(arch, rank):
     assert all(float(layer.sigma.min()) > 0 for _, layer in model.sparse_layers())
     assert all(torch.equal(before[name], x) for name, x in model.state_dict().items()
                if not name.endswith(('mu', 'sigma')))
-    loss, active = train.backward(run, *batch(vocab=257), dense=False, price=0.0)
+    loss, active = train.gradients(run, *batch(vocab=257), dense=False, price=0.0)
     assert abs(float(loss)) < 1e-9 and abs(float(active.sum()) / model.n_weights() - 1) < 1e-6
     # far from what a wrong start would give
     run.teacher = cwic.dense_copy(small_model(arch, vocab_size=257))
-    assert float(train.backward(run, *batch(vocab=257), dense=False, price=0.0)[0]) > 0.1
+    assert float(train.gradients(run, *batch(vocab=257), dense=False, price=0.0)[0]) > 0.1
     assert not any(x.requires_grad for x in run.teacher.parameters())
 
 
-def test_the_first_step_of_the_program(dense, data, tmp_path):
-    """No dense step, KL alone, thresholds off the floor only by what the first step moves them."""
+def test_the_first_step_of_a_run_is_dense_and_moves_thresholds_a_little(dense, data, tmp_path):
+    """No dense step, the KL alone, and thresholds that moved by no more than one step from their floor."""
     assert distil(dense['gpt2'], data, tmp_path, '--eval_every', 1, '--max_steps', 1).returncode == 0
     with open(tmp_path / 'log.csv', encoding='utf-8') as f:
         row = next(csv.DictReader(f))
@@ -101,11 +101,10 @@ def test_the_first_step_of_the_program(dense, data, tmp_path):
     assert all(torch.equal(saved['teacher'][name], x) for name, x in dense_model().named_parameters())
 
 
-def test_statistics_stay_those_of_the_dense_model():
+def test_a_sparse_step_leaves_the_statistics():
     """
-    Neurons of SmolLM2 that were skipped for every token grew a hundredfold, as what is skipped learns as if it
-    were used; running statistics grew with them, and with these the threshold, so that they were never used,
-    and from step 1,400 on the KL rose.
+    Masked inputs still get gradient and may drift: some neurons of SmolLM2 grew a hundredfold. Running statistics
+    followed them, thresholds too, so they were never used again, and from step 1,400 on the KL rose.
     """
     run = new_run(small_model(), cwic.dense_copy(small_model(seed=3)), batch_size=4)
     run.model.observe(batch()[0])
@@ -122,16 +121,13 @@ def test_statistics_stay_those_of_the_dense_model():
 @pytest.mark.parametrize('teacher_share, reverse', [(1.0, 0.5), (0.3, 0.5), (1.0, 0.0), (0.3, 0.2)])
 @pytest.mark.parametrize('logits_at_once', [1, 16 * 50 * 2, 16 * 50 * 3])
 def test_loss_in_pieces_equals_the_plain_one(monkeypatch, teacher_share, reverse, logits_at_once):
-    """
-    50,257-wide logits of a batch are never held at once; here is the same loss on all of them, in plain
-    autograd: value and every gradient.
-    """
+    """The logits of a batch never exist all at once; here they do: the loss and every gradient are the same."""
     monkeypatch.setitem(evaluate.LOGITS_AT_ONCE, 'cpu', logits_at_once)
     (tokens, targets), teacher, sizes = batch(5), cwic.dense_copy(small_model(seed=3)), []
     run = new_run(small_model(), teacher, batch_size=5, teacher=teacher_share, reverse_kl=reverse)
     plain, price = small_model().train(), 1e-4
     run.model.head.register_forward_hook(lambda module, args, out: sizes.append(out[0].shape[:2].numel()))
-    loss, active = train.backward(run, tokens, targets, dense=False, price=price)
+    loss, active = train.gradients(run, tokens, targets, dense=False, price=price)
     assert max(sizes) * 50 <= max(logits_at_once, 16 * 50) and sum(sizes) == tokens.numel()
 
     logits, counts = plain(tokens)
@@ -152,9 +148,8 @@ def test_loss_in_pieces_equals_the_plain_one(monkeypatch, teacher_share, reverse
 @pytest.mark.parametrize('dense', [False, True])
 def test_recomputing_changes_nothing(arch, dense):
     """
-    Statistics were once updated only inside a recomputed pass, or twice with one. Blocks return what they
-    saw, so loss, compute, statistics and gradients are the same to the last bit, and the statistics move
-    once.
+    Statistics were once updated only in a recomputed pass, or twice. Loss, compute, statistics and gradients
+    are the same to the last bit.
     """
     results = []
     for recompute in (False, True):
@@ -167,15 +162,15 @@ def test_recomputing_changes_nothing(arch, dense):
 
 
 @pytest.mark.parametrize('sequences, at_once, pieces', [(4, 3, [2, 2]), (6, 4, [3, 3]), (5, 2, [1] * 5), (4, 9, [4])])
-def test_pieces_are_of_one_size(monkeypatch, sequences, at_once, pieces):
+def test_the_head_runs_on_pieces_of_one_size(monkeypatch, sequences, at_once, pieces):
     """
-    16 sequences went through the head as 5, 5, 5 and 1, and torch.compile compiled again for the last; 64 went
-    as 10 and six times 9, which made it compile for any size, and slower code.
+    16 sequences went through the head as 5, 5, 5 and 1, and torch.compile compiled again for the last piece; 64
+    went as 10 and six times 9, for which it made slower code that takes any size.
     """
     monkeypatch.setitem(evaluate.LOGITS_AT_ONCE, 'cpu', 16 * 50 * at_once)
     run, seen = new_run(small_model()), []
     run.model.head.register_forward_hook(lambda module, args, out: seen.append(len(args[0])))
-    train.backward(run, *batch(sequences), dense=False, price=0.0)
+    train.gradients(run, *batch(sequences), dense=False, price=0.0)
     assert seen == pieces
 
 
@@ -183,42 +178,39 @@ def test_pieces_are_of_one_size(monkeypatch, sequences, at_once, pieces):
 # what --init_from implies
 
 
-def starting(**options):
-    """(model, options) that begin a run which was asked for these."""
-    model, saved, config = train.starting_model(train.TrainConfig(**options), set(options))
+def started(**options):
+    """(model, options) of a run that was given these options."""
+    model, saved, config = starting.starting_model(train.TrainConfig(**options), set(options))
     assert saved['tokenizer'] == {'kind': 'bytes'}
     return model, config
 
 
 @BOTH
-def test_options_implied_by_a_dense_model(arch, dense):
-    """
-    Values that were asked for were dropped in silence where they equal a default: --dense_steps 700,
-    --teacher 0, --stripe_up 320.
-    """
-    model, config = starting(init_from=dense[arch])
+def test_init_from_keeps_options_that_were_given(arch, dense):
+    """Given values that equal a default were silently ignored: --dense_steps 700, --stripe_up 320."""
+    model, config = started(init_from=dense[arch])
     assert (config.dense_steps, config.teacher, config.init_from) == (0, 1.0, dense[arch])
     sizes = asdict(model.config)
     assert {name: getattr(config, name) for name in sizes if hasattr(config, name)} == {
         name: size for name, size in sizes.items() if hasattr(config, name)}
     default = train.TrainConfig()
-    model, config = starting(init_from=dense[arch], dense_steps=default.dense_steps, teacher=0.0,
+    model, config = started(init_from=dense[arch], dense_steps=default.dense_steps, teacher=0.0,
                              stripe_up=default.stripe_up, block_size=8)
     assert (config.dense_steps, config.teacher, config.stripe_up) == (700, 0.0, 320)
-    # windows may be shorter than the context, which stays
+    # shorter training sequences; the model's context is unchanged
     assert config.block_size == 8 and model.config.block_size == 16
 
 
-def test_asked_for_sizes_that_the_model_does_not_have(dense, capsys):
+def test_sizes_other_than_the_model_has_are_refused(dense, capsys):
     """--block_size 256 once trained at 16, because 256 is the default."""
     for name, value in (('block_size', 256), ('n_embd', 320), ('bias', False), ('arch', 'llama')):
         with pytest.raises(SystemExit):
-            starting(init_from=dense['gpt2'], **{name: value})
+            started(init_from=dense['gpt2'], **{name: value})
         assert f'--{name} {value}: {dense["gpt2"]} has' in capsys.readouterr().err
 
 
-def test_other_stripes_leave_the_function_as_it_is(dense):
-    model, config = starting(init_from=dense['gpt2'], stripe_up=24, stripe_head=7)
+def test_other_stripes_do_not_change_a_dense_model(dense):
+    model, config = started(init_from=dense['gpt2'], stripe_up=24, stripe_head=7)
     assert (config.stripe_up, config.stripe_head, config.stripe_qkv) == (24, 7, 16)
     assert model.blocks[0].mlp.up.theta.shape == (3, 16) and model.head.theta.shape == (37, 16)
     assert model.blocks[0].attn.qkv.theta.shape == (3, 16)
@@ -226,14 +218,11 @@ def test_other_stripes_leave_the_function_as_it_is(dense):
     torch.testing.assert_close(model.eval()(tokens)[0], dense_model()(tokens)[0])
 
 
-def test_an_adapter_goes_on_with_finer_stripes(adapter):
-    """
-    Each begins with the thresholds of the stripe in which it lay, so the sparse model is the same function,
-    and uses the same weights; it may then learn to use others.
-    """
+def test_finer_stripes_do_not_change_an_adapter(adapter):
+    """Each new stripe copies the thresholds of the old one at its place: same logits, same weights used."""
     out, _ = adapter
     old = weights.load(str(out / 'best.safetensors'))[0]
-    model, config = starting(init_from=str(out / 'best.safetensors'), stripe_qkv=8, stripe_up=8, stripe_head=50)
+    model, config = started(init_from=str(out / 'best.safetensors'), stripe_qkv=8, stripe_up=8, stripe_head=50)
     assert (config.stripe_qkv, config.stripe_head, config.lora_rank) == (8, 50, 3)
     assert len(model.head.theta) == 6 and len(old.head.theta) == 3
     tokens = batch(vocab=257)[0]
@@ -244,8 +233,8 @@ def test_an_adapter_goes_on_with_finer_stripes(adapter):
     assert float(active.sum()) < 0.95 * model.n_weights() * tokens.numel()
 
 
-def test_windows_shorter_than_the_context(dense, data, tmp_path):
-    """Of SmolLM2's 2,048 tokens, training windows are 512; and so they stay when a run is resumed."""
+def test_sequences_may_be_shorter_than_the_context(dense, data, tmp_path):
+    """As for SmolLM2: sequences of 512 tokens, a context of 2,048. That holds for a resumed run too."""
     more = ['--block_size', 8, '--max_steps', 5, '--weight_decay', 0]
     assert distil(dense['gpt2'], data, tmp_path, *more).returncode == 0
     assert resume(tmp_path).returncode == 0
@@ -254,8 +243,8 @@ def test_windows_shorter_than_the_context(dense, data, tmp_path):
     assert torch.equal(saved['model']['wpe.weight'][8:], dense_model().wpe.weight[8:])          # never read
 
 
-def test_what_a_run_cannot_start_from(dense, data, tmp_path):
-    """Something sparse, weights that are all zero, and tokenizers that are not the data's, or none at all."""
+def test_sparse_or_zero_models_and_other_tokenizers_are_refused(dense, data, tmp_path):
+    """A sparse model, one whose weights are all 0, another tokenizer than that of the data, or none."""
     assert distil(dense['gpt2'], data, tmp_path / 'a').returncode == 0
     ended = distil(tmp_path / 'a' / 'best.safetensors', data, tmp_path / 'b')
     assert 'is sparse already' in one_line(ended, 2)
@@ -270,19 +259,16 @@ def test_what_a_run_cannot_start_from(dense, data, tmp_path):
         assert words in one_line(distil(tmp_path / 'zeros.safetensors', data, tmp_path / str(i)), code)
 
 
-def test_no_step_at_all(dense, tmp_path):
-    """--max_steps 0 saves what was read, without any data; and does nothing to a run that is resumed."""
+def test_max_steps_0_saves_the_model_as_it_is(dense, tmp_path):
+    """It needs no data."""
     ended = call('--init_from', dense['gpt2'], '--max_steps', 0, '--data', 'nowhere', '--out', tmp_path)
     assert ended.returncode == 0 and 'no step to do' in ended.stdout
     model, saved = load_checkpoint(tmp_path / 'best.safetensors')
     assert equal(model.state_dict(), dense_model().state_dict()) and saved['tokenizer'] == {'kind': 'bytes'}
 
 
-def test_a_run_of_ours_can_be_distilled_to_less_compute(data, tmp_path):
-    """
-    The whole way: a dense run, then its sparse copy, which ends at its target; its teacher goes along in
-    last.safetensors.
-    """
+def test_a_dense_run_distils_to_its_target(data, tmp_path):
+    """A dense run, then a sparse copy of it, which reaches its target and saves its teacher."""
     sizes = {**SIZES, **SCHEDULE, 'target_reduction': 1, 'hold_steps': 40, 'eval_every': 48}
     assert call(*flags(sizes), '--data', data, '--out', tmp_path / 'dense').returncode == 0
     ended = distil(tmp_path / 'dense' / 'best.safetensors', data, tmp_path / 'sparse', *flags({
@@ -310,11 +296,8 @@ def adapter(request, dense, data, tmp_path_factory):
     return out, dense[request.param]
 
 
-def test_an_adapter_holds_what_was_trained(adapter):
-    """
-    Weights, optimiser and teacher of the base are in none of its files; and the base is as it was, to the
-    bit.
-    """
+def test_an_adapter_file_holds_only_what_was_trained(adapter):
+    """No weights of the base, as model or as teacher, are in its files; and the base has not changed by a bit."""
     out, base = adapter
     for file in ('best.safetensors', 'last.safetensors'):
         saved = load(out, file)
@@ -332,9 +315,9 @@ def test_an_adapter_holds_what_was_trained(adapter):
     assert any(float(x.abs().max()) > 0 for name, x in saved['model'].items() if name.endswith('.B'))
 
 
-def test_a_merged_adapter_is_the_full_model(adapter):
+def test_a_merged_adapter_computes_with_w_plus_ab(adapter):
     """
-    W + A @ B in numpy's double, of what the file and the base hold, is what the loaded model computes with.
+    The loaded model computes with W + A @ B, here in numpy's double from the tensors of file and base.
     """
     out, base = adapter
     saved, original = load(out)['model'], base_of(base).state_dict()
@@ -363,10 +346,10 @@ def test_a_resumed_adapter_equals_the_uninterrupted_one(adapter, data, tmp_path)
     assert equal(trained(tmp_path), trained(out))
 
 
-def test_going_on_from_an_adapter(adapter, data, tmp_path):
+def test_a_run_continues_from_an_adapter(adapter, data, tmp_path):
     """
-    A long run in pieces: each goes on from the thresholds, statistics and changes of the last, towards the
-    same base; and pays a price for compute as the last one left it, not as if it were dense.
+    A long run in pieces: each continues from the thresholds, statistics and LoRA of the last, with the same
+    base as teacher, and starts with the reduction that the last one reached.
     """
     out, base = adapter
     source, saved = out / 'best.safetensors', load(out, 'best.safetensors')
@@ -391,11 +374,10 @@ def test_going_on_from_an_adapter(adapter, data, tmp_path):
 
 
 @BOTH
-def test_an_adapter_with_bases_and_a_shortlist(arch, dense, data, tmp_path, monkeypatch):
+def test_an_adapter_with_bases_and_a_shortlist_starts_dense_and_resumes(arch, dense, data, tmp_path, monkeypatch):
     """
-    Its file holds the bases, its base none: matrices are changed to them again when it is loaded. It starts as
-    the exact dense model, can be resumed, and another can go on from it; an adapter without bases gets some,
-    those of what it reads as it runs, or a shortlist.
+    Only its file holds the bases: loading it rotates the base's matrices again. It can be resumed, and another
+    run can continue from it. An adapter without bases can get some, of its inputs as it runs, or a shortlist.
     """
     find, looked = cwic.GPT.find_bases, []
     monkeypatch.setattr(cwic.GPT, 'find_bases', lambda model, tokens, dense: looked.append(dense) or
@@ -439,9 +421,9 @@ def test_an_adapter_with_bases_and_a_shortlist(arch, dense, data, tmp_path, monk
     ('gpt2', True, 0, False), ('gpt2', False, 0, False), ('gpt2', False, 3, True), ('llama', False, 3, True)])
 def test_compiling_changes_nothing(arch, dense, rank, one_stripe):
     """
-    torch.compile must find one graph in a block and one in the head with its loss, custom backward
-    included, and get the same numbers from them. With one stripe a matrix it once gave a gradient of the
-    wrong shape ([576] for [1, 576]).
+    torch.compile must find one graph in a block and one in the head with its loss, custom backward included,
+    and compute the same numbers. With one stripe per matrix a gradient once had the wrong shape, (576) for
+    (1, 576).
     """
     stripes = {f'stripe_{name}': 999 for name in ('qkv', 'out', 'up', 'down', 'head')} if one_stripe else {}
     results = []
@@ -457,7 +439,7 @@ def test_compiling_changes_nothing(arch, dense, rank, one_stripe):
             for block in [*model.blocks, *frozen.blocks]:
                 block.compile(**options)
         for _ in range(2):
-            loss, active = train.backward(run, *batch(), dense, price=0.0 if dense else 1e-4)
+            loss, active = train.gradients(run, *batch(), price=0.0 if dense else 1e-4, dense=dense)
         gradients = [p.grad for p in run.model.parameters() if p.requires_grad and p.grad is not None]
         assert dense or run.model.head.theta.grad.shape == run.model.head.theta.shape
         results.append([loss, active, *gradients])
@@ -465,10 +447,8 @@ def test_compiling_changes_nothing(arch, dense, rank, one_stripe):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
 
 
-def test_compile_as_an_option(dense, data, tmp_path, monkeypatch):
-    """
-    It reaches the head, and each block of the model and of its teacher, before the first step of the run.
-    """
+def test_compile_reaches_head_and_every_block(dense, data, tmp_path, monkeypatch):
+    """Also the blocks of the teacher."""
     compiled = []
     monkeypatch.setattr(torch, 'compile', lambda f: compiled.append(f) or f)
     monkeypatch.setattr(torch.nn.Module, 'compile', lambda module: compiled.append(module))
@@ -478,8 +458,8 @@ def test_compile_as_an_option(dense, data, tmp_path, monkeypatch):
     assert [type(x) for x in compiled[2:]] == [cwic.Block, cwic.Block] and compiled[2] is not compiled[3]
 
 
-def test_where_compiling_does_not_work(data, tmp_path):
-    """It ended in a hundred lines of torch, after the data was read and the model made."""
+def test_compile_without_a_compiler_is_one_line(data, tmp_path):
+    """It was a hundred lines of torch, after the data was read and the model made."""
     env = {'CXX': 'no-such-compiler', 'TORCHINDUCTOR_CACHE_DIR': str(tmp_path / 'cache')}
     ended = test_train.run('train.py', '--data', data, '--block_size', 16, '--compile', '--out', tmp_path,
                            env=env)

@@ -1,8 +1,9 @@
 """
-train.py: what a step computes, however it is cut; what a run leaves when it ends, stops, fails or is killed.
+train.py: what a step computes, however the batch is split; what a run leaves when it ends, stops, fails or is
+killed. starting.py: what a user may not change.
 
-Most runs take place in this process, see call(): torch takes seconds to import. Those that are killed, or
-lose their stdout, get a process of their own.
+Most runs take place in this process, see call(), because torch takes seconds to import. Those that are killed,
+or lose their stdout, get a process of their own.
 """
 
 import csv
@@ -26,6 +27,7 @@ import torch
 import cwic
 import device
 import evaluate
+import starting
 import train
 from checkpoint import load_checkpoint
 from data.common import Part
@@ -144,7 +146,7 @@ def equal(a, b):
 def trained(folder):
     """All that last.safetensors holds, less what may differ between a run and the same run stopped and resumed."""
     saved = load(folder)
-    saved['options'] = {name: x for name, x in saved['options'].items() if name not in train.FREE_TO_CHANGE}
+    saved['options'] = {name: x for name, x in saved['options'].items() if name not in starting.FREE_TO_CHANGE}
     saved['log'] = [row[:1] + row[2:] for row in saved['log']]              # all but the seconds
     return {name: x for name, x in saved.items() if name != 'seconds'}
 
@@ -155,7 +157,7 @@ def new_run(model, frozen=None, **options):
     optimizer = torch.optim.AdamW(model.parameter_groups(config.lr, config.lr * config.threshold_lr, 0.0))
     dense = torch.tensor([layer.n_weights for _, layer in model.sparse_layers()], dtype=torch.float64)
     return train.Run(config, model.train(), {'kind': 'bytes'}, optimizer, 'cpu', torch.float32, dense, frozen,
-                     head_loss=train.head_loss, gradients=train.gradients, update=train.update)
+                     head_loss=train.head_loss, gradients=train.gradients, optimizer_step=train.optimizer_step)
 
 
 def batch(size=4, vocab=50, length=16, seed=7):
@@ -170,7 +172,7 @@ def batch(size=4, vocab=50, length=16, seed=7):
 
 @BOTH
 @pytest.mark.parametrize('teacher_share', [0.0, 0.5])
-def test_a_step_is_the_same_however_it_is_cut(arch, teacher_share):
+def test_a_step_does_not_depend_on_micro_batches(arch, teacher_share):
     """
     The flop loss was once squared per micro-batch and not divided by their number, so accumulation changed
     the objective. 8 sequences at once, 4 + 4, four times 2, and 3 + 3 + 2 must give the same loss, counts
@@ -189,52 +191,50 @@ def test_a_step_is_the_same_however_it_is_cut(arch, teacher_share):
             torch.testing.assert_close(x, whole, rtol=1e-4, atol=1e-5 * float(whole.abs().max()))
 
 
-def test_what_a_gpu_replays_is_what_would_have_been_computed():
+class Replayed(device.CudaGraph):
+    """Like a CUDA graph, it knows only the tensors it was recorded with; but it runs on a CPU."""
+    recorded = []
+
+    def run(self, arguments):
+        return self.function(*arguments)
+
+    def capture(self, arguments):
+        self.recorded.append(self.function)
+        results = torch.tensor(math.nan), torch.tensor(math.nan)                # nothing is computed yet
+        if self.function is train.gradients:
+            self.run(arguments)                 # makes the memory that gradients are written to
+            results = torch.tensor(math.nan), torch.full_like(arguments[0].active, math.nan)
+
+        def replay():
+            for old, new in zip(results, self.run(arguments), strict=True):
+                old.copy_(new)
+
+        return results, replay
+
+
+def test_replayed_steps_equal_computed_ones():
     """
-    A CUDA graph stood in for by one that, like it, knows only the tensors it was recorded with: steps on other
-    text, at another price and learning rate, dense and then sparse, must come out as they do without. Gradients
-    and the optimiser's work are recorded twice each.
+    Steps on other text, at another price and learning rate, dense and then sparse, with a stand-in for CUDA
+    graphs and without. gradients() and optimizer_step() are recorded twice each.
     """
-    recorded, models = [], []
-
-    class Graphs:
-        def run(self, function, arguments):
-            return function(*arguments)
-
-        def record(self, function, arguments):
-            recorded.append(function)
-            results = torch.tensor(math.nan), torch.tensor(math.nan)            # nothing is computed yet
-            if function.__name__ == 'gradients':
-                function(*arguments)            # makes the memory that gradients are written to
-                results = torch.tensor(math.nan), torch.full_like(run.active, math.nan)
-
-            def replay():
-                for old, new in zip(results, function(*arguments), strict=True):
-                    old.copy_(new)
-
-            return results, replay
-
-    for recording in (False, True):
+    models = []
+    for replayed in (False, True):
         run, losses = new_run(small_model(), batch_size=4, micro_batch=2, clip=0.5), []
-        run.update = lambda run, rates, dense: train.update(run, torch.tensor(rates), dense)
-        if recording:
-            run.gradients = device.CudaGraph(train.gradients, Graphs())
-            run.update = device.CudaGraph(train.update, Graphs())
+        run.optimizer_step = lambda run, rates, dense: train.optimizer_step(run, torch.tensor(rates), dense)
+        if replayed:
+            run.gradients, run.optimizer_step = Replayed(train.gradients), Replayed(train.optimizer_step)
         for step in range(14):
             for group in run.optimizer.param_groups:
                 group['lr'] = 1e-2 / (step + 1)
             losses.append(train.train_step(run, *batch(seed=step), target=1.5, dense=step < 6)[0])
         models.append([torch.tensor(losses), run.active, *run.model.parameters()])
-    assert recorded == [train.gradients, train.update] * 2
+    assert Replayed.recorded == [train.gradients, train.optimizer_step] * 2
     for ours, theirs in zip(*models, strict=True):
         assert torch.equal(ours, theirs)
 
 
-def test_gradient_is_that_of_the_loss_written_plainly():
-    """
-    A step goes through the head a few sequences at a time; here is the same loss in three lines of
-    autograd.
-    """
+def test_gradients_equal_those_of_the_plain_loss():
+    """A step runs the head on a few rows at a time; here is the same loss in three lines of autograd."""
     run, plain = new_run(small_model(), batch_size=4, lr=0.0), small_model().train()
     tokens, targets = batch()
     run.active *= 0.6
@@ -249,11 +249,11 @@ def test_gradient_is_that_of_the_loss_written_plainly():
         torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-4, atol=atol)
 
 
-def test_the_mean_that_sets_the_price_runs():
+def test_price_comes_from_a_running_mean():
     """
-    The price came from the counts of one noisy batch; and since flop_loss knows no reduction that is too
-    large, noise alone drove on: target 8 ended at 10.75x, and target 3 with --threshold_lr 0.5 at 13.4x.
-    Now a step counts for a tenth. And where nothing is active, nothing is divided by it.
+    The price once came from the counts of one noisy batch, and since flop_loss does not pull a reduction back
+    that is too large, a target of 8 ended at 10.75x. Now a step counts for a tenth. If nothing at all is
+    active, there is no division by zero.
     """
     run = new_run(small_model(), batch_size=4, lr=0.0)
     _, active, _ = train.train_step(run, *batch(), target=3.0)
@@ -267,11 +267,8 @@ def test_the_mean_that_sets_the_price_runs():
 
 
 @pytest.mark.parametrize('broken', ['blocks.1.mlp.up.weight', 'head.theta'])
-def test_a_step_that_diverges_is_the_last(broken, capsys):
-    """
-    The gradient of thresholds once went unseen: they became nan, compared with which nothing is active, for
-    ever.
-    """
+def test_a_diverging_step_ends_the_program(broken, capsys):
+    """The gradient of the thresholds was once not checked: they became nan, and nothing was active any more."""
     run = new_run(small_model(), batch_size=4)
     run.model.get_parameter(broken).register_hook(lambda gradient: gradient * math.nan)
     with pytest.raises(SystemExit):
@@ -279,10 +276,8 @@ def test_a_step_that_diverges_is_the_last(broken, capsys):
     assert 'step 1: the loss is' in capsys.readouterr().err
 
 
-def test_target_ramps_then_holds_while_the_learning_rate_lives():
-    """
-    The learning rate once reached 0 exactly when the ramp ended, so the last compute target never trained.
-    """
+def test_target_is_held_while_the_learning_rate_is_high():
+    """The learning rate once reached 0 as the ramp ended, so the model never trained at its final target."""
     config = train.TrainConfig()
     targets = [train.target_at(step, config) for step in range(config.steps())]
     assert targets[:config.dense_steps] == [1.0] * config.dense_steps and np.all(np.diff(targets) >= 0)
@@ -291,10 +286,8 @@ def test_target_ramps_then_holds_while_the_learning_rate_lives():
     assert train.lr_at(config.steps() - config.hold_steps, config) > 0.5 * config.lr
 
 
-def test_every_step_draws_its_own_windows():
-    """
-    Resuming once replayed the first batches. Windows depend on seed and step; each ends inside the data.
-    """
+def test_every_step_draws_its_own_sequences():
+    """Resuming once replayed the first batches. Sequences depend on seed and step, and end inside the data."""
     config, mix = train.TrainConfig(batch_size=64), [part(np.zeros(266))]
     drawn = [tuple(train.step_starts(mix, config, step)[:, 1]) for step in range(20)]
     assert len(set(drawn)) == 20
@@ -304,21 +297,19 @@ def test_every_step_draws_its_own_windows():
     assert drawn[7] == tuple(np.random.default_rng([config.seed, 7]).integers(0, 266 - config.block_size, size=64))
 
 
-def test_data_made_of_windows_is_read_window_by_window():
-    """
-    Dialogues written by a model begin where a window does; one read from its middle on would make no sense.
-    """
+def test_sequences_begin_where_windows_of_the_data_do():
+    """Dialogues written by a model each fill a window; read from the middle they would make no sense."""
     config, mix = train.TrainConfig(batch_size=64, block_size=6), [part(np.arange(80), window=8)]
     drawn = {int(x) for step in range(20) for x in train.step_starts(mix, config, step)[:, 1]}
     assert drawn == set(range(0, 80, 8))
-    tokens, targets = train.windows(mix, [(0, 16), (0, 72)], 6, 'cpu')
+    tokens, targets = train.get_batch(mix, [(0, 16), (0, 72)], 6, 'cpu')
     assert tokens.tolist() == [list(range(16, 22)), list(range(72, 78))] and torch.equal(targets, tokens + 1)
 
 
-def test_each_step_reads_each_data_set_in_proportion():
+def test_a_mix_gives_each_data_set_its_share_of_every_batch():
     """
-    Of 10 windows a set with a share of .25 gives 2 or 3, and a quarter on average; each window lies in its own
-    data set, and begins where that set's windows do.
+    A data set with a share of .25 gives 2 or 3 of 10 sequences, and a quarter on average; each sequence lies
+    in its own data set, and begins where that set's windows do.
     """
     config = train.TrainConfig(batch_size=10, block_size=4)
     mix = [part(np.arange(100, 200), 0.25, window=5), part(np.arange(300, 317), 0.6), part(np.arange(500, 900), 0.15)]
@@ -331,13 +322,13 @@ def test_each_step_reads_each_data_set_in_proportion():
     for i, starts in enumerate(([*range(0, 100, 5)], [*range(13)], None)):
         found = drawn[drawn[:, :, 0] == i][:, 1]
         assert starts is None or sorted(set(found)) == starts
-    tokens, targets = train.windows(mix, drawn[3], 4, 'cpu')
+    tokens, targets = train.get_batch(mix, drawn[3], 4, 'cpu')
     for (i, start), window in zip(drawn[3], torch.cat([tokens, targets[:, -1:]], 1)):
         assert window.tolist() == [[100, 300, 500][i] + start + offset for offset in range(5)]
 
 
-def test_the_target_is_met_and_not_by_far(data, tmp_path):
-    """With 150 steps at the full target, not 400, a Xeon with AVX-512 ended at 7.59x, where an EPYC had met it."""
+def test_the_target_is_met_but_not_overshot(data, tmp_path):
+    """400 steps at the full target: with 150 one CPU met the target of 8x, and another ended at 7.59x."""
     ended = tiny(data, tmp_path, *flags({
         'n_embd': 32, 'block_size': 32, 'stripe_head': 64, 'dense_steps': 100, 'ramp_steps': 50,
         'hold_steps': 400, 'warmup_steps': 20, 'eval_every': 550, 'eval_windows': 16,
@@ -346,7 +337,7 @@ def test_the_target_is_met_and_not_by_far(data, tmp_path):
 
 
 @pytest.mark.parametrize('dense', [False, True])
-def test_evaluation_leaves_the_model_as_it_was(dense):
+def test_evaluation_does_not_change_the_model(dense):
     """A validation loop that forgot eval() polluted the statistics."""
     model = small_model().train()
     before = {name: x.clone() for name, x in model.state_dict().items()}
@@ -360,8 +351,8 @@ def test_evaluation_leaves_the_model_as_it_was(dense):
     assert abs(measured['reduction'] - model.n_weights() / float(active.sum(0).mean())) < 1e-9
 
 
-def test_gates_are_compiled_where_that_pays_and_works(monkeypatch):
-    """Not in a run of a minute, not beside --compile, and not without a compiler: then it is only slower."""
+def test_gates_are_compiled_only_if_that_pays_and_works(monkeypatch):
+    """Not in a run of a minute, not with --compile, and not without a compiler: each would only be slower."""
     def fuses(why='', **options):
         run = new_run(small_model(), dense_steps=100, ramp_steps=100, hold_steps=100, **options)
         monkeypatch.setattr(train, 'why_no_compile', lambda device: why)
@@ -391,7 +382,7 @@ def again(finished, tmp_path):
     return tmp_path / 'again'
 
 
-def test_a_run_leaves_what_it_promises(finished):
+def test_a_run_leaves_four_files_and_its_report(finished):
     out, ended = finished
     assert ended.returncode == 0 and ended.stderr == '', ended
     assert list(files(out)) == ['best.safetensors', 'last.safetensors', 'log.csv', 'training.png']
@@ -410,13 +401,13 @@ def test_a_run_leaves_what_it_promises(finished):
     assert not best['optimizer'] and not best['teacher'] and 'log' not in best
 
 
-def test_train_then_chat(finished):
+def test_chat_reads_what_train_leaves(finished):
     ended = run('chat.py', '--ckpt', finished[0] / 'best.safetensors', '--prompt', 'def add(', '--max_tokens', 12)
     assert ended.returncode == 0, ended
     assert ended.stdout and '\x1b' not in ended.stdout and 'Traceback' not in ended.stderr
 
 
-def test_llama_from_scratch(data, tmp_path):
+def test_llama_trains_from_scratch(data, tmp_path):
     ended = tiny(data, tmp_path,
                  *flags({'arch': 'llama', 'n_head': 4, 'n_kv_head': 2, 'n_hidden': 24}))
     assert ended.returncode == 0 and '1.2x' in ended.stdout, ended
@@ -432,8 +423,8 @@ def test_target_1_trains_a_dense_model(data, tmp_path):
     assert all(float(layer.theta.detach().abs().max()) == 0 for _, layer in model.sparse_layers())
 
 
-def test_a_run_on_data_made_of_windows(tmp_path):
-    """Training and evaluation read whole windows, so shorter ones than the model is to learn are refused."""
+def test_sequences_longer_than_the_windows_of_the_data_are_refused(tmp_path):
+    """Training and evaluation read only whole windows of such data."""
     folder = write_data(tmp_path, np.repeat(np.arange(40) + 97, 32), window=32)
     ended = tiny(folder, tmp_path / 'out', '--block_size', 24)
     assert ended.returncode == 0 and load(tmp_path / 'out')['step'] == 12, ended
@@ -441,8 +432,8 @@ def test_a_run_on_data_made_of_windows(tmp_path):
     assert 'too short for --block_size 64' in one_line(ended, 1)
 
 
-def test_a_run_on_a_mix_resumes_exactly_and_measures_each_part_by_its_share(tmp_path):
-    """What a mix is worth in bits per byte weighs each data set's bytes per token by its share."""
+def test_a_mix_resumes_exactly_and_weighs_bytes_by_share(tmp_path):
+    """Bits per byte: each data set's bytes per token count by its share of the mix."""
     folders = []
     for name, text, size in (('a', 'what is this? a test. ', 1), ('b', 'def add(a, b): return a + b ', 3)):
         (tmp_path / name).mkdir()
@@ -470,11 +461,11 @@ def test_a_run_on_a_mix_resumes_exactly_and_measures_each_part_by_its_share(tmp_
     ('a:0.5,b:0.4', 'the shares add up to 0.9; they must add up to 1'),
     ('nowhere:0.5,b:0.5', 'data/nowhere is not there'),
 ])
-def test_a_mix_that_cannot_be_read_is_one_line(tmp_path, shares, words):
+def test_a_wrong_mix_is_one_line(tmp_path, shares, words):
     assert words in one_line(tiny(shares, tmp_path), 1) and not files(tmp_path)
 
 
-def test_a_mix_has_one_tokenizer(tmp_path):
+def test_a_mix_with_two_tokenizers_is_refused(tmp_path):
     for name in 'ab':
         (tmp_path / name).mkdir()
     a = write_data(tmp_path / 'a', [1] * 400)
@@ -494,11 +485,10 @@ def scripted(monkeypatch, losses, reductions):
     monkeypatch.setattr(train, 'measure', measure)
 
 
-def test_best_is_the_best_that_met_the_target_and_what_the_last_lines_describe(data, tmp_path, monkeypatch):
+def test_best_checkpoint_met_the_target_and_is_the_one_reported(data, tmp_path, monkeypatch):
     """
     best.safetensors was once replaced by a worse one, and the closing lines and the picture described the last
-    evaluation, not the best.safetensors that they named. Steps 4 and 6 must not count: the model is dense, the
-    target not yet full.
+    evaluation instead. Steps 2, 4 and 6 must not count: the model is dense, or the target not yet full.
     """
     scripted(monkeypatch, [1.0, 1.5, 3.25, 2.5, 2.0, 3.0], [9.0, 9.0, 1.21, 1.22, 1.0, 1.23])
     pictured = []
@@ -513,15 +503,15 @@ def test_best_is_the_best_that_met_the_target_and_what_the_last_lines_describe(d
     assert (best['step'], best['val_loss'], rows) == (8, 2.5, load(tmp_path)['log']) and len(matrices) == 4
 
 
-def test_a_target_that_was_missed_is_said(data, tmp_path):
-    """A run that ended at 1.05x where 3x was asked for said nothing, and ended with 0."""
+def test_a_missed_target_is_an_error(data, tmp_path):
+    """A run that reached 1.05x instead of 3x said nothing, and its exit code was 0."""
     ended = tiny(data, tmp_path, '--target_reduction', 3)
-    assert 'target not met' in one_line(ended, 1) and 'where 3x was asked for' in ended.stderr
+    assert 'target not met' in one_line(ended, 1) and 'instead of 3x' in ended.stderr
     assert len(files(tmp_path)) == 4 and 'best.safetensors, of step 12' in ended.stdout
 
 
 def test_dtype_is_measured_once(data, tmp_path, monkeypatch):
-    """It was measured anew on each resume and by each process, and so could change in the midst of a run."""
+    """It was measured again on each resume, so it could change in the middle of a run."""
     measured = []
     seconds = {torch.float32: 1.0, torch.bfloat16: 0.5}
     monkeypatch.setattr(device, 'product_seconds', lambda dtype: measured.append(dtype) or seconds[dtype])
@@ -538,13 +528,12 @@ def test_dtype_is_measured_once(data, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize('stop_after, number', [(2, signal.SIGINT), (9, signal.SIGTERM)])
-def test_resumed_equals_uninterrupted(finished, data, tmp_path, stop_after, number):
+def test_resume_after_a_signal_equals_the_uninterrupted_run(finished, data, tmp_path, stop_after, number):
     """
-    Ctrl-C in the dense phase, SIGTERM in the sparse one: exit code 130, a line that says how to go on, and
-    then, bit for bit, the weights, optimiser, statistics and log of the run that was never stopped. It was
-    not so at first: loading an optimiser's state replaces its parameter groups, and the loop went on
-    setting the learning rate of the old ones; the teacher is in neither model nor optimiser, so without it
-    in the checkpoint a run resumed at step 9 learns from nothing; and SIGTERM saved nothing at all.
+    Ctrl-C in the dense phase, SIGTERM in the sparse one: exit code 130, a line that says how to continue, and
+    then, bit for bit, the weights, optimiser, statistics and log of the run that was never stopped. At first
+    the loop set the learning rate of parameter groups that loading had replaced, the teacher was not saved,
+    and SIGTERM saved nothing at all.
     """
     process = start('train.py', *TINY, '--data', data, '--teacher', 0.5, '--out', tmp_path, '--log_every', 0)
     for line in process.stdout:
@@ -561,8 +550,8 @@ def test_resumed_equals_uninterrupted(finished, data, tmp_path, stop_after, numb
 
 
 @pytest.mark.parametrize('nohup', [False, True])
-def test_the_end_of_the_terminal(nohup, data, tmp_path, monkeypatch):
-    """A dropped ssh lost all steps since the last evaluation. Under nohup, which ignores it, a run goes on."""
+def test_hangup_saves_and_nohup_goes_on(nohup, data, tmp_path, monkeypatch):
+    """A dropped ssh connection lost all steps since the last evaluation. nohup ignores the signal."""
     before, train_step = signal.getsignal(signal.SIGHUP), train.train_step
 
     def step(run, *args, **more):
@@ -581,10 +570,7 @@ def test_the_end_of_the_terminal(nohup, data, tmp_path, monkeypatch):
 
 
 def test_a_stopped_run_keeps_its_results(finished, data, tmp_path):
-    """
-    A run resumed, then stopped before its next evaluation, wrote a last.safetensors without results and an empty
-    log.
-    """
+    """A run resumed, then stopped before its next evaluation, once saved no results and an empty log."""
     assert call(*TINY, '--data', data, '--teacher', 0.5, '--out', tmp_path, '--max_steps', 5).returncode == 0
     before = load(tmp_path)
     ended = resume(tmp_path, '--max_steps', 6)
@@ -594,18 +580,15 @@ def test_a_stopped_run_keeps_its_results(finished, data, tmp_path):
     for name in ('val_loss', 'reduction', 'active_share', 'results', 'log'):
         assert after[name] == before[name]
     assert (tmp_path / 'log.csv').read_text(encoding='utf-8').count('\n') == 2
-    # and one that is asked to stop where it has long been stays there
+    # asked to stop at a step that is behind it, a run does nothing
     for step in (3, 0):
         assert 'stopped at step 6' in resume(tmp_path, '--max_steps', step).stdout
     assert list(files(tmp_path)) == ['last.safetensors', 'log.csv']
     assert resume(tmp_path).returncode == 0 and equal(trained(tmp_path), trained(finished[0]))
 
 
-def test_resuming_what_is_finished(finished, again):
-    """
-    A kill after the last save meant that there never was a picture. It is drawn, and the last lines come
-    again.
-    """
+def test_resuming_a_finished_run_draws_its_picture_again(finished, again):
+    """A run killed after its last save has no picture. It is drawn, and the closing lines are printed again."""
     os.remove(again / 'training.png')
     before = files(again)
     ended = resume(again)
@@ -615,10 +598,10 @@ def test_resuming_what_is_finished(finished, again):
     assert {name: files(again)[name] for name in before} == before
 
 
-def test_a_run_that_is_killed_before_its_first_evaluation(again, data):
+def test_an_overwritten_run_is_gone_even_if_the_new_one_is_killed(again, data):
     """
-    It left the checkpoints of the run before, whose --out it had been given, and --resume went on with
-    those. And a kill while a file is written leaves a part of it: 46 of 200 did, for ever.
+    The old checkpoints once stayed until the first evaluation, and --resume continued from those. A kill while
+    a file is written leaves a part of it, which the next run removes.
     """
     (again / 'last.safetensors.4194305.partial').write_bytes(b'half a fi')        # above any process's number
     process = start('train.py', *TINY, '--data', data, '--out', again, '--overwrite', '--log_every', 0,
@@ -632,8 +615,8 @@ def test_a_run_that_is_killed_before_its_first_evaluation(again, data):
     assert list(files(again)) == ['best.safetensors', 'last.safetensors', 'log.csv', 'training.png']
 
 
-def test_ctrl_c_while_it_starts(tmp_path):
-    """Torch takes seconds to import, and Ctrl-C in them once printed forty lines of its insides."""
+def test_ctrl_c_during_imports_is_quiet(tmp_path):
+    """Importing torch takes seconds, and Ctrl-C meanwhile once printed a traceback of forty lines."""
     process = start('train.py', cwd=tmp_path)
     while 'libtorch' not in open(f'/proc/{process.pid}/maps', encoding='utf-8').read():
         time.sleep(0.01)
@@ -642,8 +625,8 @@ def test_ctrl_c_while_it_starts(tmp_path):
     assert process.returncode in (-signal.SIGINT, 130) and errors.count('\n') <= 1, errors
 
 
-def test_stdout_that_is_closed_early(data, tmp_path):
-    """`train.py | head -1` died of a broken pipe, and lost all steps since the last evaluation."""
+def test_a_closed_pipe_stops_and_saves(data, tmp_path):
+    """`train.py | head -1` once died of a broken pipe and lost all steps since the last evaluation."""
     process = start('train.py', *TINY, '--data', data, '--out', tmp_path, '--log_every', 0,
                     '--hold_steps', 9 ** 9, env={'PYTHONUNBUFFERED': ''})
     assert process.stdout.readline().startswith('model')
@@ -654,8 +637,8 @@ def test_stdout_that_is_closed_early(data, tmp_path):
 
 
 @pytest.mark.parametrize('closed', [True, False])
-def test_without_a_stdout(data, tmp_path, closed):
-    """Closed, nothing is to be said; on a full disk, it is one line, before any work is lost."""
+def test_no_stdout_is_fine_and_a_full_one_is_one_line(data, tmp_path, closed):
+    """If stdout is closed, there is nothing to say; if its disk is full, one line, before any work is lost."""
     options = [*TINY, '--data', data, '--out', tmp_path]
     if closed:
         ended = run('train.py', *options, stdout=None, preexec_fn=lambda: os.close(1))
@@ -669,14 +652,14 @@ def test_without_a_stdout(data, tmp_path, closed):
 # an --out is one run's
 
 
-def test_a_used_out_is_refused_or_overwritten(again, data):
+def test_a_used_out_is_refused_unless_overwrite(again, data):
     """
-    A new run in a used --out left the old best.safetensors, which chat.py prefers, beside its own last.safetensors and log.
-    And whatever can go wrong goes wrong before the old run is deleted.
+    A new run in a used --out once left the old best.safetensors beside its own last.safetensors. And whatever
+    can go wrong must go wrong before the old run is deleted.
     """
     before = files(again)
     options = [*TINY, '--data', data, '--out', again]
-    assert 'go on with it (--resume)' in one_line(call(*options), 2) and files(again) == before
+    assert 'continue it (--resume)' in one_line(call(*options), 2) and files(again) == before
     options.append('--overwrite')
     for code, words, *args in (
             (1, 'nowhere.safetensors', '--init_from', 'nowhere.safetensors'), (1, 'nowhere', '--data', 'nowhere'),
@@ -688,10 +671,10 @@ def test_a_used_out_is_refused_or_overwritten(again, data):
     assert resume(again, '--max_steps', 3).returncode == 0 and load(again)['step'] == 3
 
 
-def test_two_runs_at_once(again, data):
-    """The second wrote over the first's files, and the first over the second's."""
+def test_a_second_run_in_the_same_out_is_refused(again, data):
+    """Two runs once overwrote each other's files."""
     before = files(again)
-    lock = train.claim_folder(train.TrainConfig(out=str(again), resume=True))
+    lock = starting.claim_folder(train.TrainConfig(out=str(again), resume=True))
     for args in (['--resume'], [*TINY, '--data', data, '--overwrite']):
         assert 'another run is at work there' in one_line(call(*args, '--out', again), 2)
     lock.close()
@@ -699,26 +682,21 @@ def test_two_runs_at_once(again, data):
 
 
 @pytest.mark.parametrize('below', [(), ('deep', 'er')])
-def test_an_out_that_cannot_be(tmp_path, data, below):
-    """It was a traceback, and where the folder stood but could not be written, one after all the work."""
+def test_an_out_inside_a_file_is_one_line(tmp_path, data, below):
+    """It was a traceback."""
     (tmp_path / 'file').write_bytes(b'')
     assert 'choose another' in one_line(tiny(data, tmp_path.joinpath('file', *below)), 1)
 
 
-def test_an_out_that_cannot_be_written(tmp_path, data):
-    """
-    A folder in the place of the file that keeps two runs apart: as if it could be read only. Told before
-    any work.
-    """
+def test_a_read_only_out_is_refused_before_any_work(tmp_path, data):
+    """Here a folder has the name of the lock file, which cannot be opened either."""
     (tmp_path / '.lock').mkdir()
     ended = tiny(data, tmp_path)
     assert 'choose another' in one_line(ended, 1) and ended.stdout == ''
 
 
-def test_a_full_disk(finished, data, tmp_path):
-    """
-    torch speaks of an "unexpected pos" in a traceback. What was saved before stays, and serves to go on.
-    """
+def test_a_full_disk_leaves_the_earlier_checkpoint(finished, data, tmp_path):
+    """It was a traceback about an "unexpected pos". The run can be resumed from the earlier checkpoint."""
     assert call(*TINY, '--data', data, '--teacher', 0.5, '--out', tmp_path, '--max_steps', 4).returncode == 0
     before, limits = files(tmp_path), resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
@@ -731,8 +709,8 @@ def test_a_full_disk(finished, data, tmp_path):
 
 
 @pytest.mark.parametrize('name', ['best.safetensors', 'log.csv', 'training.png'])
-def test_a_file_that_cannot_be_written(finished, data, tmp_path, name):
-    """For one, because a folder has its name. Each was a traceback, the picture's after all the work."""
+def test_an_unwritable_file_is_one_line_and_resume_works(finished, data, tmp_path, name):
+    """Here a folder has its name. Each was a traceback, the picture's after all the work."""
     assert call(*TINY, '--data', data, '--teacher', 0.5, '--out', tmp_path, '--max_steps', 5).returncode == 0
     (tmp_path / name).unlink(missing_ok=True)
     (tmp_path / name / 'in the way').mkdir(parents=True)
@@ -742,8 +720,8 @@ def test_a_file_that_cannot_be_written(finished, data, tmp_path, name):
     assert list(files(tmp_path)) == list(files(finished[0]))
 
 
-def test_a_picture_that_cannot_be_drawn(again, monkeypatch):
-    """A matplotlibrc that asks for LaTeX ended a run in a traceback, and its results were never said."""
+def test_a_picture_that_fails_comes_after_the_results(again, monkeypatch):
+    """A matplotlibrc that asks for LaTeX ended a run in a traceback, before its results were printed."""
     def no_latex(figure, *args, **more):
         raise RuntimeError('latex could not\nbe found')
 
@@ -753,11 +731,10 @@ def test_a_picture_that_cannot_be_drawn(again, monkeypatch):
     assert 'best.safetensors, of step' in ended.stdout
 
 
-def test_what_is_not_finite_is_not_saved(data, tmp_path, monkeypatch):
+def test_nan_is_never_saved(data, tmp_path, monkeypatch):
     """
-    A step that diverged, its weights infinite by the update itself, was evaluated (nan) and saved over the
-    good last.safetensors, and no --resume could go on from that. It does not matter whether a loss, an evaluation or
-    a wish to stop comes next.
+    Weights that an update had made infinite were saved over the good last.safetensors, from which no --resume
+    could continue. The next thing may be a loss, an evaluation or the end of the run.
     """
     assert tiny(data, tmp_path, '--max_steps', 5).returncode == 0
     before = files(tmp_path)
@@ -801,20 +778,20 @@ def test_what_is_not_finite_is_not_saved(data, tmp_path, monkeypatch):
     (['--init_from', 'nowhere.safetensors'], 1, 'nowhere.safetensors: no such checkpoint'),
     (['--init_from', 'nowhere'], 1, 'no such model'),
 ])
-def test_what_a_user_gets_wrong_is_one_line(args, code, words, data, tmp_path):
-    """A bad option used to be a blank AssertionError, config files were run as code, and nan went through."""
+def test_a_wrong_option_is_one_line(args, code, words, data, tmp_path):
+    """A bad option was a blank AssertionError, config files were run as code, and nan was accepted."""
     ended = tiny(data, tmp_path, *args)
     assert words in one_line(ended, code) and ended.stdout == '' and not files(tmp_path)
 
 
-def test_meta_json_of_nothing(tmp_path):
+def test_an_empty_meta_json_is_one_line(tmp_path):
     """It was a KeyError."""
     folder = write_data(tmp_path, [0] * 1000)
     (tmp_path / 'meta.json').write_text('{}', encoding='utf-8')
     assert 'meta.json has no valid' in one_line(tiny(folder, tmp_path / 'out'), 1)
 
 
-def test_resuming_what_is_not_there_or_damaged(tmp_path):
+def test_resuming_a_missing_or_damaged_file_is_one_line(tmp_path):
     assert 'cannot resume' in one_line(resume(tmp_path), 1)
     (tmp_path / 'last.safetensors').write_bytes(b'PK\x03\x04 half a file')
     assert 'git checkout 9a36bf1' in one_line(resume(tmp_path), 1)
@@ -822,8 +799,8 @@ def test_resuming_what_is_not_there_or_damaged(tmp_path):
     assert 'damaged' in one_line(resume(tmp_path), 1)
 
 
-def test_resuming_what_is_no_run(again):
-    """best.safetensors in the place of last.safetensors, and pieces of that missing or of another kind: KeyErrors."""
+def test_resuming_from_another_file_is_one_line(again):
+    """best.safetensors under the name of last.safetensors, or wrong types in it, raised KeyErrors."""
     saved = load(again)
     shutil.copy(again / 'best.safetensors', again / 'last.safetensors')
     assert 'is it a best.safetensors?' in one_line(resume(again), 1)
@@ -837,8 +814,8 @@ def test_resuming_what_is_no_run(again):
     ('eval_every', 0), ('micro_batch', 0), ('eval_windows', 10 ** 9), ('eval_windows', 0), ('beta2', 2.0),
     ('seed', -5), ('batch_size', 10 ** 12), ('lr', 'x'), ('lr', True), ('lr', -1.0), ('n_layer', 2),
     ('block_size', 999), ('bases', True), ('hold_steps', -1), ('arch', 'llama'), ('unheard_of', 1), ('lr', None)])
-def test_options_of_a_resumed_run_have_their_bounds(again, name, value):
-    """A file's options were checked for their type only, and the rest were tracebacks or hung; None: is missing."""
+def test_options_in_a_resumed_file_are_checked(again, name, value):
+    """Only their types were checked: bad values ended in a traceback, or hung. None: the option is missing."""
     saved = load(again)
     saved['options'][name] = value
     if value is None:
@@ -853,16 +830,16 @@ def test_options_of_a_resumed_run_have_their_bounds(again, name, value):
     ('active', [1.0] * 4), ('active', [-1.0] * 5), ('active', ['x'] * 5), ('best', {}), ('best', {'val_loss': 1.0}),
     ('results', {'val_loss': 'x'}), ('log', [[1]]), ('log', [['x'] * 7]),
     ('log', [[1, 2.0, None, None, 1.0, 1.0, 0.1]]), ('log', {})])
-def test_what_a_resumed_run_carries_is_checked(again, name, wrong):
-    """Only its type was, so a best of nothing or a row of strings ended the run in a traceback, after the last step."""
+def test_results_and_log_in_a_resumed_file_are_checked(again, name, wrong):
+    """Only types were checked: an empty best, or strings in the log, were a traceback after the last step."""
     write_file(again / 'last.safetensors', {**load(again), name: wrong})
     assert 'last.safetensors does not hold a run (' in one_line(resume(again), 1)
 
 
-def test_the_state_of_the_optimizer_is_checked(again):
+def test_optimizer_and_teacher_in_a_resumed_file_are_checked(again):
     """
-    Adam's state of the wrong shapes corrupted the heap, as torch checks nothing and the fused AdamW writes past
-    the end; NaN in it loaded without a word.
+    Adam's state in the wrong shape corrupted the heap, as the fused AdamW writes past its end without a check;
+    and NaN in it was accepted.
     """
     saved, name = load(again), 'head.weight.exp_avg_sq'
     state = saved['optimizer']
@@ -890,31 +867,26 @@ def test_the_state_of_the_optimizer_is_checked(again):
 
 
 def test_resuming_with_other_options_is_refused(finished):
-    """
-    Where the option asked for is the default too, it was once taken for no option at all, and passed over.
-    """
+    """An option given with its default value was once ignored, as if it had not been given."""
     for args, shown in ((['--lr', '0.5'], '--lr 0.5'), (['--n-layer=2', '--log_every=1'], '--n_layer 2'),
                         (['--overwrite'], '--overwrite True')):
         assert f'{shown}: the run was started with' in one_line(resume(finished[0], *args), 2)
 
 
 def test_a_resumed_run_may_turn_off_what_its_preset_turned_on(again):
-    """
-    A preset that compiles, resumed where there is no compiler: --compile no is the default, but it is also
-    an order.
-    """
+    """A preset with compile, resumed on a machine without a compiler: --compile no is the default, but given."""
     saved = load(again)
     options = {**saved['options'], 'compile': True, 'recompute': True}
     write_file(again / 'last.safetensors', {**saved, 'options': options})
     argv = ['--resume', '--compile', 'no', f'--out={again}']
     config, given = parse_options(train.TrainConfig, 'train', argv=argv)
-    _, _, config = train.resumed_model(config, given)
+    _, _, config = starting.resumed_model(config, given)
     assert (config.compile, config.recompute, config.resume) == (False, True, True)
     assert (config.threshold_lr, config.max_steps, config.out) == (10, -1, str(again))
 
 
-def test_presets_before_and_after_flags(data, tmp_path):
-    """`train.py --lr 5e-4 x.toml` trained the default model: a preset after a flag was swallowed."""
+def test_a_preset_may_stand_anywhere_among_flags(data, tmp_path):
+    """`train.py --lr 5e-4 x.toml` trained the default model: a preset after a flag was ignored."""
     (tmp_path / 'a.toml').write_text('lr = 0.5\nbias = false\n', encoding='utf-8')
     preset = tmp_path / 'a.toml'
     for i, args in enumerate(([preset, *TINY], [*TINY, preset], [*TINY, preset, '--lr', '5e-4'])):
