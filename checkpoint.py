@@ -28,8 +28,9 @@ from dataclasses import asdict
 
 import torch
 
-from cwic import GPT, CWICConfig, add_lora, in_bases, is_threshold, merge_lora
+from cwic import GPT, CWICConfig, add_lora, is_threshold, merge_lora
 from files import open_regular, write_atomically
+from refinements import rotated_weights
 
 DTYPES = {'F64': torch.float64, 'F32': torch.float32, 'F16': torch.float16, 'BF16': torch.bfloat16,
           'I64': torch.int64, 'I32': torch.int32, 'I16': torch.int16, 'I8': torch.int8, 'U8': torch.uint8,
@@ -281,9 +282,12 @@ def load_checkpoint(path, device='cpu', base=None, merge=True):
         for name in [name for name in state if f'{name}.scale' in tensors]:
             state[name] = state[name].float().mul_(tensors[f'{name}.scale'].to(device))
         for name in frozen.keys() - state.keys():
-            state[name] = in_bases(name, frozen[name], state, config).to(device)
-        bad = next((name for name, x in state.items() if not is_finite(x)), None)
+            state[name] = frozen[name].to(device)
         model.load_state_dict(state, assign=True)
+        if frozen and config.bases:     # adapters in the file are rotated already, their base is not
+            for p, rotated in rotated_weights(model, with_lora=False):
+                p.data = rotated
+        bad = next((name for name, x in model.state_dict().items() if not is_finite(x)), None)
         if merge and not bad:
             merge_lora(model)
     except torch.linalg.LinAlgError:

@@ -26,7 +26,8 @@ import numpy as np
 import torch
 
 import build_kernel
-from cwic import KVCache, Neurons, StripedLinear, along, rotary_tables
+from cwic import KVCache, Neurons, StripedLinear, rotary_tables
+from refinements import rotate
 
 FORMATS = {'f32': torch.float32, 'bf16': torch.bfloat16, 'int8': torch.int8}    # in sparse_kernel.c's order
 MAX_TILE = 2048     # columns of a tile, at most: its sums stay in the first-level cache
@@ -269,7 +270,7 @@ class Decoder(ContextWindow):
         kernel = build_kernel.load()
         super().__init__(model)
         self.lib, self.ffi, self.dtype = kernel.lib, kernel.ffi, dtype
-        self.overhead = 0 if dense else model.head.overhead
+        self.overhead = 0 if dense or not self.config.bases else model.head.rotation_weights
         self.kept = []                                  # tensors must live as long as C points to them
 
         d, layers = self.config.n_embd, dict(model.sparse_layers())
@@ -331,7 +332,7 @@ class Decoder(ContextWindow):
         """The embeddings as rows of their own, (vocab, d), not rotated to the basis of the head."""
         fields, embedding = {}, model.head.adapter(model.head.weight).t()
         if self.config.bases:
-            embedding = along(embedding, model.basis.t())
+            embedding = rotate(embedding, model.basis.t())
         if self.dtype == 'int8':
             column_scale = largest(embedding, 0)
             embedding, row_scale = quantise(embedding, column_scale)

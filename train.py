@@ -48,6 +48,7 @@ import torch.distributed as dist
 
 import cwic
 import plots
+import refinements
 import weights
 from checkpoint import CheckpointError, load_optimizer, load_teacher, save_checkpoint, weights_sha256
 from cwic import GPT, CWICConfig
@@ -360,7 +361,7 @@ def observe(run, mix):
     with run.autocast():
         if run.config.bases:
             sparse = any(layer.sigma.any() for _, layer in run.model.sparse_layers())       # an adapter, from before
-            run.model.find_bases(tokens, dense=not sparse)
+            refinements.find_bases(run.model, tokens, dense=not sparse)
             run.optimizer.state.clear()     # what Adam knows, it knows of the matrices before
         run.model.observe(tokens)
     # all read the same windows, but not on the same kind of GPU: which way a component points is chance.
@@ -379,7 +380,7 @@ def fuse_gates(run):
     tokens = (config.steps() - config.dense_steps) * config.batch_size * config.block_size
     pays = run.device == 'cpu' and not config.compile and tokens >= FUSE_FROM and not why_no_compile('cpu')
     if pays:
-        run.model.fuse_gates()
+        refinements.fuse_masks(run.model)
     return pays
 
 

@@ -176,10 +176,10 @@ class Setting:
     @torch.no_grad()
     def __init__(self, model, dense, prompt):
         self.tensors, self.inputs = {}, {}
-        self.margin = 0.0 if dense else model.head.margin_in_nats()
+        self.margin = model.head.margin_in_nats() if model.config.shortlist and not dense else 0.0
 
-        def remember(name, layer, args):        # x, dense; of neurons x, z, dense: z comes first
-            self.inputs[name] = [x[0, -1].clone() for x in args[-2::-1]]
+        def remember(name, layer, args):        # x, dense; of neurons z, x, dense
+            self.inputs[name] = [x[0, -1].clone() for x in args[:-1]]
 
         for name, layer in model.sparse_layers():
             tensors = PackedMatrix(layer, dense=dense).tensors

@@ -14,6 +14,7 @@ import torch
 
 import cwic
 import evaluate
+import refinements
 import train
 import weights
 from checkpoint import load_checkpoint, save_checkpoint
@@ -397,8 +398,8 @@ def test_an_adapter_with_bases_and_a_shortlist(arch, dense, data, tmp_path, monk
     the exact dense model, can be resumed, and another can go on from it; an adapter without bases gets some,
     those of what it reads as it runs, or a shortlist.
     """
-    find, looked = cwic.GPT.find_bases, []
-    monkeypatch.setattr(cwic.GPT, 'find_bases', lambda model, tokens, dense: looked.append(dense) or
+    find, looked = refinements.find_bases, []
+    monkeypatch.setattr(refinements, 'find_bases', lambda model, tokens, dense: looked.append(dense) or
                         find(model, tokens, dense))
     more = ['--lora_rank', 3, '--bases', '--shortlist', '--eval_every', 1]
     assert distil(dense[arch], data, tmp_path / 'a', *more).returncode == 0
@@ -406,7 +407,7 @@ def test_an_adapter_with_bases_and_a_shortlist(arch, dense, data, tmp_path, monk
         row = next(csv.DictReader(f))
     assert abs(float(row['loss'])) < 1e-6
     model, saved = weights.load(str(tmp_path / 'a' / 'last.safetensors'))
-    assert saved['config']['bases'] and not torch.equal(model.basis, cwic.axes(16))
+    assert saved['config']['bases'] and not torch.equal(model.basis, refinements.identity(16, 16))
     tokens = batch(vocab=257)[0]
     begun, _ = train.begin(*parse_options(train.TrainConfig, 'train', argv=[
         '--init_from', str(tmp_path / 'a' / 'last.safetensors'), '--data', data]), 'cpu')
@@ -422,7 +423,7 @@ def test_an_adapter_with_bases_and_a_shortlist(arch, dense, data, tmp_path, monk
         torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-5)
     assert distil(dense[arch], data, tmp_path / 'without', '--lora_rank', 3).returncode == 0
     ended = distil(tmp_path / 'without' / 'best.safetensors', data, tmp_path / 'c', '--bases')
-    assert ended.returncode == 0 and not torch.equal(load(tmp_path / 'c')['model']['basis'], cwic.axes(16))
+    assert ended.returncode == 0 and not torch.equal(load(tmp_path / 'c')['model']['basis'], refinements.identity(16, 16))
     assert looked == [True, True, False]
     ended = distil(tmp_path / 'without' / 'best.safetensors', data, tmp_path / 'e', '--shortlist')
     assert ended.returncode == 0 and 'head.margin' in load(tmp_path / 'e')['model']
