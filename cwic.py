@@ -24,8 +24,7 @@ of 2:
     model = GPT(CWICConfig())
     logits, active = model.eval()(tokens)      # active[matrix, batch, position]: the weights that were used
 
-Read it from top to bottom: first the method, then the GPT around it. To train a model run train.py; to talk
-to one, chat.py.
+First comes the method, then the GPT around it. To train a model run train.py; to talk to one, chat.py.
 
 Not here: two refinements that are not the paper's (refinements.py), files (checkpoint.py), dropout, padding,
 beam search, and speed. Here masked weights are multiplied all the same; sparse_kernel.c skips them.
@@ -166,9 +165,9 @@ class GatedProduct(torch.autograd.Function):
 
 class Thresholds(nn.Module):
     """
-    What StripedLinear and Neurons have in common: a threshold t = theta * scale * sigma for each (stripe,
-    input) pair. theta is trained; mu and sigma are observed, once. Adam moves every parameter equally fast:
-    scale makes that, for thresholds in sigmas, about as fast as outputs move.
+    The base of StripedLinear and Neurons: a threshold t = theta * scale * sigma for each (stripe, input)
+    pair. theta is trained; mu and sigma are observed, once. Adam moves all parameters equally fast: with this
+    scale thresholds move, in sigmas, about as fast as outputs.
     """
     centred = True                              # else mu stays 0
     functions = mask_inputs, step_backward      # refinements.fuse_masks() sets compiled ones
@@ -292,22 +291,23 @@ class GatedMLP(nn.Module):
 
 
 # -----------------------------------------------------------------------------
-# what thresholds are measured in, and how far they may move
+# mu and sigma, in which thresholds are measured; and how far thresholds may move
 
 
 def statistics(x, centred):
     """
     The usual value and the spread of each input, robust against outliers. x (B, T, in) -> mu, sigma (in).
 
-    mu is a mean of values weighted by 1 / distance from the median, distances below a tenth of the mean one
-    counting as that. (At the median itself lies some token's value, whose c would be rounding noise.) sigma
-    is the mean distance from mu, times sqrt(pi / 2): the standard deviation of a normal distribution.
+    mu is the mean of values weighted by 1 / distance from the median; no distance counts as less than a tenth
+    of the mean one. (The median itself is one token's value, whose c would be rounding noise.) sigma is the
+    mean distance from mu, times sqrt(pi / 2): the standard deviation of a normal distribution. If not
+    centred, mu is 0.
 
     Once observed, on dense tokens, they stay. Masked inputs still get a gradient and may drift; a running
     sigma would follow them and never unmask them.
     """
-    # a stride coprime to T, so that every position is sampled equally: the first, on which attention heads
-    # with nothing to say rest, is unlike all others
+    # a stride coprime to T, so that every position is sampled equally: the first, an attention sink, is
+    # unlike all others
     stride = next(n for n in itertools.count(OBSERVE_EVERY) if math.gcd(n, x.shape[1]) == 1)
     x = x.flatten(0, 1)[::stride].float()                                       # (tokens, in)
     mu = torch.zeros_like(x[0])
@@ -326,8 +326,8 @@ def is_threshold(name):
 @torch.no_grad()
 def limit_thresholds(layers, before):
     """
-    After an optimiser step: no threshold moves by more than half its bandwidth, since it would lose touch
-    with the inputs it passed, nor below the floor. before: theta (n, in) of each layer before the step.
+    After an optimiser step: no threshold moves by more than half its bandwidth, or it would lose touch with
+    the inputs it passed, nor below the floor. before: theta (n, in) of each layer before the step.
     """
     # _foreach: on a GPU a few kernels for all layers, instead of a thousand small ones
     thetas, scales = [layer.theta for layer in layers], [layer.scale for layer in layers]
@@ -368,7 +368,7 @@ def price(active, n_weights, target):
 
 @dataclass
 class CWICConfig:
-    """Sizes of a model. Raises ValueError, in one line that begins with the option, if they cannot be."""
+    """Sizes of a model. Raises ValueError, in one line that begins with the option's name, if impossible."""
     arch: str = 'gpt2'          # or 'llama'
     vocab_size: int = 4096
     block_size: int = 256       # context, in tokens
