@@ -28,9 +28,10 @@ from dataclasses import asdict
 
 import torch
 
-from cwic import GPT, CWICConfig, add_lora, in_bases, is_threshold, merge_lora
+from cwic import GPT, CWICConfig, add_lora, is_threshold, merge_lora
 from files import DAMAGED, first_bytes, one_line, open_regular, write_atomically
 from options import is_out_of_memory
+from refinements import rotated_weights
 from tokenizer import TokenizerError
 
 DTYPES = {'F64': torch.float64, 'F32': torch.float32, 'F16': torch.float16, 'BF16': torch.bfloat16,
@@ -286,11 +287,14 @@ def load_checkpoint(path, device='cpu', base=None, merge=True):
         for name in [name for name in state if f'{name}.scale' in tensors]:
             state[name] = state[name].float().mul_(tensors[f'{name}.scale'].to(device))
         for name in frozen.keys() - state.keys():
-            state[name] = in_bases(name, frozen[name], state, config).to(device)
-        for name, x in state.items():
+            state[name] = frozen[name].to(device)
+        model.load_state_dict(state, assign=True)
+        if frozen and config.bases:     # LoRA in the file is rotated already, its base is not
+            for p, rotated in rotated_weights(model, with_lora=False):
+                p.data = rotated
+        for name, x in model.state_dict().items():
             if not is_finite(x):
                 raise CheckpointError(f'damaged, {name} holds a number that is not finite')
-        model.load_state_dict(state, assign=True)
         if merge:
             merge_lora(model)
     return model.eval(), saved

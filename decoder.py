@@ -26,7 +26,8 @@ import numpy as np
 import torch
 
 import build_kernel
-from cwic import KVCache, Neurons, StripedLinear, along, rotary_tables
+from cwic import KVCache, Neurons, StripedLinear, rotary_tables
+from refinements import rotate
 
 FORMATS = {'f32': torch.float32, 'bf16': torch.bfloat16, 'int8': torch.int8}    # in sparse_kernel.c's order
 MAX_TILE = 2048     # columns in a tile, at most: their sums stay in the first-level cache
@@ -262,7 +263,7 @@ class Decoder(ContextWindow):
         kernel = build_kernel.load()
         super().__init__(model)
         self.lib, self.ffi, self.dtype = kernel.lib, kernel.ffi, dtype
-        self.overhead = 0 if dense else model.head.overhead
+        self.overhead = 0 if dense or not self.config.bases else model.head.rotation_weights
         self.kept = []                                  # tensors must live as long as C points to them
 
         layers, d = dict(model.sparse_layers()), self.config.n_embd
@@ -323,7 +324,7 @@ class Decoder(ContextWindow):
         """The fields of embeddings (vocab, d) of their own, not rotated into the head's basis."""
         embedding = model.head.adapter(model.head.weight).t()
         if self.config.bases:
-            embedding = along(embedding, model.basis.t())
+            embedding = rotate(embedding, model.basis.t())
         packed = pack_tiles(embedding, self.config.n_embd, self.config.n_embd, self.dtype, empty)
         names = 'embedding', 'embedding_row_scale', 'embedding_column_scale'
         return {name: self.keep(tensor) for name, tensor in zip(names, packed) if tensor is not None}

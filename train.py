@@ -49,6 +49,7 @@ import torch.distributed as dist
 
 import cwic
 import plots
+import refinements
 import weights
 from checkpoint import CheckpointError, load_optimizer, load_teacher, save_checkpoint
 from cwic import GPT, CWICConfig
@@ -350,7 +351,7 @@ def observe(run, mix):
         if run.config.bases:
             # an adapter is observed as it runs, sparse; a dense model has no statistics yet
             sparse = any(layer.sigma.any() for _, layer in run.model.sparse_layers())
-            run.model.find_bases(tokens, dense=not sparse)
+            refinements.find_bases(run.model, tokens, dense=not sparse)
             run.optimizer.state.clear()     # Adam's moments belong to the old basis
         run.model.observe(tokens)
     # all read the same tokens, but on another kind of GPU a component may come out with the other sign
@@ -366,7 +367,7 @@ def fuse_gates(run):
     tokens = (config.steps() - config.dense_steps) * config.batch_size * config.block_size
     pays = run.device == 'cpu' and not config.compile and tokens >= FUSE_FROM and not why_no_compile('cpu')
     if pays:
-        run.model.fuse_gates()
+        refinements.fuse_masks(run.model)
     return pays
 
 

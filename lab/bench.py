@@ -180,7 +180,7 @@ class Setting:
     @torch.no_grad()
     def __init__(self, model, dense):
         self.tensors = {}       # {matrix: {name: tensor}}
-        self.margin = 0.0 if dense else model.head.margin_in_nats()
+        self.margin = model.head.margin_in_nats() if model.config.shortlist and not dense else 0.0
         for name, layer in model.sparse_layers():
             tensors = PackedMatrix(layer, dense=dense).tensors
             self.tensors[name] = {key: tensors[key] for key in ('thresholds', 'mu', 'base')}

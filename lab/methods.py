@@ -80,7 +80,7 @@ def calibrate(module, inputs, shares, weighed=False, centred=False, static=False
     module(*inputs).
     """
     def set_thresholds(share, gate, args):
-        x, linear = args[-2].float().flatten(0, 1), isinstance(gate, StripedLinear)     # args: x or z, dense
+        x, linear = args[0].float().flatten(0, 1), isinstance(gate, StripedLinear)
         centre = x.median(0).values if centred and linear else torch.zeros_like(gate.mu)
         score, norms = (x - centre).abs(), torch.ones_like(gate.mu)[None]               # (N, in), (1, in)
         if static:
@@ -130,7 +130,7 @@ class Apart(Thresholds):
         self.down.weight, self.down.adapter = neurons.down, neurons.adapter_down
         self.to(neurons.up.device)
 
-    def forward(self, x, z, dense=False):
+    def forward(self, z, x, dense=False):
         h, active_up = self.up(x, dense)
         y, active_down = self.down(h * z, dense)
         return y, active_up + active_down
@@ -248,7 +248,7 @@ class Method:
     kinds: tuple = ()           # names of the layers that skip; (): all
     apart: bool = True          # Llama's up and down skip inputs; else they share a mask of neurons
     stripe: int = ONE           # columns in a stripe; 0: as in the recipe
-    bases: bool = False         # inputs are measured along their principal components: GPT.find_bases()
+    bases: bool = False         # head and attention output read principal components of their inputs
     shortlist: bool = False     # the head computes the logits of the likeliest tokens with every weight
     layer: type = StripedLinear     # class of the layers
     trained: bool = False       # for as many steps as the recipe has

@@ -3,8 +3,6 @@ The model against independent truths: numpy, finite differences, brute-force cou
 again.
 """
 
-import copy
-import functools
 import math
 
 import numpy as np
@@ -12,12 +10,14 @@ import pytest
 import torch
 
 import cwic
+import refinements
 from cwic import BANDWIDTH, GPT, CWICConfig, GatedNeurons, GatedProduct, KVCache, Neurons, StripedLinear
 
 # widths that stripes do not divide, several heads, and an MLP that is not 4 times as wide
 SIZES = {'vocab_size': 50, 'block_size': 16, 'n_layer': 2, 'n_head': 4, 'n_embd': 16, 'n_hidden': 28,
          'stripe_qkv': 10, 'stripe_out': 16, 'stripe_up': 9, 'stripe_down': 5, 'stripe_head': 16}
 LLAMA = {'arch': 'llama', 'n_kv_head': 2, 'rope_theta': 100.0}
+PLAIN = cwic.mask_inputs, cwic.step_backward      # functions that are not compiled
 BOTH = pytest.mark.parametrize('arch', ['gpt2', 'llama'])
 
 
@@ -63,7 +63,7 @@ def differences(f, x):
 
 
 # -----------------------------------------------------------------------------
-# the gate
+# the mask and its gradient
 
 
 def test_worked_example():
@@ -81,11 +81,28 @@ def test_worked_example():
     assert active.item() == 8 and layer.n_weights == 16
 
 
+@pytest.mark.parametrize('stripe', [3, 4, 12])
+def test_striped_linear_computes_the_reference(stripe):
+    """Outputs, counts, and the gradient of W; stripes of 3 and 4 do not divide 10."""
+    torch.manual_seed(stripe)
+    layer = StripedLinear(6, 10, stripe, bias=False)
+    layer.mu.normal_(), layer.sigma.uniform_(0.5, 1.5)
+    layer.theta.data.uniform_(0, 1.0 / layer.scale)
+    x = torch.randn(1, 40, 6)
+    y, active = layer(x)
+    W = layer.weight.detach().clone().requires_grad_()
+    expected, expected_active = cwic.reference(x[0], layer.mu, layer.thresholds().detach(), W, layer.stripe)
+    torch.testing.assert_close(y[0], expected)
+    assert torch.equal(active[0], expected_active.double()) and 0.2 < float(active.detach().mean()) / 60 < 0.9
+    g = torch.randn(40, 10)
+    torch.testing.assert_close(torch.autograd.grad(y[0], layer.weight, g)[0], torch.autograd.grad(expected, W, g)[0])
+
+
 @pytest.mark.parametrize('stripe', [1, 3, 4, 7])
-def test_gate_backward_is_the_smoothed_step(stripe):
+def test_mask_gradient_is_that_of_a_ramp(stripe):
     """
-    With the step replaced by a ramp of width bw, finite differences in t must give what backward gives, for y
-    and for active, and in x for active. 7 columns: stripes of 3 and 4 leave a narrower last one.
+    With the step replaced by a ramp of width bw, finite differences in t must equal backward's gradient, for
+    y and for active, and those in x for active. 7 columns: stripes of 3 and 4 leave a narrower last one.
     """
     rng = np.random.default_rng(stripe)
     N, n_in, n_out = 5, 6, 7
@@ -103,10 +120,10 @@ def test_gate_backward_is_the_smoothed_step(stripe):
         return loss
 
     x_, t_, W_ = (torch.tensor(a, requires_grad=True) for a in (x, t, W))
-    y, active = GatedProduct.apply(x_, torch.tensor(mu), t_, torch.tensor(bw), W_, stripe, False)
+    y, active = GatedProduct.apply(x_, torch.tensor(mu), t_, torch.tensor(bw), W_, stripe, PLAIN)
     ((y * torch.tensor(G)).sum() + (active * torch.tensor(A)).sum()).backward()
     np.testing.assert_allclose(t_.grad, differences(lambda t: smoothed(x, t, with_y=True), t), atol=1e-6)
-    # of y, x has the gradient that it would have if nothing were skipped
+    # from y, x gets the gradient it would get if nothing were masked
     dx = differences(lambda x: smoothed(x, t, with_y=False), x)
     np.testing.assert_allclose(x_.grad.numpy() - G @ W.T, dx, atol=1e-6)
     expected_y, expected_active, dW = np.zeros((N, n_out)), np.zeros(N), np.zeros((n_in, n_out))
@@ -120,8 +137,8 @@ def test_gate_backward_is_the_smoothed_step(stripe):
     np.testing.assert_array_equal(active.detach(), expected_active)
 
 
-def test_shared_mask_backward_is_the_smoothed_step():
-    """The same of Llama's neurons: a = h * z where |z| > t, 10 weights for each active one."""
+def test_shared_mask_gradient_is_that_of_a_ramp():
+    """The same for Llama's neurons: a = h * z if |z| > t, 10 weights for each active one."""
     rng = np.random.default_rng(0)
     z, h, G, A = rng.normal(size=(5, 8)), rng.normal(size=(5, 8)), rng.normal(size=(5, 8)), rng.normal(size=5)
     t, bw = rng.uniform(0.1, 1.2, 8), rng.uniform(0.5, 1.5, 8)
@@ -131,7 +148,7 @@ def test_shared_mask_backward_is_the_smoothed_step():
         return np.sum(A * 10 * ramp.sum(1)) + (np.sum(G * h * z * ramp) if with_a else 0.0)
 
     z_, h_, t_ = (torch.tensor(a, requires_grad=True) for a in (z, h, t))
-    a, active = GatedNeurons.apply(z_, h_, t_, torch.tensor(bw), 10, False)
+    a, active = GatedNeurons.apply(z_, h_, t_, torch.tensor(bw), 10, PLAIN)
     ((a * torch.tensor(G)).sum() + (active * torch.tensor(A)).sum()).backward()
     mask = np.abs(z) > t
     np.testing.assert_allclose(t_.grad, differences(lambda t: smoothed(z, t, with_a=True), t), atol=1e-6)
@@ -142,43 +159,19 @@ def test_shared_mask_backward_is_the_smoothed_step():
     np.testing.assert_array_equal(active.detach(), 10 * mask.sum(1))
 
 
-def test_margin_is_learned_as_the_smoothed_step():
-    """
-    Of a shortlist: the margin's gradient is, by finite differences, that of the step with a slope in its window; exact
-    and rough logits learn from what became of each.
-    """
-    torch.manual_seed(0)
-    rough = torch.randn(50, 400, dtype=torch.float64) * 3
-    exact, g, g_active = rough + torch.randn(rough.shape) * 0.3, torch.randn_like(rough), torch.rand(50, dtype=torch.float64)
-    behind = rough.max(1, keepdim=True).values - rough
-
-    def smoothed(margin):
-        listed = ((margin - behind) / cwic.MARGIN_WINDOW + 0.5).clamp(0, 1)
-        return float(((rough + listed * (exact - rough)) * g).sum() + (7 * listed.sum(1) * g_active).sum())
-
-    leaves = [x.clone().requires_grad_() for x in (rough, exact, torch.tensor([3.0]))]
-    logits, active = cwic.Shortlist.apply(*leaves, 7)
-    ((logits * g).sum() + (active * g_active).sum()).backward()
-    listed = behind < 3
-    assert torch.equal(logits, torch.where(listed, exact, rough)) and torch.equal(active, 7 * listed.sum(1).double())
-    assert torch.equal(leaves[0].grad, torch.where(listed, 0, g)) and torch.equal(leaves[1].grad, torch.where(listed, g, 0))
-    slope = (smoothed(3 + 1e-6) - smoothed(3 - 1e-6)) / 2e-6
-    np.testing.assert_allclose(float(leaves[2].grad), slope, rtol=1e-4)
-
-
 def test_input_that_never_moves_gives_no_nan():
-    """sigma 0 means a window of width 0; dividing by it made every gradient of the layer NaN."""
+    """sigma 0 means a bandwidth of 0; dividing by it made every gradient of the layer NaN."""
     striped, neurons = StripedLinear(3, 4, 2, bias=True), Neurons(4, 3)
     for layer in (striped, neurons):
         layer.sigma.copy_(torch.tensor([1.0, 0.0, 2.0]))
     x, z = torch.zeros(1, 5, 4, requires_grad=True), torch.zeros(1, 5, 3, requires_grad=True)
-    for layer, (y, active) in ((striped, striped(z)), (neurons, neurons(x, z))):
+    for layer, (y, active) in ((striped, striped(z)), (neurons, neurons(z, x))):
         (y.sum() + active.sum()).backward()
         assert all(torch.isfinite(p.grad).all() for p in [z, *layer.parameters()])
 
 
-def test_nan_is_not_skipped_in_silence():
-    """|nan| > t is false, but a diverged run must be seen: what is not a number reaches the output."""
+def test_nan_is_not_masked():
+    """|nan| > t is false, but a diverged run must be seen: NaN reaches the output."""
     layer = StripedLinear(3, 4, 2, bias=False)
     y, _ = layer(torch.tensor([[[0.0, math.nan, 0.0], [0.0, 0.0, 0.0]]]))
     assert torch.isnan(y[0, 0]).all() and torch.isfinite(y[0, 1]).all()
@@ -187,8 +180,7 @@ def test_nan_is_not_skipped_in_silence():
 @BOTH
 def test_thresholds_below_every_input_are_the_dense_model(arch):
     """
-    Logits, and the gradient of every weight: where no input is near its threshold, no trace of the gate is
-    left.
+    Logits, and the gradient of every weight: if no input is near its threshold, the mask leaves no trace.
     """
     model, tokens = small_model(arch, thresholds=0.0), random_tokens(2, 16)
     gradients = []
@@ -207,55 +199,6 @@ def test_thresholds_below_every_input_are_the_dense_model(arch):
 
 
 @BOTH
-def test_compiled_gates_compute_the_same(arch):
-    """On a CPU a run compiles its gates: the same masks, outputs and counts to the last bit, and the same gradients."""
-    results = []
-    for fuse in (False, True):
-        model = small_model(arch, stripe_qkv=10).train()
-        if fuse:
-            model.fuse_gates()
-        with torch.autocast('cpu', dtype=torch.bfloat16):
-            logits, active = model(random_tokens(2, 16))
-            (logits.square().mean() + 1e-4 * active.sum(0).mean()).backward()
-        results.append((logits, active, [p.grad for p in model.parameters()]))
-    (logits, active, gradients), (fused_logits, fused_active, fused_gradients) = results
-    assert 0 < float(active.detach().sum(0).mean()) < 0.9 * model.n_weights()
-    assert torch.equal(logits, fused_logits) and torch.equal(active, fused_active)
-    for a, b in zip(gradients, fused_gradients, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6 * float(a.abs().max()))
-
-
-def test_a_compiler_that_fails_later_costs_nothing_but_time(monkeypatch, capsys):
-    """
-    It had worked, and then, with no memory left, it failed on a backward: 40 lines of torch, and the steps since the
-    last save lost, though nobody had asked for a compiler. The same gradients come without, and one line says so.
-    """
-    graphs, compile = [], torch.compile
-
-    def backend(graph, inputs):
-        graphs.append(graph)
-        if len(graphs) > 1:
-            raise MemoryError('Killed\nsignal terminated program cc1plus')
-        return graph.forward
-
-    monkeypatch.setattr(torch, 'compile', lambda function, **options: compile(function, backend=backend))
-    monkeypatch.setattr(cwic, 'fused', functools.cache(cwic.Fused))
-    monkeypatch.setattr(cwic.Fused, 'compiler_works', True)
-    gradients = []
-    for fuse in (False, True):
-        model = small_model().train()
-        if fuse:
-            model.fuse_gates()
-        logits, active = model(random_tokens(2, 16))
-        (logits.square().mean() + 1e-4 * active.sum(0).mean()).backward()
-        gradients.append([p.grad for p in model.parameters()])
-    for a, b in zip(*gradients, strict=True):
-        assert torch.equal(a, b)
-    error = capsys.readouterr().err
-    assert len(graphs) == 2 and error.count('\n') == 1 and 'gates are not compiled' in error
-
-
-@BOTH
 def test_autocast_products_in_bf16_with_masks_in_f32(arch):
     """
     Under autocast masks still come from f32 values, so counts of a layer are exactly those without it. Dense
@@ -265,7 +208,7 @@ def test_autocast_products_in_bf16_with_masks_in_f32(arch):
     model = small_model(arch, n_embd=64, n_hidden=96)
     x, z = torch.randn(2, 8, 64), torch.randn(2, 8, 96)
     for name, layer in model.sparse_layers():
-        inputs = {'down': (z,), 'neurons': (x, z)}.get(name.split('.')[-1], (x,))
+        inputs = {'down': (z,), 'neurons': (z, x)}.get(name.split('.')[-1], (x,))
         y, active = layer(*inputs)
         with torch.autocast('cpu', dtype=torch.bfloat16):
             y16, active16 = layer(*inputs)
@@ -277,7 +220,7 @@ def test_autocast_products_in_bf16_with_masks_in_f32(arch):
 
 
 @BOTH
-def test_one_stripe_and_torch_compile(arch):
+def test_compiled_model_with_one_stripe_has_the_same_gradients(arch):
     """With one stripe to a matrix, compiled backward once gave theta a gradient of [576] for [1, 576]."""
     model = small_model(arch, n_layer=1, **{name: 4096 for name in SIZES if name.startswith('stripe')})
     gradients = []
@@ -302,7 +245,7 @@ def test_an_input_at_its_threshold_is_skipped():
     t = striped.thresholds().detach()[0]                            # 0.5, 0.25, 0
     for z, expected in ((t, 0), (-t, 0), (t * 1.001, 2), (t + 0.001, 3)):
         assert int(striped(z[None, None])[1][0]) == 4 * expected
-        assert int(neurons(torch.ones(1, 1, 4), z[None, None])[1][0]) == 8 * expected
+        assert int(neurons(z[None, None], torch.ones(1, 1, 4))[1][0]) == 8 * expected
 
 
 def test_counts_are_exact_above_f32():
@@ -313,7 +256,7 @@ def test_counts_are_exact_above_f32():
             _, active = layer(torch.ones(1, 1, 4097), dense)
             assert int(active) == 4097 * 8191
     ones, zeros = torch.ones(1, 10001), torch.zeros(10001)
-    assert int(GatedNeurons.apply(ones, ones, zeros, zeros, 2 * 2049, False)[1]) == 10001 * 2 * 2049
+    assert int(GatedNeurons.apply(ones, ones, zeros, zeros, 2 * 2049, PLAIN)[1]) == 10001 * 2 * 2049
 
 
 # -----------------------------------------------------------------------------
@@ -347,7 +290,7 @@ def test_statistics_against_numpy():
 
 
 @pytest.mark.parametrize('T, every', [(16, 7), (17, 7), (18, 7), (14, 9), (56, 9), (30, 7), (210, 11)])
-def test_no_position_counts_more_than_others(T, every):
+def test_statistics_sample_every_position_equally(T, every):
     """
     Every fourth position was looked at, always from 0, so a model's attention sink weighed four times; then
     offsets were spread over the flattened batch, which for 17 positions looked at 0, 4, 8, ... of every
@@ -359,17 +302,17 @@ def test_no_position_counts_more_than_others(T, every):
 
 
 @BOTH
-def test_statistics_change_on_request_only(arch):
+def test_statistics_change_only_in_observe(arch):
     """
     Earlier code updated statistics inside forward, under conditions: a validation loop polluted them, and in
     most settings they silently stayed 0. Here forward changes nothing at all, and observe() all of them, to
-    what the inputs of each layer are in a dense pass.
+    those of each layer's inputs in a dense pass.
     """
     model, tokens = small_model(arch).train(), random_tokens(7, 15)         # of which 15 are observed
     before = {name: b.clone() for name, b in model.named_buffers()}
     model(tokens), model(tokens, dense=True), model.eval()(tokens)
     assert all(torch.equal(before[name], b) for name, b in model.named_buffers())
-    model.observe(tokens)                                                   # who has statistics keeps them
+    model.observe(tokens)                                                   # layers that have statistics keep them
     assert all(torch.equal(before[name], b) for name, b in model.named_buffers())
     for _, layer in model.sparse_layers():
         layer.sigma.zero_()
@@ -392,7 +335,7 @@ def test_neurons_are_not_centred():
 
 
 @BOTH
-def test_recomputing_activations_counts_nothing_twice(arch):
+def test_recomputed_activations_give_the_same_counts_and_gradients(arch):
     results, passes = [], []
     for recompute in (False, True):
         model = small_model(arch).train()
@@ -494,100 +437,40 @@ def forward_in_numpy(model, tokens, dense=False):
     logits = linear(x, 'head', config.stripe_head)
     counts[-1] += basis.size if config.bases and not dense else 0
     if config.shortlist and not dense:
-        listed = logits > logits.max(1, keepdims=True) - cwic.MARGIN_SCALE * p['head.margin']
+        listed = logits > logits.max(1, keepdims=True) - refinements.MARGIN_SCALE * p['head.margin']
         logits[listed] = (x @ p['head.weight'])[listed]
         counts[-1] += config.n_embd * listed.sum(1)
     return logits, np.stack(counts)
 
 
-@BOTH
-@pytest.mark.parametrize('rank', [0, 3])
-def test_bases_are_principal_components_and_change_nothing_else(arch, rank):
-    """
-    Dense, the model with bases computes what it did without, adapters included. What its head reads, and what
-    attention gathers from the values of each head, is not correlated any more, and as spread out as numpy
-    finds it to be along its principal components. Only thresholds and statistics of these layers are gone.
-    """
-    model, tokens = small_model(arch, bases=True, block_size=64), random_tokens(40, 64)
-    config, read = model.config, {}
-    if rank:
-        cwic.add_lora(model, rank)
-        for layer, adapter, _ in cwic.adapters(model):
-            torch.nn.init.normal_(getattr(layer, adapter).B, std=0.1)
-    with torch.no_grad():
-        before, inputs = model(tokens, dense=True)[0], {}
-        kept = {name: x.clone() for name, x in model.state_dict().items()}
-        names = [name for name, _ in model.sparse_layers() if name.endswith(('out', 'head'))]
-        model.inputs(tokens, inputs.__setitem__, names)
-        model.find_bases(tokens)
-        model.inputs(tokens, read.__setitem__, names)
-        after = model(tokens, dense=True)[0]
-    torch.testing.assert_close(after, before, rtol=1e-4, atol=1e-4)
-    for name in names:
-        heads = 1 if name == 'head' else config.n_kv_head
-        for x, y in zip(*(z[name].reshape(-1, heads, config.n_head // heads if heads > 1 else 1,
-                                          config.n_embd // (1 if name == 'head' else config.n_head))
-                          .transpose(0, 1).flatten(1, 2).double().numpy() for z in (inputs, read))):
-            spread = np.cov(y.T)
-            np.testing.assert_allclose(spread, np.diag(np.linalg.eigvalsh(np.cov(x.T))), atol=0.02 * spread.max())
-    for name, x in model.state_dict().items():
-        reads = '.out.' in name or name.startswith('head')
-        changed = name.endswith(('basis', 'qkv.bias')) or reads and name.endswith(('mu', 'sigma')) or name.endswith(
-            ('weight', 'adapter.A', 'adapter.B')) and ('attn' in name or name.startswith('head'))
-        assert not x.any() if reads and name.endswith('theta') else changed or torch.equal(x, kept[name]), name
-    for name in names:
-        layer, anew = dict(model.sparse_layers())[name], cwic.Thresholds(config.n_embd, 1)
-        anew.observe(read[name])
-        torch.testing.assert_close(layer.mu, anew.mu, rtol=1e-4, atol=1e-4)
-        torch.testing.assert_close(layer.sigma, anew.sigma, rtol=1e-4, atol=1e-4)
-
-
-def test_bases_of_a_sparse_model_are_of_what_it_reads():
-    """
-    An adapter that went on with bases had them found with every weight in use, where what it had learned to
-    skip speaks as well: of noise, at a KL of .36 where .30 was possible with as much of the head. Here a
-    neuron that is always skipped shouts in one direction, which is the first component only of a dense pass.
-    """
-    model, tokens = small_model('llama', bases=True, block_size=64), random_tokens(40, 64)
-    neurons = model.blocks[-1].mlp.neurons
-    with torch.no_grad():
-        neurons.down[0], neurons.theta[0, 0] = 0.0, 1e6
-        neurons.down[0, 5] = 1e3
-        found = {}
-        for dense in (True, False):
-            sparse = copy.deepcopy(model)
-            sparse.find_bases(tokens, dense=dense)
-            found[dense] = sparse.basis[5].abs()
-    assert found[True][-1] > 0.99 and found[False][-1] < 0.9
-
-
-@pytest.mark.parametrize('dense', [False, True])
-@pytest.mark.parametrize('arch, changes', [
-    ('gpt2', {}), ('gpt2', {'bias': False}), ('llama', {}), ('llama', {'n_kv_head': 4}),
-    ('gpt2', {'bases': True}), ('llama', {'bases': True}), ('gpt2', {'shortlist': True}),
-    ('llama', {'bases': True, 'shortlist': True}),
-    ('llama', {'n_kv_head': 1, 'rope_scaling': (8.0, 1.0, 4.0, 16), 'norm_eps': 1e-2})])
-def test_forward_against_numpy(arch, changes, dense):
-    """
-    Logits and counts. Every weight used is counted one by one: earlier code counted padded columns. Biases
-    are random: the fast path of earlier code added them twice, which shows only in models that have some.
-    """
-    model, tokens = small_model(arch, **changes), random_tokens(2, 12)
-    if 'bases' in changes:
-        model.basis.copy_(torch.randn(model.basis.shape))
-    if 'shortlist' in changes:
-        model.head.margin.data.fill_(0.1 / cwic.MARGIN_SCALE)       # of logits this small, a few
+def check_forward(model, dense):
+    """Logits and counts of a small_model() against forward_in_numpy()."""
+    tokens = random_tokens(2, 12)
     logits, active = model(tokens, dense=dense)
     assert active.shape == (9, 2, 12) and len(model.sparse_layers()) == 9
     for b in range(2):
         expected, counts = forward_in_numpy(model, tokens[b].numpy(), dense)
         np.testing.assert_allclose(logits[b].detach(), expected, atol=1e-5 * np.abs(expected).max())
         np.testing.assert_array_equal(active[:, b].detach(), counts)
-        counts[-1] -= 0 if dense else model.head.overhead
+        counts[-1] -= model.config.n_embd ** 2 if model.config.bases and not dense else 0
         share = counts.mean(1) / [layer.n_weights for _, layer in model.sparse_layers()]
         assert (share == 1).all() if dense else (0.1 < share).all() and (share < 0.95).all()
-    assert model.n_weights() == sum(p.numel() for name, p in model.named_parameters()
-                                if p.dim() == 2 and not name.endswith('theta') and not name.startswith('wpe'))
+
+
+@pytest.mark.parametrize('dense', [False, True])
+@pytest.mark.parametrize('arch, changes', [
+    ('gpt2', {}), ('gpt2', {'bias': False}), ('llama', {}), ('llama', {'n_kv_head': 4}),
+    ('llama', {'n_kv_head': 1, 'rope_scaling': (8.0, 1.0, 4.0, 16), 'norm_eps': 1e-2})])
+def test_forward_against_numpy(arch, changes, dense):
+    """
+    Logits and counts. Every weight used is counted one by one: earlier code counted padded columns. Biases
+    are random: the fast path of earlier code added them twice, which shows only in models that have some.
+    """
+    model = small_model(arch, **changes)
+    check_forward(model, dense)
+    matrices = {name: p for name, p in model.named_parameters() if p.dim() == 2}
+    assert model.n_weights() == sum(p.numel() for name, p in matrices.items()
+                                    if not name.endswith('theta') and not name.startswith('wpe'))
 
 
 def test_rotation_with_the_scaling_of_llama_3():
@@ -604,7 +487,7 @@ def test_rotation_with_the_scaling_of_llama_3():
     heads = torch.randn(2, 4, 4, 64)
     turned = (heads[..., :32].numpy() + 1j * heads[..., 32:].numpy()) * (cos.numpy() + 1j * sin.numpy())
     turned = np.concatenate([turned.real, turned.imag], -1)
-    np.testing.assert_allclose(cwic.rotate(heads, cos, sin), turned, atol=1e-6)
+    np.testing.assert_allclose(cwic.apply_rope(heads, cos, sin), turned, atol=1e-6)
     # so far out f32 has no digits left for the fast ones
     np.testing.assert_allclose(sin[3, 8:], np.sin(angles[3, 8:]), atol=3e-3)
 
@@ -695,7 +578,7 @@ def test_cache_in_pieces_equals_one_pass(arch):
     {'vocab_size': 2.5}, {'block_size': True}, {'norm_eps': 0.0}, {'norm_eps': math.nan}, {'arch': 'bert'},
     {'arch': 'llama', 'n_embd': 12}, {'arch': 'llama', 'rope_theta': -1.0},
     {'arch': 'llama', 'rope_scaling': (8.0, 1.0)}, {'arch': 'llama', 'rope_scaling': '1234'}])
-def test_sizes_that_no_model_can_have(changes):
+def test_impossible_sizes_are_refused(changes):
     with pytest.raises(ValueError, match=next(reversed(changes))):
         CWICConfig(**{**SIZES, **changes})
 
@@ -716,7 +599,7 @@ def test_losses_against_their_definitions():
 
 
 def test_price_is_the_slope_of_the_flop_loss():
-    """And once nothing at all was active, training ended with a ZeroDivisionError."""
+    """And when nothing at all was active, training ended with a ZeroDivisionError."""
     def loss(active):
         return max(3 - 1000 / active, 0) ** 2
 
@@ -724,12 +607,12 @@ def test_price_is_the_slope_of_the_flop_loss():
         assert float(cwic.flop_loss(torch.tensor(active), 1000, 3)) == pytest.approx(loss(active), rel=1e-4)
         slope = (loss(active + 1e-4) - loss(active - 1e-4)) / 2e-4
         assert cwic.price(active, 1000, 3) == pytest.approx(slope, rel=1e-5, abs=1e-12)
-    assert cwic.price(300.0, 1000, 3) == 0                                  # beyond the target nothing pushes
+    assert cwic.price(300.0, 1000, 3) == 0                                  # beyond the target: no price
     assert cwic.price(0.0, 1000, 3) == 0 == float(cwic.flop_loss(torch.tensor(0.0), 1000, 3))
 
 
 @BOTH
-def test_thresholds_are_never_decayed_and_what_is_trained_is_in_one_group(arch):
+def test_thresholds_are_never_decayed_and_each_parameter_is_in_one_group(arch):
     """Weight decay on thresholds pulled them to 0 against the compute loss."""
     model = small_model(arch)
     model.ln_f.requires_grad_(False)
@@ -743,7 +626,7 @@ def test_thresholds_are_never_decayed_and_what_is_trained_is_in_one_group(arch):
     assert len(grouped) < len(list(model.parameters()))
 
 
-def test_a_threshold_moves_at_most_half_a_window_and_stays_above_the_floor():
+def test_a_threshold_moves_at_most_half_its_bandwidth_and_stays_above_the_floor():
     """One large step once carried thresholds far past every input they had felt, for good."""
     layer = StripedLinear(1000, 2, 1, bias=False)
     before = torch.rand(2, 1000) * 0.2 / layer.scale
@@ -759,7 +642,7 @@ def test_a_threshold_moves_at_most_half_a_window_and_stays_above_the_floor():
 
 
 # -----------------------------------------------------------------------------
-# adapters
+# LoRA
 
 
 def train_a_little(model):
@@ -777,7 +660,7 @@ def train_a_little(model):
 
 
 @BOTH
-def test_adapter_trains_and_its_base_does_not(arch):
+def test_lora_trains_and_its_base_does_not(arch):
     """At first nothing changes; in three steps thresholds and adapters do, and not a bit of anything else."""
     base, model, tokens = small_model(arch), small_model(arch), random_tokens(1, 16)
     cwic.add_lora(model, rank=3)
@@ -798,7 +681,7 @@ def test_adapter_trains_and_its_base_does_not(arch):
 
 
 def exact_distribution(logits, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0):
-    """The chance of each token, one step after the other as the docstring has it."""
+    """The probability of each token, one step after the other as in the docstring."""
     p = np.exp(logits / temperature - np.max(logits / temperature))
     p /= p.sum()
     kept = sorted(range(len(p)), key=lambda i: -p[i])[:top_k or None]
@@ -828,7 +711,7 @@ def test_sampled_frequencies_are_the_exact_ones(options):
     np.testing.assert_allclose(p, logits.softmax(-1)[ids], rtol=1e-6)      # whatever the options
 
 
-def test_a_temperature_for_each_row_and_none_at_all():
+def test_temperature_and_min_p_for_each_row_and_greedy():
     logits, points = torch.arange(12.) / 4, (torch.arange(10) + 0.5) / 10
     apart = [cwic.sample(logits.expand(10, 12), points, t, top_k=5)[0] for t in (0.5, 2.0)]
     temperatures = torch.tensor([0.5] * 10 + [2.0] * 10)[:, None]
@@ -846,9 +729,9 @@ def test_a_temperature_for_each_row_and_none_at_all():
 
 
 @pytest.mark.parametrize('options', [{}, {'top_k': 40}, {'top_p': .99}, {'min_p': .01}, {'temperature': .1}])
-def test_no_point_leads_to_a_token_that_cannot_come(options):
+def test_tokens_of_probability_0_are_never_drawn(options):
     """
-    Impossible tokens stand first, last and between, and the sum of 50,000 f32 chances is a little beside 1.
+    They are the first, the last and some between, and 50,000 probabilities in f32 do not quite sum to 1.
     """
     logits = torch.randn(50000, generator=torch.Generator().manual_seed(0))
     logits[:100], logits[20000:20100], logits[-100:] = -math.inf, -math.inf, -math.inf
@@ -872,7 +755,7 @@ def test_nucleus_sampling_of_a_large_vocabulary_equals_a_full_sort(temperature):
     assert (ids == want).double().mean() > 0.97         # sums in f32 shift a border now and then
 
 
-def test_the_penalty_of_each_row_is_for_what_that_row_has_said_lately():
+def test_repeat_penalty_is_for_the_last_tokens_of_each_row():
     """Greedy, against a loop: positive logits are divided, negative ones multiplied, once however often said."""
     logits, said = torch.randn(40, 30), torch.randint(30, (40, 70))
     said[:, :6] = 29                # too long ago

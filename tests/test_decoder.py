@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from cwic import GPT, MARGIN_SCALE, CWICConfig, Neurons, add_lora, generate, merge_lora
+import refinements
+from cwic import GPT, CWICConfig, Neurons, add_lora, generate, merge_lora
 from decoder import Decoder, PackedMatrix, TorchDecoder, quantise, usable_cores
 
 torch.set_num_threads(1)        # tiny matrices: more threads only wait for each other
@@ -28,11 +29,11 @@ def random_model(arch='gpt2', share=None, **changes):
     model = GPT(config).eval()
     with torch.no_grad():
         if config.bases:
-            model.find_bases(torch.randint(config.vocab_size, (8, config.block_size)))
+            refinements.find_bases(model, torch.randint(config.vocab_size, (8, config.block_size)))
         for p in model.parameters():
             p.add_(torch.randn_like(p) * 0.05)
         if config.shortlist:
-            model.head.margin.fill_(0.5 / MARGIN_SCALE)
+            model.head.margin.fill_(0.5 / refinements.MARGIN_SCALE)
         for _, layer in model.sparse_layers():
             neurons = isinstance(layer, Neurons)
             layer.sigma.fill_(0.05 if neurons and share is None else 1)
@@ -91,7 +92,7 @@ def test_counts_differ_only_within_rounding_of_a_threshold(arch):
     model = random_model(arch)
     inputs, equal = {}, 0
     for name, layer in model.sparse_layers():
-        layer.register_forward_hook(lambda layer, args, out, name=name: inputs.__setitem__(name, args[-2][0]))
+        layer.register_forward_hook(lambda layer, args, out, name=name: inputs.__setitem__(name, args[0][0]))
     for start in range(20):
         tokens = random_tokens(model, 20 + start)[start:]
         (want, want_active), (logits, active) = TorchDecoder(model).prefill(tokens), Decoder(model).prefill(tokens)

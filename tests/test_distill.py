@@ -14,6 +14,7 @@ import torch
 
 import cwic
 import evaluate
+import refinements
 import starting
 import train
 import weights
@@ -379,8 +380,8 @@ def test_an_adapter_with_bases_and_a_shortlist_starts_dense_and_resumes(arch, de
     Only its file holds the bases: loading it rotates the base's matrices again. It can be resumed, and another
     run can continue from it. An adapter without bases can get some, of its inputs as it runs, or a shortlist.
     """
-    find, looked = cwic.GPT.find_bases, []
-    monkeypatch.setattr(cwic.GPT, 'find_bases', lambda model, tokens, dense: looked.append(dense) or
+    find, looked = refinements.find_bases, []
+    monkeypatch.setattr(refinements, 'find_bases', lambda model, tokens, dense: looked.append(dense) or
                         find(model, tokens, dense))
     more = ['--lora_rank', 3, '--bases', '--shortlist', '--eval_every', 1]
     assert distil(dense[arch], data, tmp_path / 'a', *more).returncode == 0
@@ -388,7 +389,7 @@ def test_an_adapter_with_bases_and_a_shortlist_starts_dense_and_resumes(arch, de
         row = next(csv.DictReader(f))
     assert abs(float(row['loss'])) < 1e-6
     model, saved = weights.load(str(tmp_path / 'a' / 'last.safetensors'))
-    assert saved['config']['bases'] and not torch.equal(model.basis, cwic.axes(16))
+    assert saved['config']['bases'] and not torch.equal(model.basis, refinements.identity(16, 16))
     tokens = batch(vocab=257)[0]
     begun, _ = train.begin(*parse_options(train.TrainConfig, 'train', argv=[
         '--init_from', str(tmp_path / 'a' / 'last.safetensors'), '--data', data]), 'cpu')
@@ -404,7 +405,7 @@ def test_an_adapter_with_bases_and_a_shortlist_starts_dense_and_resumes(arch, de
         torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-5)
     assert distil(dense[arch], data, tmp_path / 'without', '--lora_rank', 3).returncode == 0
     ended = distil(tmp_path / 'without' / 'best.safetensors', data, tmp_path / 'c', '--bases')
-    assert ended.returncode == 0 and not torch.equal(load(tmp_path / 'c')['model']['basis'], cwic.axes(16))
+    assert ended.returncode == 0 and not torch.equal(load(tmp_path / 'c')['model']['basis'], refinements.identity(16, 16))
     assert looked == [True, True, False]
     ended = distil(tmp_path / 'without' / 'best.safetensors', data, tmp_path / 'e', '--shortlist')
     assert ended.returncode == 0 and 'head.margin' in load(tmp_path / 'e')['model']

@@ -17,8 +17,8 @@ import pytest
 import torch
 
 from lab import bench_train
-import cwic
 import device
+import refinements
 import test_bench
 import train
 from checkpoint import save_checkpoint
@@ -120,9 +120,9 @@ def test_processes_start_from_the_same_bases(data, tmp_path):
     differ. Here the second process finds all of them with the other sign.
     """
     def call_with_others(*args):
-        principal = cwic.principal
+        pca_basis = refinements.pca_basis
         if os.environ['RANK'] == '1':
-            cwic.principal = lambda x: -principal(x)
+            refinements.pca_basis = lambda x: -pca_basis(x)
         return call(*args)
 
     torch.manual_seed(5)

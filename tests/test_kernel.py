@@ -99,7 +99,7 @@ def test_neurons_equal_pytorch(kernel, n_embd, n_hidden):
         layer = random_neurons(n_embd, n_hidden, share)
         h, z = torch.randn(3, n_embd), F.silu(torch.randn(3, n_hidden) * 2)
         with torch.no_grad():
-            want, count = layer(h[None], z[None])
+            want, count = layer(z[None], h[None])
             up, down = layer.up.abs(), layer.down.abs()
             columns = down.amax(0)
             up_step, down_step = {

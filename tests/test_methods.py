@@ -46,7 +46,7 @@ def inputs():
     def record(model, tokens):
         found = {}
         hooks = [gate.register_forward_pre_hook(
-            lambda gate, args, name=name: found.update({name: args[-2].detach().flatten(0, 1).numpy()}))
+            lambda gate, args, name=name: found.update({name: args[0].detach().flatten(0, 1).numpy()}))
             for name, gate in methods.sparse_layers_of(model).items()]
         model(tokens)
         for hook in hooks:
