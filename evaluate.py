@@ -49,7 +49,7 @@ LONGEST_ANSWER = 90     # tokens
 
 @dataclass
 class EvaluateConfig:
-    """Validation loss, reduction, spread of compute, distance to the dense teacher, BLiMP."""
+    about = 'Validation loss, reduction, spread of compute, distance to the dense teacher, BLiMP.'
     checkpoint: tuple = option((), 'what weights.load takes: a checkpoint, an adapter, a name '
                                '(out/best.safetensors)')
     json: bool = option(False, 'print one JSON object')

@@ -3,6 +3,7 @@ Command lines made from dataclasses: one for each program, which is also where i
 
     @dataclass
     class TrainConfig:
+        about = 'Trains a model.'
         lr: float = option(1e-3, 'peak learning rate', at_least=0)
 
     config, given = parse_options(TrainConfig, 'python train.py', presets=True)
@@ -155,7 +156,7 @@ def read_preset(path, options):
 
 def help_text(cls, program, words):
     """What --help prints. words: how the words that belong to no option are called."""
-    about = textwrap.wrap(' '.join(cls.__doc__.split()), 110)
+    about = textwrap.wrap(cls.about, 110)       # data, as python -OO drops docstrings
     lines = [' '.join(['usage:', program, *words, '[--option value ...]']), '', *about, '']
     for f in fields(cls):
         default = '' if f.type is tuple else f' (default: {"none" if f.default in ("", None) else f.default})'

@@ -69,7 +69,7 @@ FUSE_FROM = 2 ** 18         # tokens of sparse training that pay for compiling t
 
 @dataclass
 class TrainConfig:
-    """Trains a CWIC model: from scratch, dense and then sparse, or from a pretrained model."""
+    about = 'Trains a CWIC model: from scratch, dense and then sparse, or from a pretrained model.'
     data: str = option('python', 'folder in data/ that holds train.bin, val.bin and meta.json; or a mix of '
                        'several, with shares of the windows: selfwritten:0.5,people:0.5')
     out: str = option('out', 'where checkpoints, the log and the picture go')

@@ -81,7 +81,7 @@ SHAPES = {                      # in stripes as weights.py cuts the released mod
 
 @dataclass
 class BenchConfig:
-    """Measures speed: of the kernel, decoding, reading prompts, training; or what narrow weights cost."""
+    about = 'Measures speed: of the kernel, decoding, reading prompts, training; or what narrow weights cost.'
     what: tuple = option((), 'decode, probe, prefill, train or loss')
     model: str = option('', f'{", ".join(SHAPES)}, or all that weights.py loads: smollm2, a checkpoint, ...; '
                         'left out: gpt2-shape, for train its default model, for loss out/best.safetensors')

@@ -56,7 +56,7 @@ BOOTSTRAPS = 1000       # resamplings for the standard error of a metric that is
 
 @dataclass
 class BenchmarkConfig:
-    """Accuracy on tasks of lm-evaluation-harness, and beside it the reduction."""
+    about = 'Accuracy on tasks of lm-evaluation-harness, and beside it the reduction.'
     model: str = option('', 'what weights.load takes: a checkpoint, an adapter, a name')
     tasks: str = option('', 'names of tasks or groups, or paths of YAML files, with commas between them')
     include_path: str = option('', "a folder with task files of your own, read in place of the harness's")

@@ -34,7 +34,8 @@ BATCH = 2000    # documents between two records of the progress: about 2M tokens
 
 @dataclass
 class FinewebConfig:
-    """FineWeb-Edu's sample of ten billion tokens, streamed; a run that stops goes on by the same command."""
+    about = ("FineWeb-Edu's sample of ten billion tokens, streamed; a run that stops goes on by the same "
+             'command.')
     max_tokens: int = option(0, 'stop once so many train tokens are there; 0: at the end', at_least=0)
     tokenizer: str = option('gpt2', "python4k, bytes, gpt2, a model's name, folder or .gguf file, or a "
                             "folder with a tokenizer's files")

@@ -28,7 +28,7 @@ SIZE = 1_115_394    # bytes
 
 @dataclass
 class ShakespeareConfig:
-    """Tiny Shakespeare, 1.1 MB of plays, downloaded once; the last tenth is for validation."""
+    about = 'Tiny Shakespeare, 1.1 MB of plays, downloaded once; the last tenth is for validation.'
     tokenizer: str = option('bytes', "python4k, bytes, gpt2, a model's name, folder or .gguf file, or a "
                             "folder with a tokenizer's files")
     out: str = option('', 'folder for train.bin, val.bin and meta.json; without it, that of this script')
