@@ -10,8 +10,8 @@ SmolLM2-135M-Instruct sparse. --ckpt takes everything that weights.py can load. 
 an adapter it loads the dense model underneath. Each token's background shows how many weights were used to
 process it. If stdout is not a terminal, it gets only the replies, and remarks go to stderr.
 
-A model with a chat template answers. Any other continues the text: what you type is added on a new line. If it
-was trained on dialogues, give --turn_template 'User: {prompt}\\nAssistant:' --stop '\\nUser:';
+A model with a chat template answers. Any other continues the text: what you type is added on a new line. If
+it was trained on dialogues, give --turn_template 'User: {prompt}\\nAssistant:' --stop '\\nUser:';
 data/text/prepare.py says how to train one.
 
 Exit codes: 0; 1 no usable model or a full disk; 2 a bad option or prompt; 130 interrupted; 141 stdout closed.
@@ -20,20 +20,18 @@ Here are the options, the commands and the pipes; conversation.py holds the conv
 Not here: a mouse, a full screen, switching models while it runs.
 """
 
+import os
 import signal
 
 if __name__ == '__main__':
-    signal.signal(signal.SIGINT, signal.SIG_DFL)        # nothing to lose yet: Ctrl-C just ends
+    signal.signal(signal.SIGINT, signal.SIG_DFL)            # nothing to lose yet: Ctrl-C just ends
+    os.environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE')     # torch's idle threads sleep, as in train.py
 
 import difflib
-import os
 import sys
 import textwrap
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-
-if __name__ == '__main__':
-    os.environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE')     # torch's idle threads sleep, as in train.py
 
 import render
 from files import read_lines
@@ -45,7 +43,7 @@ except ImportError:     # Windows has none: no editing there, but typing works
     readline = None
 
 OWN = ('out/best.safetensors', 'out/last.safetensors')          # the first that exists
-ADAPTER = Path(__file__).resolve().parent / 'adapters' / 'smollm2.safetensors'      # resolve: of a symlink, too
+ADAPTER = Path(__file__).resolve().parent / 'adapters' / 'smollm2.safetensors'
 NEED_A_REPLY = ('retry', 'dense', 'layers', 'tokens', 'save', 'plot')
 SETTABLE = (*SAMPLING, 'seed', 'max_tokens', 'stop', 'system', 'turn_template')
 # data, not docstrings: python -OO drops those
@@ -76,23 +74,21 @@ class ChatConfig:
     threads: int = option(None, 'of the kernel; else one for each core, up to 8', at_least=1, at_most=1024)
     color: str = option('auto', 'truecolor, 256, none, or auto, which asks the terminal')
     color_by: str = option('read', 'a token shows the compute of the pass that read it, or that predicted it')
-    temperature: float = option(SAMPLING['temperature'],
-                                '0 always takes the likeliest token', at_least=0, at_most=1000)
-    top_k: int = option(SAMPLING['top_k'],
-                        'sample among this many of the likeliest tokens; 0: all', at_least=0)
-    top_p: float = option(SAMPLING['top_p'], 'sample among the likeliest tokens that add up to this probability',
+    temperature: float = option(SAMPLING['temperature'], '0 always takes the likeliest token',
+                                at_least=0, at_most=1000)
+    top_k: int = option(SAMPLING['top_k'], 'sample among this many likeliest tokens; 0: all', at_least=0)
+    top_p: float = option(SAMPLING['top_p'], 'sample among the likeliest, up to this total probability',
                           at_least=0, at_most=1)
-    min_p: float = option(SAMPLING['min_p'],
-                          'sample among tokens at least this many times as likely as the likeliest',
-                          at_least=0, at_most=1)
-    repeat_penalty: float = option(SAMPLING['repeat_penalty'],
-                                   'the logits of the last 64 tokens of the reply are divided by it if '
-                                   'positive, else multiplied; 1: off', at_least=1, at_most=10)
+    min_p: float = option(SAMPLING['min_p'], "sample among tokens with at least this share of the likeliest "
+                          "token's probability", at_least=0, at_most=1)
+    repeat_penalty: float = option(SAMPLING['repeat_penalty'], 'divides the logits of the last 64 tokens of '
+                                   'the reply if positive, else multiplies them; 1: off',
+                                   at_least=1, at_most=10)
     seed: int = option(1, 'of sampling: same seed, same text', at_least=0)
     max_tokens: int = option(300, 'longest reply', at_least=1)
     system: str = option('', "the system prompt; else the chat template's own")
-    stop: str = option('', 'text that ends a reply, not shown; separate several by |; \\n and \\t are understood')
-    turn_template: str = option('', 'replaces the chat template; {prompt} is what is typed, \\n is understood')
+    stop: str = option('', 'text that ends a reply, not shown; separate several by |; takes \\n, \\t')
+    turn_template: str = option('', 'replaces the chat template; {prompt} is what you type; takes \\n')
 
     def __post_init__(self):
         for name, choices in CHOICES.items():
@@ -112,13 +108,14 @@ def columns():
 
 def wrap(text, indent=''):
     """text in the terminal's width, broken at blanks; lines after the first begin with indent."""
-    return textwrap.fill(text, columns(), subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
+    return textwrap.fill(text, columns(), subsequent_indent=indent, break_long_words=False,
+                         break_on_hyphens=False)
 
 
 class Chat:
     """
-    Prints replies: in colours on a terminal, as plain text, or as JSON. A line typed at the terminal that begins
-    with a / is a command, one of COMMANDS, carried out by the method command_... .
+    Prints replies: in colours on a terminal, as plain text, or as JSON. A typed line that begins with / is
+    one of COMMANDS, carried out by the method command_... .
     """
 
     def __init__(self, conversation, palette, terminal, as_json):
@@ -273,11 +270,10 @@ class Chat:
             return
         sparse, dense = self.conversation.turns[-1], self.run(self.conversation.dense)
         pairs = list(zip(sparse.reply, dense.reply))
-        for i, (a, b) in enumerate(pairs, 1):
-            if a.id != b.id:
-                self.remark(f"they differ from token {i} on: '{render.quoted(a.piece)}' (sparse), "
-                            f"'{render.quoted(b.piece)}' (dense)")
-                break
+        i = next((i for i, (a, b) in enumerate(pairs) if a.id != b.id), None)
+        if i is not None:
+            a, b = (render.quoted(token.piece) for token in pairs[i])
+            self.remark(f"they differ from token {i + 1} on: '{a}' (sparse), '{b}' (dense)")
         else:
             self.remark(f'the same {len(pairs)} tokens as with {100 * sparse.share:.1f}% of the weights')
         if sparse.speed and dense.speed:
@@ -285,7 +281,7 @@ class Chat:
                         f'{dense.speed:.0f} dense: {sparse.speed / dense.speed:.2f} times as fast')
 
     def command_layers(self, _):
-        print('\n'.join(render.layer_map(self.conversation.turns[-1], self.palette.mode)))
+        print(render.layer_map(self.conversation.turns[-1], self.palette.mode))
 
     def command_tokens(self, _):
         turn = self.conversation.turns[-1]
@@ -293,7 +289,7 @@ class Chat:
             if kind == 'prompt':
                 self.painter.write(text, token and token.share)
         self.painter.end_line()
-        print('\n'.join(render.token_table(turn, self.palette)))
+        print(render.token_table(turn, self.palette))
 
     def command_save(self, path):
         writers = {'.html': render.save_page, '.png': render.save_picture, '.svg': render.save_picture}

@@ -5,8 +5,8 @@ A conversation with a CWIC model: what is said, and what it costs. render.py sho
     turn = conversation.say('Why is the sky blue?', show=lambda kind, text, token: print(text, end=''))
     turn.reply[0].active        # weights that each matrix used in the pass over the reply's first token
 
-A pass reads one token and predicts the next. Its compute is counted in that pass, never in a second one, and is
-shown at the token that was read; or, with color_by = 'predicted', at the token that was predicted.
+A pass reads one token and predicts the next. Its compute is counted in that pass, never in a second one. It
+is shown at the token that was read or, with color_by = 'predicted', at the token that was predicted.
 
 A model whose tokenizer has a chat template is spoken to in it; any other continues the text so far.
 
@@ -82,8 +82,8 @@ class Turn:
 
 class StreamDecoder:
     """
-    Turns tokens into text, as lists of (character, token). A character comes once all its bytes are there, with
-    the token that completes it; text that may be the beginning of a stop sequence is held back.
+    Turns tokens into text, as lists of (character, token). A character comes with the token that completes
+    its bytes. Text that may be the beginning of a stop sequence is held back.
     """
 
     def __init__(self, stops=()):
@@ -111,7 +111,7 @@ class StreamDecoder:
 
 
 def make_decoder(model, config, dense):
-    """-> a decoder, its dtype and threads as text, and why the kernel is missing, or None. Raises ValueError."""
+    """-> a decoder, its dtype and threads as text, and None or why there is no kernel. Raises ValueError."""
     dtype = config.dtype
     if dtype == 'auto':
         dtype = 'int8' if model.n_weights() > LARGE else 'f32'
@@ -145,7 +145,7 @@ class Conversation:
     def reset(self):
         """Forgets everything, the random numbers included."""
         self.turns, self.tokens = [], []
-        self.last = None        # (logits, active) of the pass over the last token; None: read all of them again
+        self.last = None        # (logits, active) of the pass over the last token; None: read them all again
         self.generator = torch.Generator().manual_seed(self.config.seed)
 
     @property

@@ -182,9 +182,9 @@ def speed(rows, path, machine=''):
 
 def stripes(measured, path):
     """
-    The effect of the stripes' width: tokens per second for each shape and dtype, and the small model's loss and
-    KL. measured: {'machine', 'speed': {shape: rows of lab/bench.py decode --stripe}, 'quality': [{'stripe',
-    'what', 'value'}]}.
+    The effect of the width of stripes: tokens per second for each shape and dtype, and the small model's
+    loss and KL. measured: {'machine', 'speed': {shape: rows of lab/bench.py decode --stripe}, 'quality':
+    [{'stripe', 'what', 'value'}]}.
     """
     speed, quality = measured['speed'], measured['quality']
     widths = [r['stripe'] for r in next(iter(speed.values())) if r['dtype'] == 'int8']
@@ -209,16 +209,17 @@ def stripes(measured, path):
 
 def frontier(rows, path):
     """
-    KL against reduction for each method, as the median and the extremes of the seeds; a panel for each subject.
-    rows: dicts with subject, method, target, reduction and kl. Rows without a kl are left out, as are the dense
-    model and ablations ('CWIC: ...'). Returns whether there was anything to draw.
+    KL against reduction for each method, as the median and the extremes of the seeds; one panel a subject.
+    rows: dicts with subject, method, target, reduction and kl. Rows without a kl are left out, and so are the
+    dense model and ablations ('CWIC: ...'). Returns whether there was anything to draw.
     """
     from matplotlib.ticker import LogLocator, NullFormatter
     rows = [r for r in rows if r.get('kl') is not None and r['method'] != 'dense' and ':' not in r['method']]
     if not rows:
         return False
     subjects = list(dict.fromkeys(r['subject'] for r in rows))
-    methods = sorted(dict.fromkeys(r['method'] for r in rows), key=lambda name: name != 'CWIC')     # CWIC first
+    methods = list(dict.fromkeys(r['method'] for r in rows))
+    methods.sort(key=lambda method: method != 'CWIC')       # CWIC first
     lines = dict(zip(methods, LINES))
     with picture(path, height=4.2, columns=len(subjects), squeeze=False, sharex=True) as (figure, (panels,)):
         named = {}
@@ -227,7 +228,8 @@ def frontier(rows, path):
                 ours = [r for r in rows if (r['subject'], r['method']) == (subject, method)]
                 points = []
                 for target in sorted({r['target'] for r in ours}):
-                    reduction, values = zip(*[(r['reduction'], r['kl']) for r in ours if r['target'] == target])
+                    seeds = [(r['reduction'], r['kl']) for r in ours if r['target'] == target]
+                    reduction, values = zip(*seeds)
                     points.append((np.mean(reduction), np.median(values), min(values), max(values)))
                 if points:
                     x, y, low, high = map(np.array, zip(*points))
@@ -244,9 +246,9 @@ def frontier(rows, path):
 
 def tokens(kinds, positions, surprise, shares, matrices, path):
     """
-    The share of weights used by kind of token, by position, by surprise, by layer and matrix. kinds, positions
-    and surprise come from by_kind(), by_position() and by_value() of lab/compute.py; shares and matrices are
-    those of heat_map().
+    The share of weights used by kind of token, by position, by surprise, and by layer and matrix. kinds,
+    positions and surprise come from by_kind(), by_position() and by_value() of lab/compute.py; shares and
+    matrices are those of heat_map().
     """
     label = 'active weights, % of dense'
     with picture(path, height=6.4, columns=2, rows=2, width_ratios=(1.15, 1)) as (_, axes):

@@ -5,9 +5,9 @@ How a conversation looks: its colours, the stream on a terminal, tables, JSON, a
     painter = Painter(sys.stdout, palette, columns=lambda: 80)
     painter.write('def', share=0.31)                        # its background says: 31% of the dense weights
 
-The scale runs from a light peach (little compute) to a dark purple (much), in steps that look equal. Lightness
-alone tells them apart, for colour-blind eyes and grey printers. Text on it is black or white, whichever
-contrasts more, so it reads equally well on dark and on light terminals.
+The scale runs from a light peach (little compute) to a dark purple (much), in steps that look equal.
+Lightness alone tells them apart, for colour-blind eyes and grey printers. Text on it is black or white,
+whichever contrasts more, so it reads equally well on dark and on light terminals.
 
 A turn is a conversation.Turn, and a token a conversation.Token.
 
@@ -142,11 +142,9 @@ class Layout:
         return placed
 
     def end_word(self):
-        """-> the same for the word that waits, which gets a new line in place of its blank if it does not fit"""
-        word, placed = self.word, []
-        if not word:
-            return placed
-        self.word, columns = [], self.columns()
+        """-> the same for the word that waits; if it does not fit, a new line takes the place of its blank"""
+        word, placed, columns = self.word, [], self.columns()
+        self.word = []
         text = ''.join(char for char, _ in word)
         too_long = self.column + text_width(text) > columns >= text_width(text)
         if too_long and text[0] == ' ' and not text.isspace():
@@ -179,14 +177,18 @@ class Painter:
 
     def end_line(self):
         """Writes the word that waits, and moves to the start of a line, unless there."""
-        self.paint(self.layout.end_word())
+        if self.layout.word:
+            self.paint(self.layout.end_word())
         if self.layout.column:
             self.out.write('\n')
             self.layout.column = 0
 
     def paint(self, placed):
+        def codes_at(at):
+            return '' if at.shown == '\n' else self.palette.codes(at.style)
+
         parts = []
-        for codes, run in groupby(placed, lambda at: '' if at.shown == '\n' else self.palette.codes(at.style)):
+        for codes, run in groupby(placed, codes_at):
             parts.append(codes)
             for at in run:
                 parts.append(at.shown)
@@ -239,14 +241,14 @@ def cell(piece, width):
 
 
 def token_table(turn, palette):
-    """The reply's tokens as lines."""
+    """The reply's tokens, a line for each."""
     lines = [f'compute of {COUNTED[turn.config.color_by]}; surprise, in nats, at the token',
              '   #  token                   active reduction of dense probability surprise']
     for i, token in enumerate(turn.reply):
         lines.append(f'{i + 1:>4}  {palette.paint(cell(token.piece, 18), token.share)} '
                      f'{token.active.sum():>11,} {reduction(token.share):>8.2f}x {100 * token.share:>7.1f}% '
                      f'{token.probability:>11.4f} {surprise(token):>8.2f}')
-    return lines
+    return '\n'.join(lines)
 
 
 def mean_shares(turn):
@@ -255,14 +257,14 @@ def mean_shares(turn):
 
 
 def layer_map(turn, mode):
-    """Lines of a map, layer by matrix: the percentage of its weights that the reply used."""
+    """A table, layer by matrix: the percentage of its weights that the reply used."""
     palette, names, shares = Palette(mode, 0, 1), turn.decoder.config.matrices, mean_shares(turn)
     lines = ['% of weights used' + ''.join(f'{name:>8}' for name in names)]
     for i in range(0, len(shares), len(names)):
         label = f'layer {i // len(names)}' if i + 1 < len(shares) else 'head'
         row = ''.join(palette.paint(f'{100 * share:>7.1f} ', share) for share in shares[i:i + len(names)])
         lines.append(f'{label:>17}{row}')
-    return lines
+    return '\n'.join(lines)
 
 
 def as_json(turn):

@@ -105,8 +105,8 @@ ALL_METHODS = METHODS | ABLATIONS
 
 @dataclass
 class CompareConfig:
-    about = ('Runs every way to skip on one dense model. Each result is kept in --out as soon as it is there: the '
-             'same command goes on where it was stopped.')
+    about = ('Runs every way to skip on one dense model. Each result is kept in --out as soon as it is '
+             'there: the same command goes on where it was stopped.')
     subject: str = option('out/dense/best.safetensors', 'dense model to make sparse, or smollm2, gpt2, ...')
     recipe: str = option('config/distill_small.toml', 'preset of train.py that all training follows')
     methods: str = option('', f'some of: {", ".join(ALL_METHODS)}; without it, all')

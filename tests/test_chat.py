@@ -883,11 +883,11 @@ def test_without_a_compiler_it_says_so_once_and_goes_on(checkpoint, monkeypatch,
 
 
 def command(monkeypatch, capsys, conversation, line):
-    """-> what a command shows on a terminal of 200 columns, without colours."""
+    """-> the output of a command on a terminal of 200 columns, without colours"""
     monkeypatch.setattr(chat, 'columns', lambda: 200)
     at_terminal = chat.Chat(conversation, render.Palette('none', 0.3, 0.7), terminal=True, as_json=False)
     capsys.readouterr()
-    at_terminal.command(*line.split())
+    at_terminal.command(line, '')
     return capsys.readouterr().out
 
 
@@ -896,17 +896,17 @@ def test_dense_command_shows_the_first_token_that_differs(conversation, monkeypa
     conversation.config.max_tokens = 3
     say_this(monkeypatch, b'a\nb' + b'a\xf0b' + b'a\nb')
     conversation.say('x', silent)
-    shown = command(monkeypatch, capsys, conversation, 'dense -').splitlines()
+    shown = command(monkeypatch, capsys, conversation, 'dense').splitlines()
     assert r"they differ from token 2 on: '\n' (sparse), '\xf0' (dense)" in shown
     assert ' dense: ' in shown[-1] and shown[-1].endswith(' times as fast')
-    shown = command(monkeypatch, capsys, conversation, 'dense -')
+    shown = command(monkeypatch, capsys, conversation, 'dense')
     assert f'the same 3 tokens as with {100 * conversation.turns[0].share:.1f}% of the weights\n' in shown
 
 
 def test_dense_command_on_a_dense_model_does_not_run_it_again(conversation, monkeypatch, capsys):
     dense = Conversation(conversation.model, conversation.spec, chat.ChatConfig(dense=True, max_tokens=2, threads=1))
     dense.say('x', silent)
-    assert command(monkeypatch, capsys, dense, 'dense -') == 'this model is dense: the reply above used every weight\n'
+    assert command(monkeypatch, capsys, dense, 'dense') == 'this model is dense: the reply above used every weight\n'
 
 
 class Session:
