@@ -410,7 +410,7 @@ if __name__ == '__main__':
     except KeyboardInterrupt:
         code = 130
     except OSError as error:
-        # what is still to be written, at exit too, goes nowhere
+        # the rest of the output, also that of Python at exit, goes nowhere
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         if not isinstance(error, BrokenPipeError):
             fail(error.strerror, 1)
