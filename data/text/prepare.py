@@ -49,10 +49,11 @@ from tokenizer import ENDOFTEXT, load_tokenizer
 
 @dataclass
 class TextConfig:
-    about = ('Text of your own, UTF-8: many files are split by file, few are each cut in two near the end, '
-             'between documents marked with <|endoftext|> or else after a line. Files called .jsonl hold '
-             'dialogues, on each line {"messages": [{"role": "user", "content": "..."}, {"role": '
-             '"assistant", "content": "..."}]}, which are written in the chat template of the model named as --tokenizer.')
+    about = ('Text of your own, UTF-8: many files are split by file, few are each cut in two near the '
+             'end, between documents marked with <|endoftext|> or else after a line. Files called .jsonl'
+             ' hold dialogues, on each line {"messages": [{"role": "user", "content": "..."}, {"role": '
+             '"assistant", "content": "..."}]}, which are written in the chat template of the model '
+             'named as --tokenizer.')
     files: tuple = option((), 'text files, and .jsonl files of dialogues')
     tokenizer: str = option('python4k', "python4k, bytes, gpt2, a model's name, folder or .gguf file, or a "
                             "folder with a tokenizer's files")
