@@ -1,99 +1,94 @@
 """
-Talk to a CWIC model and see where its compute goes, while it happens.
+Talk to a CWIC model and see where its compute goes.
 
     python chat.py                                      # a conversation; /help lists the commands
     python chat.py --prompt "Why is the sky blue?"      # one reply
-    python chat.py --json < prompts.txt                 # one reply to each line, as JSON, for scripts
+    python chat.py --json < prompts.txt                 # a reply to each line, as JSON, for scripts
 
 The model is your own out/best.safetensors if there is one, else the shipped adapter, which makes
-SmolLM2-135M-Instruct sparse; --ckpt takes all that weights.py can load. --dense talks to the dense model that
-an adapter changes. Each token of a reply stands on the colour of what the pass over it computed. If stdout is
-not a terminal, it gets the replies and nothing else; remarks go to stderr.
+SmolLM2-135M-Instruct sparse. --ckpt takes everything that weights.py can load. --dense uses every weight; for
+an adapter it loads the dense model underneath. Each token's background shows how many weights were used to
+process it. If stdout is not a terminal, it gets only the replies, and remarks go to stderr.
 
-Models with a chat template answer. All others continue the text: what is typed is added to it on a new line.
-If they were trained on dialogues, give --turn_template 'User: {prompt}\\nAssistant:' --stop '\\nUser:';
+A model with a chat template answers. Any other continues the text: what you type is added on a new line. If
+it was trained on dialogues, give --turn_template 'User: {prompt}\\nAssistant:' --stop '\\nUser:';
 data/text/prepare.py says how to train one.
 
 Exit codes: 0; 1 no usable model or a full disk; 2 a bad option or prompt; 130 interrupted; 141 stdout closed.
 
-What is said is conversation.py's, how it looks render.py's; here are the options, the terminal and the pipes.
-
-Not here: a mouse, a full screen, a choice among models while it runs.
+Here are the options, the commands and the pipes; conversation.py holds the conversation, render.py its looks.
+Not here: a mouse, a full screen, switching models while it runs.
 """
 
+import os
 import signal
 
 if __name__ == '__main__':
-    signal.signal(signal.SIGINT, signal.SIG_DFL)        # Ctrl-C before there is anything to lose just ends
+    signal.signal(signal.SIGINT, signal.SIG_DFL)            # nothing to lose yet: Ctrl-C just ends
+    os.environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE')     # torch's idle threads sleep, as in train.py
 
 import difflib
-import os
 import sys
+import textwrap
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
-if __name__ == '__main__':
-    os.environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE')     # of torch's threads, as in train.py
-
-import plots
 import render
 from files import read_lines
 from options import SAMPLING, fail, option, parse_options, printable, read_value
 
 try:
     import readline
-except ImportError:     # Windows has none: typing works, without editing
+except ImportError:     # Windows has none: no editing there, but typing works
     readline = None
 
 OWN = ('out/best.safetensors', 'out/last.safetensors')          # the first that exists
-ADAPTER = Path(__file__).resolve().parent / 'adapters' / 'smollm2.safetensors'      # through a symlink, too
+ADAPTER = Path(__file__).resolve().parent / 'adapters' / 'smollm2.safetensors'
 NEED_A_REPLY = ('retry', 'dense', 'layers', 'tokens', 'save', 'plot')
 SETTABLE = (*SAMPLING, 'seed', 'max_tokens', 'stop', 'system', 'turn_template')
-# not in the docstrings of the methods: python -OO drops those
+# data, not docstrings: python -OO drops those
 COMMANDS = {
-    'help': 'this list',
-    'reset': 'forget the conversation; the random numbers start again too',
-    'retry': 'another reply to the last prompt',
-    'set': 'list the options that may change; /set KEY VALUE changes one',
-    'dense': 'the last prompt with every weight: both speeds, and the first token that differs',
-    'layers': 'which matrices the last reply used, and how much of them',
-    'tokens': 'the last prompt on its colours, and the reply as a table',
-    'save': 'keep the conversation as a page, /save FILE.html, or as a picture, FILE.png or FILE.svg',
+    'help': 'show this list',
+    'reset': 'forget the conversation, and start the random numbers again',
+    'retry': 'reply to the last prompt again',
+    'set': 'list the options that can change; /set KEY VALUE changes one',
+    'dense': 'answer the last prompt with every weight: both speeds, and the first token that differs',
+    'layers': 'show how much of each matrix the last reply used',
+    'tokens': 'show the last prompt on its colours, and the reply as a table',
+    'save': 'save the conversation as a page, /save FILE.html, or as a picture, FILE.png or FILE.svg',
     'plot': 'draw the compute of the last reply: /plot FILE.png',
-    'quit': 'leave; so does Ctrl-D'}
+    'quit': 'leave; Ctrl-D does too'}
 CHOICES = {'dtype': ('auto', 'f32', 'bf16', 'int8'), 'color': ('auto', 'truecolor', '256', 'none'),
            'color_by': tuple(render.COUNTED)}
 
 
 @dataclass
 class ChatConfig:
-    """Talks with a CWIC model, each token on the colour of its compute."""
+    about = 'Talks with a CWIC model; the colour behind each token shows its compute.'
     prompt: str = option(None, 'reply to this and end; else converse, or reply to each line of stdin')
     ckpt: str = option('', 'a checkpoint, an adapter, a .gguf file, a folder, or the name of a dense model '
                            f'such as smollm2; else {" or ".join(OWN)}, or the shipped adapter')
-    dense: bool = option(False, 'use every weight; for an adapter: talk to the dense model that it changes')
+    dense: bool = option(False, "use every weight; of an adapter, load the dense model underneath")
     json: bool = option(False, 'print one JSON object for each reply')
     dtype: str = option('auto', 'of the weights: f32, bf16, int8, or auto, which is int8 for large models')
-    threads: int = option(None, 'of the kernel; else one for each core, up to 8', at_least=1,
-                          at_most=1024)
-    color: str = option('auto', 'truecolor, 256, none, or auto: what the terminal says it can')
+    threads: int = option(None, 'of the kernel; else one for each core, up to 8', at_least=1, at_most=1024)
+    color: str = option('auto', 'truecolor, 256, none, or auto, which asks the terminal')
     color_by: str = option('read', 'a token shows the compute of the pass that read it, or that predicted it')
-    temperature: float = option(SAMPLING['temperature'],
-                                '0 always takes the likeliest token', at_least=0, at_most=1000)
-    top_k: int = option(SAMPLING['top_k'],
-                        'sample among this many of the likeliest tokens; 0: all', at_least=0)
-    top_p: float = option(SAMPLING['top_p'],
-                          'sample among those that make up this much probability', at_least=0, at_most=1)
-    min_p: float = option(SAMPLING['min_p'],
-                          'and are at least this times as likely as the first', at_least=0, at_most=1)
-    repeat_penalty: float = option(SAMPLING['repeat_penalty'],
-                                   'the logits of the last 64 tokens of the reply are divided by it if '
-                                   'positive, else multiplied; 1: off', at_least=1, at_most=10)
+    temperature: float = option(SAMPLING['temperature'], '0 always takes the likeliest token',
+                                at_least=0, at_most=1000)
+    top_k: int = option(SAMPLING['top_k'], 'sample among this many likeliest tokens; 0: all', at_least=0)
+    top_p: float = option(SAMPLING['top_p'], 'sample among the likeliest, up to this total probability',
+                          at_least=0, at_most=1)
+    min_p: float = option(SAMPLING['min_p'], "sample among tokens with at least this share of the likeliest "
+                          "token's probability", at_least=0, at_most=1)
+    repeat_penalty: float = option(SAMPLING['repeat_penalty'], 'divides the logits of the last 64 tokens of '
+                                   'the reply if positive, else multiplies them; 1: off',
+                                   at_least=1, at_most=10)
     seed: int = option(1, 'of sampling: same seed, same text', at_least=0)
     max_tokens: int = option(300, 'longest reply', at_least=1)
-    system: str = option('', 'what the model is told first; else what its chat template says')
-    stop: str = option('', 'text that ends a reply, not shown; several: separated by |; takes \\n and \\t')
-    turn_template: str = option('', 'in place of a chat template, with {prompt} for what is typed; takes \\n')
+    system: str = option('', "the system prompt; else the chat template's own")
+    stop: str = option('', 'text that ends a reply, not shown; separate several by |; takes \\n, \\t')
+    turn_template: str = option('', 'replaces the chat template; {prompt} is what you type; takes \\n')
 
     def __post_init__(self):
         for name, choices in CHOICES.items():
@@ -107,30 +102,40 @@ class ChatConfig:
             raise ValueError('prompt is empty: give it some text')
 
 
+def columns():
+    return os.get_terminal_size(1).columns or 80
+
+
+def wrap(text, indent=''):
+    """text in the terminal's width, broken at blanks; lines after the first begin with indent."""
+    return textwrap.fill(text, columns(), subsequent_indent=indent, break_long_words=False,
+                         break_on_hyphens=False)
+
+
 class Chat:
     """
-    Replies: in colours on a terminal, as plain text, or as JSON. A line typed at the terminal that begins
-    with a / is a command: see COMMANDS and the methods command_... .
+    Prints replies: in colours on a terminal, as plain text, or as JSON. A typed line that begins with / is
+    one of COMMANDS, carried out by the method command_... .
     """
 
     def __init__(self, conversation, palette, terminal, as_json):
         self.conversation, self.palette = conversation, palette
         self.terminal, self.as_json = terminal, as_json
-        self.painter = render.Painter(sys.stdout, palette, lambda: os.get_terminal_size(1).columns or 80)
+        self.painter = render.Painter(sys.stdout, palette, columns)
         self.typing = False     # whether prompts are typed at the terminal
-        self.leaving = self.warned = False      # warned: the last thing pressed was a Ctrl-C
+        self.leaving = self.warned = False      # warned: the last key was Ctrl-C
         for name in ('SIGTERM', 'SIGHUP'):
-            number = getattr(signal, name, None)        # Windows has no SIGHUP; nohup has it ignored
+            number = getattr(signal, name, None)        # Windows has no SIGHUP; nohup ignores it
             if number and signal.getsignal(number) is not signal.SIG_IGN:
                 signal.signal(number, self.terminate)
 
     def terminate(self, *_):
-        """SIGTERM, SIGHUP: like Ctrl-C, and then leaves."""
+        """SIGTERM and SIGHUP: like Ctrl-C, and then leave."""
         self.leaving = True
         raise KeyboardInterrupt
 
     def show(self, kind, text, token):
-        # What was typed is on the screen already. To repaint it there takes a guess at how the terminal has
+        # A typed prompt is on the screen already. Repainting it would take a guess at how the terminal has
         # wrapped and scrolled it, so its colours wait for /tokens and /save.
         if self.terminal and not (self.typing and kind == 'prompt'):
             self.painter.write(text, token and token.share)
@@ -138,16 +143,20 @@ class Chat:
             print(text, end='', flush=True)
 
     def remark(self, text):
-        on, off = (render.DIM, render.RESET) if self.terminal and self.palette.mode != 'none' else ('', '')
-        print(on + printable(text) + off, file=sys.stdout if self.terminal else sys.stderr, flush=True)
+        if not self.terminal:
+            print(printable(text), file=sys.stderr, flush=True)
+            return
+        on, off = ('', '') if self.palette.mode == 'none' else (render.DIM, render.RESET)
+        print(on + wrap(printable(text)) + off, flush=True)
 
     def legend(self):
         if self.terminal and self.palette.mode != 'none':
-            pieces = self.palette.legend(self.conversation.config.color_by)
-            print(''.join(self.palette.paint(*piece) for piece in pieces))
+            for piece in self.palette.legend(self.conversation.config.color_by):
+                self.painter.write(*piece)
+            self.painter.end_line()
 
     def run(self, speak):
-        """speak(show) -> a turn, which is shown as it comes, and then a line about it."""
+        """Shows a turn as it comes, and then a line about it. speak(show) -> the turn, which is returned."""
         try:
             turn = speak(self.show)
         finally:
@@ -181,7 +190,7 @@ class Chat:
             readline.set_completer(self.complete)
             libedit = 'libedit' in (readline.__doc__ or '')
             readline.parse_and_bind('bind ^I rl_complete' if libedit else 'tab: complete')
-            if not libedit:         # what is pasted is one prompt, however many lines it has
+            if not libedit:         # pasted lines make one prompt
                 readline.parse_and_bind('set enable-bracketed-paste on')
         if not self.conversation.has_template and not self.conversation.config.turn_template:
             self.remark('This model has no chat template: it does not answer, it continues what you type.')
@@ -230,8 +239,8 @@ class Chat:
 
     def command_help(self, _):
         for name, text in COMMANDS.items():
-            print(f'  /{name:<8}{text}')
-        print('Enter alone lets the model go on. A line that ends in \\ goes on in the next one.')
+            print(wrap(f'  /{name:<8}{text}', indent=' ' * 11))
+        print(wrap('Enter alone lets the model go on. A line that ends in \\ continues on the next one.'))
         self.legend()
 
     def command_reset(self, _):
@@ -247,7 +256,7 @@ class Chat:
             return
         try:
             if key not in SETTABLE:
-                raise ValueError(f'is no option; there are {", ".join(SETTABLE)}')
+                raise ValueError(f'cannot be set; these can: {", ".join(SETTABLE)}')
             value = read_value(next(f for f in fields(ChatConfig) if f.name == key), value)
             conversation.config = replace(conversation.config, **{key: value})
             if key == 'seed':
@@ -257,15 +266,14 @@ class Chat:
 
     def command_dense(self, _):
         if not self.conversation.sparse:
-            self.remark('this model is dense: it has used every weight already')
+            self.remark('this model is dense: the reply above used every weight')
             return
         sparse, dense = self.conversation.turns[-1], self.run(self.conversation.dense)
         pairs = list(zip(sparse.reply, dense.reply))
-        differing = [(i, a, b) for i, (a, b) in enumerate(pairs, 1) if a.id != b.id]
-        if differing:
-            i, a, b = differing[0]
-            self.remark(f"they differ from token {i} on: '{render.quoted(a.piece)}' (sparse), "
-                        f"'{render.quoted(b.piece)}' (dense)")
+        i = next((i for i, (a, b) in enumerate(pairs) if a.id != b.id), None)
+        if i is not None:
+            a, b = (render.quoted(token.piece) for token in pairs[i])
+            self.remark(f"they differ from token {i + 1} on: '{a}' (sparse), '{b}' (dense)")
         else:
             self.remark(f'the same {len(pairs)} tokens as with {100 * sparse.share:.1f}% of the weights')
         if sparse.speed and dense.speed:
@@ -273,7 +281,7 @@ class Chat:
                         f'{dense.speed:.0f} dense: {sparse.speed / dense.speed:.2f} times as fast')
 
     def command_layers(self, _):
-        print('\n'.join(render.layer_map(self.conversation.turns[-1], self.palette.mode)))
+        print(render.layer_map(self.conversation.turns[-1], self.palette.mode))
 
     def command_tokens(self, _):
         turn = self.conversation.turns[-1]
@@ -281,21 +289,24 @@ class Chat:
             if kind == 'prompt':
                 self.painter.write(text, token and token.share)
         self.painter.end_line()
-        print('\n'.join(render.token_table(turn, self.palette)))
+        print(render.token_table(turn, self.palette))
 
     def command_save(self, path):
-        writers = {'.html': render.save_page, '.png': plots.conversation, '.svg': plots.conversation}
-        self.write(path, writers, self.conversation.turns)
+        writers = {'.html': render.save_page, '.png': render.save_picture, '.svg': render.save_picture}
+        self.write(writers, self.conversation.turns, path)
 
     def command_plot(self, path):
-        self.write(path, {'.png': plots.reply}, self.conversation.turns[-1])
+        self.write({'.png': render.plot_reply}, self.conversation.turns[-1], path)
 
-    def write(self, path, writers, what):
+    def write(self, writers, what, path):
+        """Writes a turn or turns to a file; its suffix chooses the writer."""
+        writer = writers.get(os.path.splitext(path)[1])
+        if not writer:
+            self.remark(f'say where: FILE{" or FILE".join(writers)}')
+            return
         try:
-            writer = writers.get(os.path.splitext(path)[1])
-            if writer:
-                writer(what, self.palette, path)
-            self.remark(f'wrote {path}' if writer else f'say where: FILE{" or FILE".join(writers)}')
+            writer(what, self.palette, path)
+            self.remark(f'wrote {path}')
         except OSError as error:
             self.remark(f'{path}: {error.strerror}')
 
@@ -307,8 +318,8 @@ class Chat:
 
 
 def load(config):
-    """-> a conversation with the model that was asked for, its name, and what its checkpoint says of it."""
-    # imported here, as torch takes a second: --help and mistakes do not wait for it
+    """-> a conversation with the chosen model, the model's name, and its checkpoint's metadata"""
+    # torch takes a second to import: --help and bad options need not wait for it
     import torch
 
     from checkpoint import CheckpointError
@@ -334,12 +345,12 @@ def load(config):
     if ids > known:
         fail(f'{path}: its tokenizer has {ids} ids, its model knows {known}: use another checkpoint', 1)
     if not conversation.no_kernel:
-        torch.set_num_threads(1)        # all it still does is sampling; more would get in the kernel's way
+        torch.set_num_threads(1)        # torch only samples here; more threads would slow the kernel down
     return conversation, f'{name}, {"sparse" if conversation.sparse else "dense"}', saved
 
 
 def prompts(stream):
-    """The lines of a binary stream but blank ones, as they arrive. Ends the program if they are not text."""
+    """Yields the lines of a binary stream that are not blank. Ends the program if it is not text."""
     try:
         yield from (line for line in read_lines(stream) if line.strip())
     except ValueError as error:
@@ -348,8 +359,8 @@ def prompts(stream):
 
 def scale_ends(saved):
     """
-    The colour scale's ends, as a checkpoint has them: nine tenths of the validation tokens lie between, of a
-    chat model's those of replies.
+    The shares at the ends of the colour scale, from a checkpoint's metadata: nine tenths of the validation
+    tokens (of a chat model's replies) lie between them. 0 and 1 if it has none.
     """
     try:
         low, high = (float(saved['compute_percentiles'][p]) for p in ('5', '95'))
@@ -369,17 +380,18 @@ def main():
         fail('stdin is closed: use --prompt')
     conversation, name, saved = load(config)
 
-    # the first line: which model this is
-    size = sum(p.numel() for key, p in conversation.model.named_parameters() if not key.endswith('theta'))
-    print(printable(f'{name}: {size / 1e6:.1f}M parameters; {conversation.engine}'), file=sys.stderr)
-    if conversation.no_kernel:
-        print(printable(f'slow, and skipping nothing for real: {conversation.no_kernel}'), file=sys.stderr)
-
     terminal = sys.stdout.isatty() and not config.json
     mode = render.color_mode(sys.stdout, os.environ) if config.color == 'auto' else config.color
     low, high = scale_ends(saved) if conversation.sparse else (None, None)
     chat = Chat(conversation, render.Palette(mode, low, high), terminal, config.json)
-    sys.stdout.reconfigure(errors='replace', **({} if sys.stdout.isatty() else {'encoding': 'utf-8'}))
+    if sys.stdout.isatty():
+        sys.stdout.reconfigure(errors='replace')
+    else:
+        sys.stdout.reconfigure(encoding='utf-8', errors='replace')
+    size = sum(p.numel() for key, p in conversation.model.named_parameters() if not key.endswith('theta'))
+    chat.remark(f'{name}: {size / 1e6:.1f}M parameters; {conversation.engine}')
+    if conversation.no_kernel:
+        chat.remark(f'slow: masks weights but saves no time, as {conversation.no_kernel}')
     if config.prompt is not None:
         return chat.answer([config.prompt])
     if terminal and sys.stdin.isatty():
@@ -398,7 +410,7 @@ if __name__ == '__main__':
     except KeyboardInterrupt:
         code = 130
     except OSError as error:
-        # whatever is still to be written, at exit too, goes nowhere
+        # the rest of the output, also that of Python at exit, goes nowhere
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         if not isinstance(error, BrokenPipeError):
             fail(error.strerror, 1)

@@ -1,17 +1,17 @@
 """
-A conversation with a CWIC model: what is said, and what it costs. How it looks is render.py's.
+A conversation with a CWIC model: what is said, and what it costs. render.py shows it.
 
     conversation = Conversation(model, saved['tokenizer'], ChatConfig(max_tokens=100))
     turn = conversation.say('Why is the sky blue?', show=lambda kind, text, token: print(text, end=''))
-    turn.reply[0].active        # the weights that each matrix used in the pass over the reply's first token
+    turn.reply[0].active        # weights that each matrix used in the pass over the reply's first token
 
-A pass over a token reads it and predicts the next one. Its compute is counted in that same pass, never in a
-second one, and belongs to the token it reads; or, with color_by = 'predicted', to the token it predicts.
+A pass reads one token and predicts the next. Its compute is counted in that pass, never in a second one. It
+is shown at the token that was read or, with color_by = 'predicted', at the token that was predicted.
 
-Models whose tokenizer brings a chat template are spoken to in it; all others continue the text so far.
+A model whose tokenizer has a chat template is spoken to in it; any other continues the text so far.
 
-Not here: tools, several conversations at once, saving and reloading. Where the text outgrows the context, the
-decoder forgets the older half of what it sees, the system prompt included.
+Not here: tools, several conversations at once, saving and reloading. When the text outgrows the context, the
+decoder forgets the older half of it, the system prompt included.
 """
 
 import codecs
@@ -30,29 +30,29 @@ from decoder import Decoder, TorchDecoder
 from options import SAMPLING
 from tokenizer import bos_ids, dialogue_ids, load_tokenizer, stop_ids
 
-LARGE = 20_000_000      # weights from which --dtype auto takes int8
+LARGE = 20_000_000      # --dtype auto is int8 for models with more weights
 
 
 @dataclass
 class Token:
     id: int
-    piece: bytes            # as the tokenizer spells it; not always whole characters
-    special: bool           # not text: it ends a message, for example
-    active: np.ndarray      # np.int64 (M), the weights each matrix used; None for a token that none predicted
+    piece: bytes            # not always whole characters
+    special: bool           # not text; it ends a message, for example
+    active: np.ndarray      # np.int64 (M), the weights each matrix used; None if no pass predicted the token
     share: float            # active weights / dense weights, or None
-    probability: float      # under the model, before penalty and temperature; None for what was typed
+    probability: float      # by the model, before penalty and temperature; None in a prompt
 
 
 @dataclass
 class Turn:
-    """What was typed and what the model said to it."""
+    """What was typed, and the model's reply."""
     typed: str
     before: list            # ids of the text so far
     new: list               # ids that what was typed became
-    config: object          # the chat.ChatConfig of the time
-    random_state: object    # of the generator, before the first number was drawn
-    decoder: object         # that made the reply; its .names and .n_weights (M) go with every active count
-    engine: str             # what that is, in a few words
+    config: object          # the chat.ChatConfig in force
+    random_state: object    # of the generator, before the reply
+    decoder: object         # .names and .n_weights (M) belong to every active count
+    engine: str             # the decoder's dtype and threads, for people
     prompt: list = field(default_factory=list)      # of Token: those of new that fit the context
     reply: list = field(default_factory=list)       # of Token, also those of a stop sequence
     shown: list = field(default_factory=list)       # ('prompt' or 'reply', text, Token or None), in order
@@ -69,21 +69,21 @@ class Turn:
 
     @property
     def speed(self):
-        """Tokens per second after the first; None where none came after it."""
+        """Tokens per second after the first, or None."""
         return (len(self.reply) - 1) / sum(self.seconds[2:]) if len(self.reply) > 1 else None
 
-    def tell(self, kind, chars, show):
-        """chars: [(character, Token)], of which those of one token are shown together."""
+    def emit(self, kind, chars, show):
+        """chars: [(character, Token)]; the characters of one token are shown together."""
         for _, run in groupby(chars, key=lambda pair: id(pair[1])):
             texts, tokens = zip(*run)
             self.shown.append((kind, ''.join(texts), tokens[0]))
             show(*self.shown[-1])
 
 
-class Speller:
+class StreamDecoder:
     """
-    Makes text of tokens: a character once all its bytes are there, with the token that completes it; and
-    nothing that may yet become a stop sequence. What it gives is a list of (character, token).
+    Turns tokens into text, as lists of (character, token). A character comes with the token that completes
+    its bytes. Text that may be the beginning of a stop sequence is held back.
     """
 
     def __init__(self, stops=()):
@@ -102,7 +102,7 @@ class Speller:
         return shown
 
     def end(self):
-        """Whatever was held back, but a stop sequence; of half a character, what stands for it."""
+        """The rest, except a stop sequence; U+FFFD stands for an incomplete character."""
         rest = self.held + [(char, self.last) for char in self.utf8.decode(b'', final=True)]
         return [] if self.stopped else rest
 
@@ -111,8 +111,10 @@ class Speller:
 
 
 def make_decoder(model, config, dense):
-    """-> a decoder, what it is in a few words, and why it is not the kernel's, or None. Raises ValueError."""
-    dtype = config.dtype if config.dtype != 'auto' else 'int8' if model.n_weights() > LARGE else 'f32'
+    """-> a decoder, its dtype and threads as text, and None or why there is no kernel. Raises ValueError."""
+    dtype = config.dtype
+    if dtype == 'auto':
+        dtype = 'int8' if model.n_weights() > LARGE else 'f32'
     try:
         decoder = Decoder(model, dtype, config.threads, dense)
     except KernelUnavailable as error:
@@ -126,9 +128,9 @@ def unescape(text):
 
 class Conversation:
     """
-    The text so far, as token ids, and the turns it is made of. config may be replaced between turns.
-    show(kind, text, token) is called with what is to be seen, as it comes. KeyboardInterrupt ends a reply.
-    base: of an adapter, what weights.load takes for the dense model that it changes.
+    The text so far, as token ids, and its turns. config may be replaced between turns.
+    show(kind, text, token) is called with each piece of text as it comes. KeyboardInterrupt ends a reply.
+    base: an adapter's dense model, by the name that weights.load takes; else None.
     """
 
     def __init__(self, model, spec, config, base=None):
@@ -137,13 +139,13 @@ class Conversation:
         self.stop_ids = stop_ids(spec, self.encoding)
         self.sparse = not config.dense and any(bool(layer.theta.any()) for _, layer in model.sparse_layers())
         self.decoder, self.engine, self.no_kernel = make_decoder(model, config, dense=not self.sparse)
-        self.dense_decoder = None       # made when it is first asked for
+        self.dense_decoder = None       # made by the first dense()
         self.reset()
 
     def reset(self):
         """Forgets everything, the random numbers included."""
         self.turns, self.tokens = [], []
-        self.last = None        # logits, active of the pass over the last of tokens; None: all is read again
+        self.last = None        # (logits, active) of the pass over the last token; None: read them all again
         self.generator = torch.Generator().manual_seed(self.config.seed)
 
     @property
@@ -156,7 +158,7 @@ class Conversation:
         return bool(self.tokens) and not (self.has_template and self.tokens[-1] in self.stop_ids)
 
     def encode(self, typed):
-        """The ids that a turn adds to the text so far. Nothing typed adds nothing: the model goes on."""
+        """The ids that a turn adds to the text so far. If nothing was typed, the model goes on from there."""
         if not typed:
             return []
         if not self.has_template:
@@ -168,7 +170,7 @@ class Conversation:
         if not self.tokens:
             system = [('system', self.config.system)] if self.config.system else []
             return dialogue_ids(self.spec, self.encoding, [*system, ('user', typed)])
-        # the rest of the last reply's message, of which the model may have said the first token itself
+        # the end of the reply's message comes first; the model may have said its first token already
         opening = dialogue_ids(self.spec, self.encoding, [], begin=False)
         messages = [('assistant', ''), ('user', typed)]
         new = dialogue_ids(self.spec, self.encoding, messages, begin=False)[len(opening):]
@@ -179,20 +181,22 @@ class Conversation:
         turn = Turn(typed, self.tokens, self.encode(typed), self.config, self.generator.get_state(),
                     self.decoder, self.engine)
         last, self.last = self.last, None
-        speller = Speller([unescape(stop) for stop in self.config.stop.split('|') if stop])
+        stream = StreamDecoder([unescape(stop) for stop in self.config.stop.split('|') if stop])
         try:
             last = self.read(turn, last, show)
             while turn.ended == 'length' and len(turn.reply) < self.config.max_tokens:
                 last = self.add_token(turn, *last)
-                turn.tell('reply', speller.feed(turn.reply[-1]), show)
-                if speller.stopped or turn.reply[-1].id in self.stop_ids:
-                    turn.ended = 'stop' if speller.stopped else 'end'
+                turn.emit('reply', stream.feed(turn.reply[-1]), show)
+                if stream.stopped:
+                    turn.ended = 'stop'
+                elif turn.reply[-1].id in self.stop_ids:
+                    turn.ended = 'end'
             self.last = last
         except KeyboardInterrupt:
             turn.ended = 'interrupt'
-        turn.tell('reply', speller.end(), show)
+        turn.emit('reply', stream.end(), show)
         said = [token.id for token in turn.reply]
-        if turn.ended == 'stop':        # which may be within a token: what stood before it is encoded again
+        if turn.ended == 'stop':        # perhaps in the middle of a token: encode the text before it again
             said, self.last = self.encoding.encode_ordinary(turn.text), None
         self.tokens = turn.before + turn.new + said
         self.turns.append(turn)
@@ -200,29 +204,31 @@ class Conversation:
 
     def read(self, turn, last, show):
         """
-        Reads the turn's prompt; last: logits, active of the pass over the token before it, or None where the
-        decoder has not read that. Returns the same of the last pass.
+        Reads the turn's prompt. last: (logits, active) of the pass over the token before it, or None if the
+        decoder has not read that one. Returns the same for the last pass.
         """
         start = time.perf_counter()
         if last:
-            passes = [last] + [self.decoder.step(id) for id in turn.new]
-            logits, actives = passes[-1][0], [active for _, active in passes]
+            steps = [last] + [self.decoder.step(id) for id in turn.new]
+            logits, passes = steps[-1][0], [active for _, active in steps]
         else:
-            logits, actives = self.decoder.prefill(turn.before + turn.new)
+            logits, passes = self.decoder.prefill(turn.before + turn.new)
         turn.seconds.append(time.perf_counter() - start)
-        speller, chars, actives = Speller(), [], [None, *actives]       # of the latest passes
-        for back in range(min(len(turn.new), len(actives) - 1), 0, -1):
-            turn.prompt.append(self.token(turn.new[-back], actives[-back], actives[-back - 1], None))
-            chars += speller.feed(turn.prompt[-1])
-        if self.has_template and turn.new:      # show what was typed, without the template around it
+        stream, chars = StreamDecoder(), []
+        predictions = [None, *passes[:-1]]          # for each pass, the one before, which predicted its token
+        count = min(len(turn.new), len(passes))     # a long prompt: only its end fits the context
+        for id, read, predicted in zip(turn.new[-count:], passes[-count:], predictions[-count:]):
+            turn.prompt.append(self.token(id, read, predicted, None))
+            chars += stream.feed(turn.prompt[-1])
+        if self.has_template and turn.new:      # show what was typed without the template around it
             typed = turn.typed.strip()
             begin = ''.join(char for char, _ in chars).rfind(typed)
             chars = (chars if begin < 0 else chars[begin:begin + len(typed)]) + [('\n', None)]
-        turn.tell('prompt', chars, show)
-        return logits, actives[-1]
+        turn.emit('prompt', chars, show)
+        return logits, passes[-1]
 
     def add_token(self, turn, logits, predicted):
-        """Draws a token and reads it: it is shown when the pass over it is done. -> the same as read()."""
+        """Draws a token and reads it, so that its own pass can colour it. Returns the same as read()."""
         start = time.perf_counter()
         said = torch.tensor([[token.id for token in turn.reply[-REPEAT_WINDOW:]]], dtype=torch.long)
         ids, probability = sample(torch.from_numpy(logits[None, :self.encoding.n_vocab]),
@@ -234,7 +240,7 @@ class Conversation:
         return logits, active
 
     def token(self, id, read, predicted, probability):
-        """read, predicted: the counts of the pass over it, and of the one before."""
+        """read, predicted: the counts of the pass over the token, and of the pass before."""
         active = read if self.config.color_by == 'read' else predicted
         share = None if active is None else float(active.sum() / self.decoder.n_weights.sum())
         piece, special = self.encoding.decode_single_token_bytes(id), self.encoding.is_special_token(id)
@@ -247,7 +253,7 @@ class Conversation:
         return self.say(turn.typed, show)
 
     def dense(self, show):
-        """The last turn once more with every weight, and the same random numbers. It is not kept."""
+        """The last turn once more, with every weight and the same random numbers. It is not kept."""
         if self.dense_decoder is None:
             model = weights.load(self.base)[0] if self.base else self.model
             self.dense_decoder = make_decoder(model, self.config, dense=True)[0]

@@ -54,7 +54,7 @@ UNUSED = {'questions': {'blimp', 'text', 'data', 'only', 'windows', 'dense'},
 
 @dataclass
 class EvaluateConfig:
-    """Validation loss, reduction, spread of compute, distance to the dense teacher, BLiMP."""
+    about = 'Validation loss, reduction, spread of compute, distance to the dense teacher, BLiMP.'
     checkpoint: tuple = option((), 'a checkpoint, an adapter, a folder of weights, or the name of a model '
                                '(out/best.safetensors)')
     json: bool = option(False, 'print one JSON object')

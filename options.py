@@ -4,6 +4,7 @@ which every program writes to stderr.
 
     @dataclass
     class TrainConfig:
+        about = 'Trains a model.'
         lr: float = option(1e-3, 'peak learning rate', at_least=0)
 
     config, given = parse_options(TrainConfig, 'python train.py', presets=True)
@@ -151,7 +152,7 @@ def read_preset(path, options):
 
 def help_text(cls, program, words):
     """The text of --help. words: names for the arguments that are no options."""
-    about = textwrap.wrap(' '.join(cls.__doc__.split()), 110)
+    about = textwrap.wrap(cls.about, 110)      # not the docstring, which python -OO drops
     lines = [' '.join(['usage:', program, *words, '[--option value ...]']), '', *about, '']
     for f in fields(cls):
         default = '' if f.type is tuple else f' (default: {"none" if f.default in ("", None) else f.default})'

@@ -1,26 +1,25 @@
 """
-Every picture, in one style: as wide as a README, readable in grey. The suffix of the path decides the format.
+Every picture but those of a chat, in one style: as wide as a README page, readable in grey. The suffix of the
+path decides the format.
 
-    python plots.py                     # those in assets/ again, from the figures beside them
+    python plots.py                     # draws the pictures in assets/ again, from the figures beside them
     python plots.py --run out/log.csv --twin out/dense/log.csv --picture twins.png      # two runs of your own
 
     plots.training(rows, best, matrices, 'out/training.png')        # train.py, at the end of a run
-    plots.speed(rows, 'out/bench_decode.png', machine)              # bench.py
-    plots.frontier(rows, 'assets/frontier.png')                     # baselines.py
-    plots.tokens(kinds, positions, surprise, shares, matrices, 'assets/tokens.png')     # compute.py
-    plots.conversation(turns, palette, 'talk.png')                  # chat.py, /save; plots.reply is its /plot
+    plots.speed(rows, 'out/bench_decode.png', machine)              # lab/bench.py
+    plots.frontier(rows, 'assets/frontier.png')                     # lab/baselines.py
+    plots.tokens(kinds, positions, surprise, shares, matrices, 'assets/tokens.png')     # lab/compute.py
 
-matplotlib is imported when a picture is drawn, not before: it takes a while. Whatever fails in drawing or
-saving becomes an OSError, with the reason in .strerror and the path in .filename.
+matplotlib takes a while to import, so that waits until a picture is drawn. Any failure in drawing or saving
+becomes an OSError, with the reason in .strerror and the path in .filename.
 
-Not here: windows on a screen, anything that moves.
+Not here: windows on a screen, animation, pictures of a conversation (render.py draws them).
 """
 
 import csv
 import errno
 import json
 import os
-import warnings
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,39 +28,49 @@ import numpy as np
 
 from files import read_text
 from options import fail, option, parse_options
-from render import COUNTED, flow, mean_shares, scale_color, summary, text_color, text_width, words
 
 STYLE = {'font.size': 8, 'axes.titlesize': 9, 'axes.grid': True, 'grid.alpha': 0.3, 'axes.spines.top': False,
          'axes.spines.right': False, 'legend.frameon': False, 'lines.linewidth': 1.3, 'lines.markersize': 4}
-# what tells lines apart: in grey too, by marker and dashes
+# lines differ in marker and dashes too, so that they can be told apart in grey
 COLORS = ('#1f4e9c', '#b8431f', '#2c8c4c', '#7a4fa0', '#a07800', '#555555', '#c0508a', '#2a93a8', '#8a8a8a',
           '#5f7d10', '#d08030', '#203040')
 LINES = [dict(color=COLORS[i % 12], marker='os^Dv<>PX*'[i % 10], linestyle=('-', '--', '-.', ':')[i % 4])
          for i in range(36)]
-QUIET = dict(color='0.6', linewidth=0.8)            # what is there to compare with
+QUIET = dict(color='0.6', linewidth=0.8)            # lines to compare with
+LIGHT, DARK = (255, 234, 201), (100, 13, 100)       # the ends of the colour scale of compute
 REDUCTION = 'reduction (dense / active weights)'
 SUBJECTS = {'out/dense/best.safetensors': 'Small Python model', 'smollm2': 'SmolLM2-135M-Instruct'}
 HERE = Path(__file__).resolve().parent
 
 
+def scale_color(position):
+    """position from 0 (light, little compute) to 1 (dark, much) -> (red, green, blue), 0 to 255."""
+    return tuple(round(light + (dark - light) * min(max(position, 0), 1)) for light, dark in zip(LIGHT, DARK))
+
+
+def text_color(rgb):
+    """Black or white, whichever is easier to read on a colour of the scale."""
+    return (0, 0, 0) if 0.299 * rgb[0] + 0.587 * rgb[1] + 0.114 * rgb[2] > 119 else (255, 255, 255)
+
+
 def check_picture(path):
-    """Ends the program, before it computes what is to be drawn, where --picture names no format."""
+    """Ends the program, before it has computed anything, if --picture names no format."""
     if Path(path).suffix not in ('.png', '.svg', '.pdf'):
         fail(f'--picture {path}: must end in .png, .svg or .pdf')
 
 
 @contextmanager
 def picture(path, width=9.0, height=3.2, columns=1, rows=1, **more):
-    """A figure and its axes, row by row; saved to path at the end. Sizes in inches, 150 pixels each."""
-    os.environ['MPLBACKEND'] = 'agg'        # a notebook's, which may not be there, fails when imported
+    """Yields a figure and its axes, and saves it to path at the end. Sizes in inches, at 150 pixels each."""
+    os.environ['MPLBACKEND'] = 'agg'        # a notebook's backend may be missing, and then the import fails
     try:
         import matplotlib.style
         from matplotlib.figure import Figure
-        with matplotlib.style.context(STYLE, after_reset=True):         # not those of a user's matplotlibrc
+        with matplotlib.style.context(STYLE, after_reset=True):         # ignores a user's matplotlibrc
             figure = Figure(figsize=(width, height), layout='constrained')
             yield figure, figure.subplots(rows, columns, **more)
             figure.savefig(path, dpi=150)
-    # matplotlib, its fonts, formats and settings fail in a dozen ways: callers, with work to lose, know one
+    # matplotlib, its fonts and its formats fail in a dozen ways; callers have work to lose, and catch one
     except Exception as error:
         reason = getattr(error, 'strerror', None) or f'{type(error).__name__}: {error}'
         raise OSError(getattr(error, 'errno', None) or errno.EIO, reason, str(path)) from error
@@ -69,20 +78,20 @@ def picture(path, width=9.0, height=3.2, columns=1, rows=1, **more):
 
 def heat_map(axes, shares, matrices, highest=1.0):
     """
-    The share of each matrix's weights that was used, in %, layer by layer; the head in a row of its own.
-    shares: a list, in the order of GPT.sparse_layers(); matrices: config.matrices; highest: the share at the dark
-    end.
+    The percentage of each matrix's weights that was used, layer by layer, with the head in a row of its own.
+    shares: a list, in the order of GPT.sparse_layers(); matrices: config.matrices; highest: the share at the
+    dark end of the scale.
     """
     from matplotlib.colors import ListedColormap
     grid = np.full((len(shares) // len(matrices) + 1, len(matrices)), np.nan)
     grid.flat[:len(shares)] = 100 * np.array(shares)
-    colors = ListedColormap([tuple(v / 255 for v in scale_color(i / 255)) for i in range(256)])
-    image = axes.imshow(grid, cmap=colors, vmin=0, vmax=100 * highest, aspect='auto')
+    scale = ListedColormap(np.array([scale_color(i / 255) for i in range(256)]) / 255)
+    image = axes.imshow(grid, cmap=scale, vmin=0, vmax=100 * highest, aspect='auto')
     layers = len(grid) - 1
-    if layers <= 12:            # of more, only the colours can be read
+    if layers <= 12:            # numbers would not fit the rows of more
         for (layer, matrix), percent in np.ndenumerate(grid):
             if not np.isnan(percent):
-                color = tuple(v / 255 for v in text_color(scale_color(percent / 100 / highest)))
+                color = np.array(text_color(scale_color(percent / 100 / highest))) / 255
                 axes.text(matrix, layer, f'{percent:.0f}', ha='center', va='center', color=color)
     ticks = [*range(0, layers, 1 if layers <= 12 else 5), layers]
     axes.set(xticks=range(len(matrices)), xticklabels=matrices, yticks=ticks,
@@ -93,11 +102,11 @@ def heat_map(axes, shares, matrices, highest=1.0):
 
 
 def draw_loss(axes, rows, name, line):
-    """A run's losses: of training in grey, of validation as a line. rows: those of log.csv, train.COLUMNS."""
+    """Draws a run's training loss in grey and its validation loss as a line. -> [(step, validation loss)]"""
     axes.plot([row[0] for row in rows], [row[2] for row in rows], **QUIET)
     evaluated = [(row[0], row[3]) for row in rows if row[3] is not None]
     axes.plot(*zip(*evaluated), label=name, **line)
-    # by the first steps' losses, which are the same in every run, the rest would be flattened
+    # the losses of the first steps, alike in every run, would flatten the rest
     axes.set(title='Loss (grey: of training batches)', xlabel='optimiser step', ylabel='nats per token',
              ylim=(None, 1.1 * max(value for _, value in evaluated)))
     return evaluated
@@ -113,9 +122,9 @@ def draw_reduction(axes, rows):
 
 def training(rows, best, matrices, path):
     """
-    A run: the loss; the reduction against its target; and the share of each matrix's weights that the best
-    checkpoint uses. rows: those of log.csv (train.COLUMNS); best: what best.safetensors says of itself;
-    matrices: config.matrices.
+    A run: its loss, its reduction beside the target, and the share of each matrix's weights that the best
+    checkpoint uses. rows: of log.csv, with train.COLUMNS; best: the metadata of best.safetensors; matrices:
+    config.matrices.
     """
     with picture(path, columns=3, width_ratios=(1.1, 1, 1)) as (_, (left, middle, right)):
         draw_loss(left, rows, 'validation', LINES[0])
@@ -128,7 +137,7 @@ def training(rows, best, matrices, path):
 
 
 def twins(rows, dense_rows, path):
-    """A run and the same run without sparsity: their losses, and the reduction. rows: those of log.csv."""
+    """A run and the same run without sparsity: both losses, and the reduction. rows: of log.csv."""
     with picture(path, columns=2, width_ratios=(1.4, 1)) as (_, (left, right)):
         ends = [draw_loss(left, *run)[-1] for run in ((dense_rows, 'dense, validation', LINES[1]),
                                                       (rows, 'CWIC, validation', LINES[0]))]
@@ -140,12 +149,13 @@ def twins(rows, dense_rows, path):
 
 def speed(rows, path, machine=''):
     """
-    bench.py's decode: speed against reduction, and what share of the memory's speed that is. A line for each
-    dtype and number of threads, other engines as level lines. rows: dicts as in bench.py's JSON; machine: a
-    caption.
+    Speed of decoding against reduction, in tokens per second and as a share of the memory's bandwidth. A line
+    for each dtype and number of threads; other engines are level lines. rows: dicts as in the JSON of
+    lab/bench.py; machine: a caption.
     """
     ours = [r for r in rows if r['engine'] == 'cwic']
-    dtypes, most = list(dict.fromkeys(r['dtype'] for r in ours)), max(r['threads'] for r in rows)
+    dtypes = list(dict.fromkeys(r['dtype'] for r in ours))
+    most = max(r['threads'] for r in rows)
     keys = ('reduction', 'tok_s', 'tok_s_min', 'tok_s_max', 'roofline')
     others = [r for r in rows if r['engine'] != 'cwic' and r['threads'] == most]
     with picture(path, height=3.6, columns=2) as (figure, (left, right)):
@@ -159,7 +169,7 @@ def speed(rows, path, machine=''):
         place, space = -np.inf, 0.045 * max(r['tok_s_max'] for r in rows)
         for r in sorted(others, key=lambda r: r['tok_s']):
             left.axhline(r['tok_s'], zorder=0, **QUIET)
-            place = max(place + space, r['tok_s'])          # names of lines that lie close must not overlap
+            place = max(place + space, r['tok_s'])          # names of close lines must not overlap
             left.text(1.01, place, f'{r["engine"]} {r["dtype"]}', fontsize=7, color='0.3', va='center',
                       transform=left.get_yaxis_transform())
         left.set(title='Decoding: median and spread', xlabel=REDUCTION, ylabel='tokens per second', ylim=0)
@@ -172,9 +182,9 @@ def speed(rows, path, machine=''):
 
 def stripes(measured, path):
     """
-    What the width of stripes does: tokens per second for each shape and dtype, and the small model's loss and
-    KL. measured: {'machine', 'speed': {shape: rows of bench.py's decode --stripe}, 'quality': [{'stripe',
-    'what', 'value'}]}.
+    The effect of the width of stripes: tokens per second for each shape and dtype, and the small model's
+    loss and KL. measured: {'machine', 'speed': {shape: rows of lab/bench.py decode --stripe}, 'quality':
+    [{'stripe', 'what', 'value'}]}.
     """
     speed, quality = measured['speed'], measured['quality']
     widths = [r['stripe'] for r in next(iter(speed.values())) if r['dtype'] == 'int8']
@@ -199,16 +209,17 @@ def stripes(measured, path):
 
 def frontier(rows, path):
     """
-    What less compute costs, method by method, as the median over seeds and their extremes; a panel for each
-    subject. rows: dicts with subject, method, target, reduction and kl; those that lack the last two are left
-    out, as are the dense model and ablations ('CWIC: ...'). Returns whether there was anything to draw.
+    KL against reduction for each method, as the median and the extremes of the seeds; one panel a subject.
+    rows: dicts with subject, method, target, reduction and kl. Rows without a kl are left out, and so are the
+    dense model and ablations ('CWIC: ...'). Returns whether there was anything to draw.
     """
     from matplotlib.ticker import LogLocator, NullFormatter
     rows = [r for r in rows if r.get('kl') is not None and r['method'] != 'dense' and ':' not in r['method']]
     if not rows:
         return False
     subjects = list(dict.fromkeys(r['subject'] for r in rows))
-    methods = sorted(dict.fromkeys(r['method'] for r in rows), key='CWIC'.__ne__)       # CWIC first
+    methods = list(dict.fromkeys(r['method'] for r in rows))
+    methods.sort(key=lambda method: method != 'CWIC')       # CWIC first
     lines = dict(zip(methods, LINES))
     with picture(path, height=4.2, columns=len(subjects), squeeze=False, sharex=True) as (figure, (panels,)):
         named = {}
@@ -235,9 +246,9 @@ def frontier(rows, path):
 
 def tokens(kinds, positions, surprise, shares, matrices, path):
     """
-    What gets compute: by kind of token, by position, by surprise, by layer and matrix. kinds: as
-    compute.by_kind() has them; positions: as by_position(); surprise: as by_value(); shares, matrices: as for
-    heat_map().
+    The share of weights used by kind of token, by position, by surprise, and by layer and matrix. kinds,
+    positions and surprise come from by_kind(), by_position() and by_value() of lab/compute.py; shares and
+    matrices are those of heat_map().
     """
     label = 'active weights, % of dense'
     with picture(path, height=6.4, columns=2, rows=2, width_ratios=(1.15, 1)) as (_, axes):
@@ -264,79 +275,19 @@ def tokens(kinds, positions, surprise, shares, matrices, path):
 
 
 # -----------------------------------------------------------------------------
-# a chat: turns are conversation.Turns, the palette is a render.Palette
-
-
-def reply(turn, palette, path):
-    """One reply: compute per token along it, and the share of each matrix's weights that it used."""
-    percent = np.array([100 * token.share for token in turn.reply])
-    number = range(1, len(percent) + 1)
-    with picture(path, columns=2, width_ratios=(2, 1)) as (_, (left, right)):
-        left.plot(number, percent, color='0.8', lw=0.8, zorder=1)
-        left.scatter(number, percent, s=20, ec='0.4', lw=0.5,
-                     color=np.array([palette.rgb(token.share) or (128,) * 3 for token in turn.reply]) / 255)
-        left.axhline(percent.mean(), color='0.3', lw=1, ls='--', label=f'mean: {percent.mean():.1f}%')
-        left.set(title=f'Compute of {COUNTED[turn.config.color_by]}', xlabel='token of the reply',
-                 ylabel='active weights, % of dense')
-        left.legend()
-        heat_map(right, mean_shares(turn), turn.decoder.config.matrices)
-        right.set(title='Weights used, % of each matrix')
-
-
-def conversation(turns, palette, path, columns=80):
-    """
-    A conversation as a dark terminal of so many columns shows it, what was typed in bold; of a long one the
-    last 1,000 lines. Characters that matplotlib's font lacks are boxes.
-    """
-    def remark(pieces):
-        return [('remark', text, share) for text, share in pieces]
-
-    shown = remark([*palette.legend(turns[-1].config.color_by), ('\n\n', None)])
-    for turn in turns:
-        shown += [(kind, text, token and token.share) for kind, text, token in turn.shown]
-        shown += remark([(f'\n{summary(turn)}\n\n', None)])
-    runs, column, row = [], 0, 0                # runs: [kind, share, row, column, text], each within a line
-    for word in words([(char, (kind, share)) for kind, text, share in shown for char in text]):
-        before = column
-        for drawn, wraps, column, (kind, share) in flow(word, column, columns):
-            row += wraps
-            if wraps or not runs or runs[-1][:2] != [kind, share]:
-                runs.append([kind, share, row, 0 if wraps else before, ''])
-            runs[-1][-1] += drawn.strip('\n')
-            before = column
-    first = max(row - 1000, 0)
-    width, height = columns * 0.084, (row - first + 1) * 0.175
-    with warnings.catch_warnings(), picture(path, width, height) as (figure, axes):
-        warnings.simplefilter('ignore')             # about characters that the font lacks
-        figure.set_layout_engine('none')
-        figure.set_facecolor('#18181a')
-        axes.set_position((0.015, 0, 0.97, 1))
-        axes.set(xlim=(0, columns), ylim=(row + 0.5, first - 0.5))
-        axes.axis('off')
-        for kind, share, row, column, text in runs:
-            color, back = '0.6' if kind == 'remark' else '0.9', palette.rgb(share)
-            if back:
-                axes.barh(row, text_width(text), 1, column, color=np.array([back]) / 255)
-                color = np.array(text_color(back)) / 255
-            weight = 'bold' if kind == 'prompt' else 'normal'
-            axes.text(column, row, text, color=color, family='monospace', weight=weight, size=9.7,
-                      va='center_baseline', clip_on=True, parse_math=False)
-
-
-# -----------------------------------------------------------------------------
 # the pictures of README.md
 
 
 @dataclass
 class PlotConfig:
-    """Draws the pictures in assets/ again, or two runs of train.py: one sparse, one dense."""
-    run: str = option('', 'log.csv of a run; without it, all pictures in assets/ are drawn')
+    about = 'Draws the pictures in assets/ again, or two runs of train.py: one sparse, one dense.'
+    run: str = option('', 'log.csv of a run; without it, the pictures in assets/ are drawn')
     twin: str = option('', 'log.csv of the same run with --target_reduction 1')
-    picture: str = option('out/twins.png', 'file for those two')
+    picture: str = option('out/twins.png', 'file for the picture of the two runs')
 
 
 def read_log(path):
-    """log.csv -> its rows, numbers, or None for nothing. Raises OSError, ValueError and IndexError."""
+    """log.csv -> rows of numbers, None for an empty cell. Raises OSError, ValueError and IndexError."""
     rows = [[float(text) if text else None for text in row]
             for row in list(csv.reader(read_text(path).splitlines()))[1:]]
     if all(row[3] is None for row in rows):
@@ -345,26 +296,22 @@ def read_log(path):
 
 
 def draw_assets():
-    """-> the paths of what was drawn"""
-    assets, pictures = HERE / 'assets', []
-
-    def to(name):
-        pictures.append(str(assets / name))
-        return pictures[-1]
-
+    """Returns the paths of the pictures."""
+    assets = HERE / 'assets'
+    pictures = {name: str(assets / f'{name}.png') for name in ('frontier', 'speed', 'stripes', 'training')}
     rows = read_text(assets / 'comparison.jsonl').splitlines()
-    frontier([json.loads(row) for row in rows], to('frontier.png'))
+    frontier([json.loads(row) for row in rows], pictures['frontier'])
     decoding = json.loads(read_text(assets / 'decode.json'))
-    speed(decoding['rows'], to('speed.png'), decoding['machine'])
-    stripes(json.loads(read_text(assets / 'stripes.json')), to('stripes.png'))
-    twins(read_log(assets / 'training.csv'), read_log(assets / 'training_dense.csv'), to('training.png'))
-    return pictures
+    speed(decoding['rows'], pictures['speed'], decoding['machine'])
+    stripes(json.loads(read_text(assets / 'stripes.json')), pictures['stripes'])
+    twins(read_log(assets / 'training.csv'), read_log(assets / 'training_dense.csv'), pictures['training'])
+    return pictures.values()
 
 
 def main():
     config, _ = parse_options(PlotConfig, 'python plots.py')
     if bool(config.run) != bool(config.twin):
-        fail('--run and --twin go together: the log.csv of a sparse run and that of a dense one')
+        fail('--run and --twin go together: the log.csv of a sparse run, and of a dense one')
     try:
         if config.run:
             twins(read_log(config.run), read_log(config.twin), config.picture)

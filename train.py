@@ -69,7 +69,7 @@ FUSE_FROM = 2 ** 18         # tokens of sparse training from which compiling the
 
 @dataclass
 class TrainConfig:
-    """Trains a CWIC model: from scratch, dense and then sparse, or from a pretrained model."""
+    about = 'Trains a CWIC model: from scratch, dense and then sparse, or from a pretrained model.'
     data: str = option('python', 'folder in data/ with train.bin, val.bin and meta.json; or a mix of several,'
                        ' each with its share of the sequences: selfwritten:0.5,people:0.5')
     out: str = option('out', 'folder for the checkpoints, the log and the picture')

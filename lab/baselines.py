@@ -107,10 +107,8 @@ ALL_METHODS = METHODS | ABLATIONS
 
 @dataclass
 class CompareConfig:
-    """
-    Applies every method to one dense model. Each result is saved in --out at once, so the same command
-    continues where it was stopped.
-    """
+    about = ('Applies every method to one dense model. Each result is saved in --out at once, so the same '
+             'command continues where it was stopped.')
     subject: str = option('out/dense/best.safetensors', 'the dense model: a checkpoint, smollm2, gpt2, ...')
     recipe: str = option('config/distill_small.toml', 'preset of train.py for all training')
     methods: str = option('', f'some of: {", ".join(ALL_METHODS)}; left out: all')

@@ -80,7 +80,7 @@ SHAPES = {                      # with the stripes that weights.py gives the rel
 
 @dataclass
 class BenchConfig:
-    """Measures speed (decoding, reading prompts, training), or how much loss narrow weights add."""
+    about = 'Measures speed (decoding, reading prompts, training), or how much loss narrow weights add.'
     what: tuple = option((), 'decode, prefill, train or loss')
     model: str = option('', f'{", ".join(SHAPES)}, or what weights.load takes: smollm2, a checkpoint, ... '
                         'Left out: gpt2-shape; for train its default model, for loss out/best.safetensors')

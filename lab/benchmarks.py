@@ -56,7 +56,7 @@ BOOTSTRAPS = 1000       # resamples for the standard error of metrics that are n
 
 @dataclass
 class BenchmarkConfig:
-    """Accuracy and reduction on tasks of lm-evaluation-harness."""
+    about = 'Accuracy and reduction on tasks of lm-evaluation-harness.'
     model: str = option('', 'what weights.load takes: a checkpoint, an adapter, a name')
     tasks: str = option('', 'names of tasks or groups, or paths of YAML files, separated by commas')
     include_path: str = option('', "a folder with task files of your own, used instead of the harness's")

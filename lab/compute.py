@@ -39,7 +39,7 @@ from tokenizer import load_tokenizer
 
 @dataclass
 class ComputeConfig:
-    """Which tokens of validation text get compute, at which positions, and in which matrices."""
+    about = 'Which tokens of validation text get compute, at which positions, and in which matrices.'
     checkpoint: tuple = option((), 'a checkpoint or an adapter (out/best.safetensors)')
     data: str = option('', 'folder in data/; left out: the checkpoint\'s training data')
     dialogues: bool = option(False, "of a chat model's text, only windows that begin with its chat template")

@@ -37,7 +37,7 @@ import cwic
 import plots
 import render
 from checkpoint import load_checkpoint, save_checkpoint, weights_sha256
-from conversation import Conversation, Speller, Token
+from conversation import Conversation, StreamDecoder, Token
 from tokenizer import PATTERNS, bpe_spec, dialogue_ids, load_tokenizer, stop_ids, tokenizer_spec
 
 # -----------------------------------------------------------------------------
@@ -134,10 +134,10 @@ PIECES = [('def', None), (' f(é', 0.25), ('日本語', 0.7), (')\n    ', 0.4), 
 
 @pytest.mark.parametrize('columns', [10, 11, 80])
 @pytest.mark.parametrize('mode', ['truecolor', '256'])
-def test_each_character_stands_on_its_color_and_nothing_else_does(columns, mode):
+def test_painter_colors_each_character_and_nothing_else(columns, mode):
     """
-    A terminal that scrolls because a line wraps fills the new line with the background of the moment: a
-    coloured reply then leaves bars to the right margin. And a tab leaves what it skips unpainted.
+    A terminal that scrolls as a line wraps fills the new line with the current background: a coloured reply
+    left bars to the right margin. And a tab leaves the cells it skips unpainted.
     """
     screen, palette = drawn(PIECES, columns, mode)
 
@@ -176,7 +176,7 @@ def test_each_character_stands_on_its_color_and_nothing_else_does(columns, mode)
     assert all(cell == [' ', None] for line in got[len(want):] for cell in line)
 
 
-def test_what_a_model_says_cannot_steer_the_terminal():
+def test_control_characters_in_a_reply_do_not_reach_the_terminal():
     """
     Escape codes in a reply were obeyed: a model that had seen colour codes in its text could clear the
     screen. And a U+202E, which is no control character, turned the rest of the line round.
@@ -186,7 +186,7 @@ def test_what_a_model_says_cannot_steer_the_terminal():
     assert shown == 'a\u241b[2J\u2407\u240d\u2421\ufffd1mb\ufffdc\ufffd'
 
 
-def test_without_colors_there_are_no_codes():
+def test_color_none_writes_no_escape_codes():
     out = io.StringIO()
     painter = render.Painter(out, render.Palette('none', 0, 1), lambda: 4)
     painter.write('plain\ttext\n日本語', 0.5)
@@ -219,10 +219,10 @@ def test_the_scale_grows_darker_evenly_and_text_stays_readable():
     Lightness, measured in another space than the scale was made in, falls all the way, by steps within a
     third of the mean; and text has a contrast of at least 4.5 on what a terminal of either kind shows.
     """
-    scale = [render.scale_color(i / 20) for i in range(21)]
+    scale = [plots.scale_color(i / 20) for i in range(21)]
     steps = -np.diff([lightness(color) for color in scale])
     assert (steps > 0).all() and steps.max() < 1.34 * steps.mean() and steps.min() > 0.66 * steps.mean()
-    pairs = [(render.text_color(color), color) for color in scale]
+    pairs = [(plots.text_color(color), color) for color in scale]
     codes = [render.Palette('256', 0, 1).codes(i / 20) for i in range(21)]
     coarse = [[xterm(int(n)) for n in re.search(r'38;5;(\d+);48;5;(\d+)', code).groups()] for code in codes]
     steps = [luminance(xterm(index)) for index in render.RAMP_256]
@@ -238,7 +238,7 @@ def test_the_scale_grows_darker_evenly_and_text_stays_readable():
     ('TERM=tmux', '256'), ('TERM=xterm-256color COLORTERM=truecolor NO_COLOR=1', 'none'),
     ('TERM=dumb COLORTERM=truecolor', 'none'),
     ('TERM=vt100', 'none'), ('', 'none')])
-def test_color_mode(environ, mode):
+def test_color_mode_follows_the_environment(environ, mode):
     stream, environ = io.StringIO(), dict(word.split('=') for word in environ.split())
     assert render.color_mode(stream, environ) == 'none'
     stream.isatty = lambda: True
@@ -249,38 +249,39 @@ def test_color_mode(environ, mode):
 # text from tokens
 
 
-def spell(pieces, stops=()):
-    speller = Speller(stops)
+def stream(pieces, stops=()):
+    """-> [(text, token id)] as it is shown, and whether a stop sequence was found"""
+    decoder = StreamDecoder(stops)
     tokens = [Token(i, piece, False, None, None, None) for i, piece in enumerate(pieces)]
     shown = []
     for token in tokens:
-        shown += speller.feed(token)
-        if speller.stopped:
+        shown += decoder.feed(token)
+        if decoder.stopped:
             break
-    chars = [(char, token.id) for char, token in shown + speller.end()]
+    chars = [(char, token.id) for char, token in shown + decoder.end()]
     return [(''.join(char for char, _ in run), id) for id, run in
-            ((id, list(run)) for id, run in groupby(chars, key=lambda pair: pair[1]))], speller.stopped
+            ((id, list(run)) for id, run in groupby(chars, key=lambda pair: pair[1]))], decoder.stopped
 
 
-def test_a_character_split_over_tokens_comes_whole_with_the_last_of_them():
+def test_a_character_split_over_tokens_is_shown_whole_at_the_last():
     """Tokens printed one at a time through decode() broke every character that two of them share."""
     party = '🎉'.encode()
-    assert spell([b'a', party[:1], party[1:3], party[3:] + b'b']) == ([('a', 0), ('🎉b', 3)], False)
-    assert spell([b'a' + party[:2]]) == ([('a\ufffd', 0)], False)
-    assert spell([party[:2], b'b']) == ([('\ufffdb', 1)], False)
-    assert spell([]) == ([], False)
+    assert stream([b'a', party[:1], party[1:3], party[3:] + b'b']) == ([('a', 0), ('🎉b', 3)], False)
+    assert stream([b'a' + party[:2]]) == ([('a\ufffd', 0)], False)
+    assert stream([party[:2], b'b']) == ([('\ufffdb', 1)], False)
+    assert stream([]) == ([], False)
 
 
-def test_stop_sequences_are_never_shown_wherever_they_are_cut():
+def test_a_stop_sequence_split_over_tokens_is_not_shown():
     text = 'yes.\nUser: no'
     for cut in range(1, len(text)):
         for second in range(cut, len(text)):
             pieces = [part.encode() for part in (text[:cut], text[cut:second], text[second:])]
-            shown, stopped = spell(pieces, ['\nUser:', 'never'])
+            shown, stopped = stream(pieces, ['\nUser:', 'never'])
             assert ''.join(piece for piece, _ in shown) == 'yes.' and stopped
     # what only begins like one is held back, but not lost
-    assert spell([b'a\nUs', b'e', b'd'], ['\nUser:']) == ([('a\nUs', 0), ('e', 1), ('d', 2)], False)
-    assert spell([b'a\nUs'], ['\nUser:']) == ([('a\nUs', 0)], False)
+    assert stream([b'a\nUs', b'e', b'd'], ['\nUser:']) == ([('a\nUs', 0), ('e', 1), ('d', 2)], False)
+    assert stream([b'a\nUs'], ['\nUser:']) == ([('a\nUs', 0)], False)
 
 
 # -----------------------------------------------------------------------------
@@ -347,11 +348,10 @@ def say_this(monkeypatch, tokens):
 
 
 @pytest.mark.parametrize('color_by', ['read', 'predicted'])
-def test_a_token_has_the_compute_of_the_pass_over_it_or_of_the_one_that_predicted_it(conversation, color_by):
+def test_compute_of_each_token_matches_generate(conversation, color_by):
     """
-    Compute used to be counted by a second forward after generation: it cost as much again, and was another
-    context's. And it was shown with the token that was predicted, where it follows nothing a reader sees;
-    it follows the surprise of the token that is read.
+    Compute was counted by a second forward after generation, which cost as much again and saw another context.
+    And it was shown at the token that was predicted, although it follows the surprise of the token that is read.
     """
     conversation.config = chat.ChatConfig(temperature=0, repeat_penalty=1, max_tokens=100, threads=1,
                                           color_by=color_by)
@@ -371,7 +371,7 @@ def test_a_token_has_the_compute_of_the_pass_over_it_or_of_the_one_that_predicte
     assert turn.reply[0].probability == pytest.approx(logits[0, -1].softmax(-1).max().item(), rel=1e-3)
 
 
-def test_the_stream_of_a_reply_shows_split_and_wide_characters_on_their_colors(conversation):
+def test_split_and_wide_characters_get_the_colors_of_their_tokens(conversation):
     """Every character, prompt and reply, stands on the colour of the token that completed it."""
     conversation.config.max_tokens = 40
     screen, palette, out = Screen(16, 30), render.Palette('truecolor', 0.3, 0.7), io.StringIO()
@@ -407,18 +407,18 @@ def interrupt_after(count):
     return show
 
 
-def test_what_the_decoder_has_read_is_always_the_text_so_far(conversation):
+def test_decoder_context_matches_the_text_shown(conversation):
     """
-    Only what is new is read in a turn: whatever happened before, the decoder's window has to be the end of
-    the text that was shown, as bytes.
+    A turn reads only its new tokens: whatever happened before, the decoder's context must be the end of the
+    shown text, as bytes.
     """
     conversation.config.stop = 'qqqq'
 
     def check():
         if conversation.last:
-            window = conversation.decoder.window
-            assert conversation.tokens[-len(window):] == window
-            logits, active = conversation.decoder.prefill(window)
+            context = conversation.decoder.window
+            assert conversation.tokens[-len(context):] == context
+            logits, active = conversation.decoder.prefill(context)
             assert np.abs(conversation.last[0] - logits).max() < 1e-3
         shown = ''.join(text for turn in conversation.turns for _, text, _ in turn.shown)
         assert bytes(conversation.tokens).decode('utf-8', 'replace') == shown
@@ -448,7 +448,7 @@ def test_what_the_decoder_has_read_is_always_the_text_so_far(conversation):
     assert bytes(conversation.tokens).decode('utf-8', 'replace').count('seven') == 1
 
 
-def test_a_stop_sequence_may_be_what_stands_for_bytes_that_are_not_utf8(conversation, monkeypatch):
+def test_a_stop_sequence_may_contain_the_replacement_character(conversation, monkeypatch):
     """
     --stop with a U+FFFD in it was found in the text and then not in the bytes: min() of nothing, and a
     traceback.
@@ -459,10 +459,8 @@ def test_a_stop_sequence_may_be_what_stands_for_bytes_that_are_not_utf8(conversa
     assert turn.ended == 'stop' and turn.text == 'ab' and bytes(conversation.tokens) == b'xab'
 
 
-def test_a_long_prompt_is_kept_as_numbers(conversation):
-    """
-    A prompt of 1 MB kept a Token for each of its million ids, of which the model sees the last block_size.
-    """
+def test_a_long_prompt_keeps_tokens_only_for_the_context(conversation):
+    """A prompt of 1 MB kept a Token for each of its million ids; the model sees the last block_size of them."""
     turn = conversation.say('a' * 100_000 + 'b' * 48, silent)
     assert len(turn.new) == 100_048 and bytes(token.id for token in turn.prompt) == b'b' * 48
     assert all(token.active is not None for token in turn.prompt)
@@ -479,7 +477,7 @@ def test_same_seed_same_text(conversation):
     assert [conversation.say(typed, silent).text for typed in ('a', 'b')] == first
 
 
-def test_turn_template(conversation):
+def test_turn_template_wraps_each_prompt(conversation):
     conversation.config = chat.ChatConfig(max_tokens=5, threads=1, turn_template='User: {prompt}\\nBot:')
     conversation.say('hi {prompt}', silent)
     conversation.say('you', silent)
@@ -487,11 +485,11 @@ def test_turn_template(conversation):
     assert prompts == ['User: hi {prompt}\nBot:', '\nUser: you\nBot:']
 
 
-def test_several_turns_are_the_ids_of_the_whole_dialogue(dialogue, monkeypatch):
+def test_turns_add_up_to_the_templated_dialogue(dialogue, monkeypatch):
     """
-    Turn by turn the text has to become what the template makes of all messages at once, whether the model
-    ended its reply itself, was cut short or was stopped; what is shown of it is what was typed and said.
-    Text that looks like a special token is text.
+    Turn by turn, the ids must become those of all messages put through the template at once, whether the model
+    ended its reply itself, was cut short or was stopped. Only prompts and replies are shown. Text that looks
+    like a special token is text.
     """
     typed = ['Hi <|im_end|>\n<|im_start|>system', 'two', 'three', 'four']
     monkeypatch.setattr(dialogue, 'config', replace(dialogue.config, max_tokens=4, stop='.'))
@@ -511,7 +509,7 @@ def test_several_turns_are_the_ids_of_the_whole_dialogue(dialogue, monkeypatch):
     assert dialogue.tokens == ids[:-2]      # the last reply was stopped, so nothing closes it yet
 
 
-def test_the_system_prompt_is_the_users_or_the_templates(dialogue):
+def test_system_option_replaces_the_templates_system_prompt(dialogue):
     for system, want in (('', b'Be kind'), ('You are a pirate <|im_end|>', b'You are a pirate <|im_end|>')):
         dialogue.config = replace(dialogue.config, system=system)
         dialogue.reset()
@@ -519,10 +517,10 @@ def test_the_system_prompt_is_the_users_or_the_templates(dialogue):
         assert bytes(id - 3 for id in new[:new.index(2)] if id != 1) == b'system\n' + want
 
 
-def test_dense_of_an_adapter_is_its_base(checkpoint, tmp_path):
+def test_dense_loads_the_base_of_an_adapter(checkpoint, tmp_path):
     """
-    The adapted weights are for use with their thresholds: what is never used may have become anything. With
-    every one of them in use SmolLM2 said "bread bread bread" to a question about eggs.
+    Adapted weights need their thresholds: a weight that is never used can drift anywhere. With all of them in
+    use, SmolLM2 answered a question about eggs with "bread bread bread".
     """
     model, saved = load_checkpoint(checkpoint)
     cwic.add_lora(model, 4)
@@ -560,7 +558,7 @@ def test_dense_uses_every_weight_and_the_same_random_numbers(conversation):
     assert turn.text == same.dense(silent).text and turn.share == 1
 
 
-def test_page_holds_the_decoders_counts(conversation, tmp_path):
+def test_page_shows_counts_and_colors(conversation, tmp_path):
     conversation.say('if a < b & c:\n\t"日本"', silent)
     conversation.say('\x1b[31m\u202e', silent)
     palette, path = render.Palette('none', 0.3, 0.7), tmp_path / 'page.html'
@@ -582,22 +580,24 @@ def test_pictures_have_the_colors_of_the_terminal(dialogue, tmp_path):
     from matplotlib.image import imread
     dialogue.say('plain words', silent)
     palette = render.Palette('truecolor', 0.3, 0.7)
-    plots.conversation(dialogue.turns, palette, tmp_path / 'talk.png')
+    render.save_picture(dialogue.turns, palette, tmp_path / 'talk.png')
     pixels = (imread(tmp_path / 'talk.png')[:, :, :3] * 255).round().astype(int)
     seen = {tuple(color) for color in pixels.reshape(-1, 3)}
     shares = [token.share for _, text, token in dialogue.turns[0].shown if token]
     for share in shares + [0.3, 0.7]:
         assert any(max(abs(a - b) for a, b in zip(palette.rgb(share), color)) <= 1 for color in seen)
-    plots.conversation(dialogue.turns, palette, tmp_path / 'talk.svg')
+    render.save_picture(dialogue.turns, palette, tmp_path / 'talk.svg')
     drawn = (tmp_path / 'talk.svg').read_text(encoding='utf-8')
     assert all('#%02x%02x%02x' % palette.rgb(share) in drawn for share in shares)
-    plots.reply(dialogue.turns[0], palette, tmp_path / 'reply.png')
+    render.plot_reply(dialogue.turns[0], palette, tmp_path / 'reply.png')
     assert imread(tmp_path / 'reply.png').shape[2] == 4
 
 
 @pytest.mark.parametrize('color_by', render.COUNTED)
-def test_the_legend_tells_the_ends_of_the_scale_in_numbers(color_by):
-    """It said 'used 30.0%' and '70.0%', where all beyond is drawn in the same colour; it fits 80 columns."""
+def test_legend_shows_the_ends_of_the_scale(color_by):
+    """
+    It said 'used 30.0%' and '70.0%', although shares beyond these have the same colours. It fits 80 columns.
+    """
     legend = render.Palette('truecolor', 0.3, 0.7).legend(color_by)
     text = ''.join(piece for piece, _ in legend)
     assert '<30.0 ' in text and text.endswith(' >70.0') and render.COUNTED[color_by] in text and len(text) < 80
@@ -605,7 +605,7 @@ def test_the_legend_tells_the_ends_of_the_scale_in_numbers(color_by):
     assert np.allclose(shares, np.linspace(0.3, 0.7, len(shares))) and len(shares) > 2
 
 
-def test_json_is_json_and_holds_nothing_that_a_terminal_obeys(conversation, monkeypatch):
+def test_json_escapes_control_characters_and_nan(conversation, monkeypatch):
     """
     U+009B, which begins an escape code, passed through; and a probability of nan was written as NaN, which
     is not JSON.
@@ -643,10 +643,10 @@ def endless(checkpoint, *words):
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=ENVIRONMENT)
 
 
-def test_pipes(checkpoint):
+def test_piped_replies_match_generate(checkpoint):
     """
-    Plain text is the continuation and nothing else, JSON says the same and has the model's counts; no codes
-    in either.
+    Plain text is the reply and nothing else; JSON has the same text, and the model's counts; neither has
+    escape codes.
     """
     options = ('--ckpt', checkpoint, '--temperature=0', '--repeat-penalty', '1', '--max-tokens', '12', '--threads=1',
                '--color', '256')
@@ -683,7 +683,7 @@ def test_a_closed_pipe_ends_quietly(checkpoint):
 
 @pytest.mark.parametrize('redirected, code, told', [
     (' > /dev/full', 1, 'No space left'), (' >&-', 1, 'stdout is closed'), (' <&- 2>&-', 0, '')])
-def test_streams_that_are_full_or_closed(redirected, code, told, checkpoint):
+def test_full_or_closed_streams_end_in_one_line(redirected, code, told, checkpoint):
     """A full disk and a closed stdout gave a traceback; a closed stderr put the header among the replies."""
     run = program('--ckpt', checkpoint, '--max_tokens', '3', '--prompt', 'x', redirected, shell=True)
     assert run.returncode == code and told in run.stderr.decode() and len(run.stderr.splitlines()) <= 2
@@ -691,7 +691,7 @@ def test_streams_that_are_full_or_closed(redirected, code, told, checkpoint):
 
 
 @pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_an_interrupted_pipe_keeps_what_was_said(checkpoint, number):
+def test_signals_keep_the_partial_reply(checkpoint, number):
     """SIGTERM, which a time limit sends, and SIGHUP, of a lost connection, used to lose the reply."""
     run = endless(checkpoint, '--json')
     run.stderr.readline()
@@ -721,7 +721,7 @@ def main(monkeypatch, capsys, *words, stdin=b'a\n'):
     (['--color_by', 'x'], 2, 'read, predicted'), (['--max-tokens=0'], 2, 'max_tokens'),
     (['--dtype', 'f16'], 2, 'dtype'), (['--threads', '0'], 2, 'threads'),
     (['--threads', '99999'], 2, 'threads'), ([], 2, 'no prompt')])
-def test_what_a_user_gets_wrong_is_one_line(words, code, told, checkpoint, tmp_path, monkeypatch, capsys):
+def test_user_errors_are_one_line(words, code, told, checkpoint, tmp_path, monkeypatch, capsys):
     (tmp_path / 'text.safetensors').write_text('not a checkpoint', encoding='utf-8')
     monkeypatch.chdir(tmp_path)
     words = words if '--ckpt' in words else ['--ckpt', checkpoint, *words]
@@ -729,10 +729,10 @@ def test_what_a_user_gets_wrong_is_one_line(words, code, told, checkpoint, tmp_p
     assert run == [code, ''] and told in lines[-1] and len(lines) <= 2
 
 
-def test_what_a_checkpoint_says_of_itself_is_not_believed(checkpoint, tmp_path, monkeypatch, capsys):
+def test_odd_checkpoint_metadata_is_no_traceback(checkpoint, tmp_path, monkeypatch, capsys):
     """
-    Strings and None for val_loss and percentiles were formatted and compared: tracebacks. So was
-    nothing active.
+    A string or None for val_loss or a percentile ended in a traceback, and so did a model with no active
+    weights.
     """
     model, saved = load_checkpoint(checkpoint)
     path = tmp_path / 'odd.safetensors'
@@ -757,8 +757,8 @@ def test_what_a_checkpoint_says_of_itself_is_not_believed(checkpoint, tmp_path, 
 
 def test_a_tokenizer_may_be_smaller_than_its_model_but_not_larger(tmp_path, monkeypatch, capsys):
     """
-    Ids that the model does not know were looked up all the same. Those that the tokenizer does not know are
-    never drawn.
+    Ids beyond the model's vocabulary were looked up in its embedding. Ids beyond the tokenizer's must never be
+    drawn.
     """
     path = make_checkpoint(tmp_path / 'odd.safetensors', tokenizer_spec('bytes'), 300)
     model, _ = load_checkpoint(path)
@@ -795,7 +795,7 @@ def test_a_name_is_the_dense_model_and_a_file_the_adapter(checkpoint, chat_check
     assert asked == ['smollm2'] and lines[0].startswith('smollm2, ')
 
 
-def test_without_its_adapter_the_shipped_model_is_not_silently_dense(tmp_path, monkeypatch, capsys):
+def test_a_missing_adapter_is_an_error(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(chat, 'ADAPTER', tmp_path / 'gone.safetensors')
     code, out, lines = main(monkeypatch, capsys)
@@ -811,8 +811,8 @@ def test_a_symlink_to_the_program_finds_the_adapter(tmp_path):
     assert run.stdout == f'{chat.ADAPTER}\n' and str(chat.ADAPTER).startswith(str(ROOT.resolve()))
 
 
-def test_the_option_dense_uses_every_weight(checkpoint, tmp_path, monkeypatch, capsys):
-    """Of a model trained as a whole its own weights, of an adapter its base's; both say what they are."""
+def test_dense_option_uses_every_weight(checkpoint, tmp_path, monkeypatch, capsys):
+    """A model trained as a whole uses its own weights, an adapter those of its base; the first line says which."""
     model, saved = load_checkpoint(checkpoint)
     want = [int(token) for token in plain_dense(model, list(b'def'), 8)]
     cwic.add_lora(model, 4)
@@ -835,8 +835,8 @@ def plain_dense(model, tokens, count):
         yield tokens[-1]
 
 
-def test_a_chat_repeats_itself_less_with_a_penalty(conversation):
-    """Against the same draws by hand: the penalty is of the last 64 tokens of the reply, and of it alone."""
+def test_repeat_penalty_covers_the_last_64_tokens_of_the_reply(conversation):
+    """Against the same rule by hand: it penalises the last 64 tokens of the reply, and none of the prompt."""
     conversation.config = chat.ChatConfig(temperature=0, repeat_penalty=1.3, max_tokens=100, threads=1)
     turn = conversation.say('ab', silent)
     decoder, said = conversation.decoder, []
@@ -853,7 +853,7 @@ def test_a_chat_repeats_itself_less_with_a_penalty(conversation):
     assert [token.id for token in conversation.say('ab', silent).reply] != said
 
 
-def test_prompts_from_a_pipe_may_be_any_text_but_not_binary(checkpoint, monkeypatch, capsys):
+def test_piped_prompts_may_be_utf8_or_utf16_but_not_binary(checkpoint, monkeypatch, capsys):
     """A BOM became part of the prompt, UTF-16 a row of odd characters, and a NUL was typed to the model."""
     words = '--ckpt', checkpoint, '--max_tokens', '1', '--threads', '1', '--json'
     for stdin in ('\ufeffé 1\r\nb\r\n'.encode(), '\ufeffé 1\nb'.encode('utf-16-le')):
@@ -863,9 +863,11 @@ def test_prompts_from_a_pipe_may_be_any_text_but_not_binary(checkpoint, monkeypa
     assert code == 2 and len(out.splitlines()) <= 1 and 'NUL' in lines[-1] and 'Traceback' not in str(lines)
 
 
-def test_help_does_not_wait_for_torch():
-    words = [sys.executable, '-X', 'importtime', str(ROOT / 'chat.py'), '--help']
+def test_help_needs_neither_torch_nor_docstrings():
+    """Under python -OO, --help showed the signature of a dataclass in place of a description."""
+    words = [sys.executable, '-OO', '-X', 'importtime', str(ROOT / 'chat.py'), '--help']
     run = subprocess.run(words, capture_output=True, text=True)
+    assert run.stdout.splitlines()[2] == chat.ChatConfig.about
     assert '--turn_template' in run.stdout and not re.search(r'\| +(torch|matplotlib|tiktoken)\n', run.stderr)
 
 
@@ -880,12 +882,39 @@ def test_without_a_compiler_it_says_so_once_and_goes_on(checkpoint, monkeypatch,
     assert sum(line.startswith('3 tokens') for line in lines) == 2
 
 
-class Session:
-    """The program in a pseudo-terminal of 60 columns: send keys, wait for what it shows."""
+def command(monkeypatch, capsys, conversation, line):
+    """-> the output of a command on a terminal of 200 columns, without colours"""
+    monkeypatch.setattr(chat, 'columns', lambda: 200)
+    at_terminal = chat.Chat(conversation, render.Palette('none', 0.3, 0.7), terminal=True, as_json=False)
+    capsys.readouterr()
+    at_terminal.command(line, '')
+    return capsys.readouterr().out
 
-    def __init__(self, *words, **environ):
+
+def test_dense_command_shows_the_first_token_that_differs(conversation, monkeypatch, capsys):
+    """A newline and half a character are shown as escapes, on one line."""
+    conversation.config.max_tokens = 3
+    say_this(monkeypatch, b'a\nb' + b'a\xf0b' + b'a\nb')
+    conversation.say('x', silent)
+    shown = command(monkeypatch, capsys, conversation, 'dense').splitlines()
+    assert r"they differ from token 2 on: '\n' (sparse), '\xf0' (dense)" in shown
+    assert ' dense: ' in shown[-1] and shown[-1].endswith(' times as fast')
+    shown = command(monkeypatch, capsys, conversation, 'dense')
+    assert f'the same 3 tokens as with {100 * conversation.turns[0].share:.1f}% of the weights\n' in shown
+
+
+def test_dense_command_on_a_dense_model_does_not_run_it_again(conversation, monkeypatch, capsys):
+    dense = Conversation(conversation.model, conversation.spec, chat.ChatConfig(dense=True, max_tokens=2, threads=1))
+    dense.say('x', silent)
+    assert command(monkeypatch, capsys, dense, 'dense') == 'this model is dense: the reply above used every weight\n'
+
+
+class Session:
+    """The program in a pseudo-terminal: sends keys, and waits for the output."""
+
+    def __init__(self, *words, columns=60, **environ):
         self.ours, theirs = pty.openpty()
-        fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack('HHHH', 24, 60, 0, 0))
+        fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack('HHHH', 24, columns, 0, 0))
         self.before, self.seen = termios.tcgetattr(self.ours), ''
 
         def own_terminal():
@@ -898,7 +927,7 @@ class Session:
         os.close(theirs)
 
     def read(self, seconds):
-        """More of what it shows; False where nothing came in time, or it is gone."""
+        """Reads more output; False if none came in time, or the program is gone."""
         try:
             if select.select([self.ours], [], [], seconds)[0]:
                 new = os.read(self.ours, 65536)
@@ -909,7 +938,7 @@ class Session:
         return False
 
     def keys(self, text, until):
-        """Types text, and returns what is shown from then on until a pattern has been."""
+        """Types text, and returns the output from then on, up to a match of the pattern or a little further."""
         start = len(self.seen)
         os.write(self.ours, text.encode())
         end = time.time() + 60
@@ -925,23 +954,24 @@ class Session:
         return self.run.wait(20)
 
 
-def test_a_session_at_a_terminal(checkpoint, tmp_path):
+def test_every_command_in_a_terminal_session(checkpoint, tmp_path):
     """
-    A prompt, commands, Ctrl-C in the middle of a reply, and Ctrl-D, as keys in a pseudo-terminal. With a backend of
-    matplotlib's that is not there, /save ended in a traceback, and the conversation was gone.
+    A prompt, the commands, Ctrl-C in the middle of a reply, and Ctrl-D. If matplotlib's backend was missing, /save
+    ended in a traceback, and the conversation was lost.
     """
     session = Session('--ckpt', checkpoint, '--max-tokens', '30', '--threads', '1', COLORTERM='truecolor',
                       MPLBACKEND='module://matplotlib_inline.backend_inline')
     session.keys('', r' >\d+\.\d\r\n.*> ')
-    summary = r'30 tokens, \d+/s, first \d+ ms; used [\d.]+%, reduction [\d.]+; f32, 1 thread[\s\S]*> '
+    summary = r'30 tokens, \d+/s, first \d+ ms; used [\d.]+%,\s+reduction\s+[\d.]+;\s+f32, 1\s+thread[\s\S]*> '
     shown = session.keys('def f(n):\r', summary)
     assert '\x1b[38;2;' in shown
+    assert shown.count('def f(n):') == 1            # the terminal's own echo: the prompt is not painted again
     assert re.search(r'layer 1.*head', session.keys('/layers\r', r'head[^\n]*\n[^\n]*> '), re.S)
     assert len(re.findall(r'\d\.\d{4} ', session.keys('/tokens\r', r' 30  [\s\S]*\n[^\n]*> '))) >= 30
-    assert re.search('tokens/s with .* dense: .* as fast', session.keys('/dense\r', r'as fast[\s\S]*> '))
-    session.keys(f'/save {tmp_path}/a.html\r', r'wrote [\s\S]*> ')
-    session.keys(f'/plot {tmp_path}/a.png\r', r'wrote [\s\S]*> ')
-    session.keys(f'/save {tmp_path}/b.png\r', r'wrote [\s\S]*> ')
+    assert re.search(r'tokens/s\s+with[\s\S]*\sdense:[\s\S]*\stimes\s', session.keys('/dense\r', r'as\s+fast[\s\S]*> '))
+    session.keys(f'/save {tmp_path}/a.html\r', r'wrote\s[\s\S]*> ')
+    session.keys(f'/plot {tmp_path}/a.png\r', r'wrote\s[\s\S]*> ')
+    session.keys(f'/save {tmp_path}/b.png\r', r'wrote\s[\s\S]*> ')
     assert (tmp_path / 'a.html').stat().st_size > 1000
     assert all((tmp_path / name).read_bytes()[:4] == b'\x89PNG' for name in ('a.png', 'b.png'))
     session.keys('/save /nowhere/a.html\r', r'No such file[\s\S]*> ')
@@ -951,6 +981,7 @@ def test_a_session_at_a_terminal(checkpoint, tmp_path):
     session.keys('/help\r', r'/quit[\s\S]*> ')
     session.keys('/rest\r', r'did you mean /reset[\s\S]*> ')
     session.keys('/set temperature hot\r', r'temperature must be a [\s\S]*> ')
+    session.keys('/set threads 2\r', r'threads cannot be set[\s\S]*> ')
     session.keys('/set top_p 3\r', r'top_p must be at most 1[\s\S]*> ')
     session.keys('/set turn_template x\r', r'turn_template must hold {prompt}[\s\S]*> ')
     session.keys('/set max_tokens 1000000\r', '> ')
@@ -967,6 +998,30 @@ def test_a_session_at_a_terminal(checkpoint, tmp_path):
     assert termios.tcgetattr(session.ours) == session.before
 
 
+def test_narrow_terminal_help_without_docstrings_and_pasted_lines(checkpoint, tmp_path):
+    """
+    At 40 columns the line after a reply broke within a number. python -OO drops docstrings, on which /help must
+    not depend. And each line of a paste was a prompt of its own.
+    """
+    session = Session('--ckpt', checkpoint, '--max-tokens', '30', '--threads', '1', columns=40, NO_COLOR='1',
+                      PYTHONOPTIMIZE='2')
+    session.keys('', 'leaves[^\n]*\n[^\n]*> ')
+    shown = session.keys('/help\r', r'the next[\s\S]*> ')
+    assert all(f'/{name}' in shown and text.split()[0] in shown for name, text in chat.COMMANDS.items())
+    assert max(map(len, shown.splitlines())) <= 40
+    shown = session.keys('\x1b[200~first\rsecond\x1b[201~\r', r'1 thread\r\n[\s\S]*> ')
+    assert shown.count('30 tokens') == 1
+    line = re.search(r'30 tokens[\s\S]*thread', shown)[0]
+    assert re.fullmatch(r'30 tokens, \d+/s, first \d+ ms; used [\d.]+%, reduction [\d.]+; f32, 1 thread',
+                        ' '.join(line.split()))
+    assert max(map(len, line.splitlines())) <= 40 < len(line)
+    session.keys(f'/save {tmp_path}/page.html\r', r'wrote\s[\s\S]*> ')
+    page = (tmp_path / 'page.html').read_text(encoding='utf-8')
+    assert 'first\nsecond' in re.sub('<[^>]*>', '', page)
+    os.write(session.ours, b'\x04')
+    assert session.leave() == 0
+
+
 def test_ctrl_c_twice_leaves(checkpoint):
     session = Session('--ckpt', checkpoint, '--threads', '1', NO_COLOR='1')
     session.keys('', '> ')
@@ -981,7 +1036,7 @@ def test_ctrl_c_twice_leaves(checkpoint):
 
 @pytest.mark.parametrize('busy', [False, True])
 def test_sigterm_leaves_and_restores_the_terminal(checkpoint, busy):
-    """Once at the prompt, once in a reply, which is shown with its summary first."""
+    """At the prompt, and in the middle of a reply, whose summary is still shown."""
     words = '--ckpt', checkpoint, '--threads', '1', '--max_tokens', '1000000'
     session = Session(*words, COLORTERM='truecolor')
     session.keys('', '> ')
@@ -996,8 +1051,8 @@ def test_sigterm_leaves_and_restores_the_terminal(checkpoint, busy):
 
 def test_a_dialogue_on_a_terminal_is_drawn_on_its_colors(chat_checkpoint):
     """
-    The whole program on a terminal of 60 columns: of the prompt only what was typed, its wide characters
-    each on two cells of one colour, that of the pass over the token which completes them.
+    The prompt is shown without its template. A wide character takes two cells of one colour, which is that of
+    the pass over the token that completes it.
     """
     words = '--ckpt', chat_checkpoint, '--prompt', 'a日本b', '--max-tokens', '50', '--threads', '1'
     session = Session(*words, COLORTERM='truecolor')

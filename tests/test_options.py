@@ -14,7 +14,7 @@ from options import counted, fail, option, parse_options, printable, progress
 
 @dataclass
 class Config:
-    """Does nothing."""
+    about = 'Does nothing.'
     lr: float = option(1e-3, 'peak learning rate', at_least=0)
     teacher: float = option(-1.0, 'share, 100% at most', at_most=1)
     n_layer: int = option(2, 'blocks', at_least=1)
@@ -26,7 +26,7 @@ class Config:
 
 @dataclass
 class Listed:
-    """Takes files."""
+    about = 'Takes files.'
     files: tuple = option((), 'text files')
     name: str = option('x', 'a name')
 
@@ -189,7 +189,7 @@ def test_help_shows_every_option_with_its_default(capsys):
         with pytest.raises(SystemExit) as e:
             parse('--name=x' if cls is Listed else '--lr=1', '-h', cls=cls, presets=cls is Config)
         shown = capsys.readouterr().out
-        assert e.value.code == 0 and f'python program.py {words}' in shown and cls.__doc__ in shown
+        assert e.value.code == 0 and f'python program.py {words}' in shown and cls.about in shown
         assert max(map(len, shown.splitlines())) <= 110
         for name, value in asdict(cls()).items():
             default = f'(default: {"none" if value is None else value})'

@@ -1,4 +1,4 @@
-"""plots.py: what stands in the pictures, read back from the figures as they are saved."""
+"""plots.py: the contents of the pictures, read back from the figures as they are saved."""
 
 import csv
 import json
@@ -28,15 +28,15 @@ def drawn(monkeypatch):
 
 
 def points(axes, label):
-    """What a line of this name goes through: (points, 2)"""
+    """The points of the line with this label: (points, 2)"""
     handles = dict(zip(*axes.get_legend_handles_labels()[::-1]))
     line = handles[label][0] if isinstance(handles[label], tuple) else handles[label]
     return np.stack(line.get_data(), axis=1)
 
 
 @pytest.mark.parametrize('layers', [2, 30])
-def test_training_shows_the_run_and_what_best_uses(layers, drawn, tmp_path):
-    """The picture once showed the last evaluation, not that of best.safetensors."""
+def test_training_shows_the_run_and_the_shares_of_best(layers, drawn, tmp_path):
+    """The picture once showed the last evaluation, not the best one."""
     val_loss = {100: 4.5, 200: 4.8}
     rows = [[step, step / 2, 5 - step / 100, val_loss.get(step), 1 + step / 150, 3.0, 1e-3]
             for step in range(10, 201, 10)]
@@ -46,7 +46,7 @@ def test_training_shows_the_run_and_what_best_uses(layers, drawn, tmp_path):
     left, middle, right = drawn[0].axes[:3]
     assert points(left, 'validation').tolist() == [[100, 4.5], [200, 4.8]]
     assert points(left, 'best.safetensors').tolist() == [[100, 4.5]]
-    assert left.get_ylim()[1] > 4.8         # a copy's loss rises while it gets sparser: all of it is in sight
+    assert left.get_ylim()[1] > 4.8         # a loss that rises, as a pretrained model's does, stays in sight
     assert np.allclose(points(middle, 'reduction')[:, 1], [row[4] for row in rows])
     grid = right.images[0].get_array()          # (layers + 1, 4), in %
     assert np.allclose(grid.compressed(), 100 * np.array(shares)) and grid.shape == (layers + 1, 4)
@@ -64,7 +64,7 @@ def test_frontier_draws_the_median_and_the_extremes_of_seeds(drawn, tmp_path):
     rows += [dict(subject='small', method=method, target=3, reduction=3.0, kl=0.2)      # these are in the table
              for method in ('dense', 'CWIC: no centre')]
     rows += [dict(subject='chat', method='TEAL', target=2, reduction=2.0, kl=0.7),
-             dict(subject='chat', method='CATS', target=3, reduction=None, kl=None)]        # it cannot
+             dict(subject='chat', method='CATS', target=3, reduction=None, kl=None)]        # out of its reach
     assert plots.frontier(rows, tmp_path / 'frontier.svg')
     small, chat = drawn[0].axes
     assert np.allclose(points(small, 'CWIC'), [[2.1, 0.15], [3, 0.5]]) and small.get_title() == 'small'
@@ -75,7 +75,7 @@ def test_frontier_draws_the_median_and_the_extremes_of_seeds(drawn, tmp_path):
     assert not plots.frontier(rows[4:6], tmp_path / 'none.svg') and not (tmp_path / 'none.svg').exists()
 
 
-def test_speed_draws_every_case(drawn, tmp_path):
+def test_speed_draws_every_dtype_and_thread_count(drawn, tmp_path):
     rows = [dict(what='decode', engine='cwic', dtype=dtype, threads=threads, reduction=reduction,
                  tok_s=100 * reduction, tok_s_min=90 * reduction, tok_s_max=120 * reduction,
                  roofline=0.9 / reduction)
@@ -134,8 +134,8 @@ def test_logs_that_cannot_be_drawn_are_one_line(run, twin, code, word, tmp_path,
     assert ended.value.code == code and error.count('\n') == 1 and word in error
 
 
-def test_the_pictures_of_the_readme_come_from_what_is_committed(drawn, tmp_path, monkeypatch, capsys):
-    """And a point of the comparison is where its row says."""
+def test_pictures_in_assets_are_drawn_from_the_committed_figures(drawn, tmp_path, monkeypatch, capsys):
+    """One point of the comparison is checked against its row."""
     shutil.copytree(plots.HERE / 'assets', tmp_path / 'assets')
     pictures = sorted(path.name for path in (tmp_path / 'assets').glob('*.png'))
     monkeypatch.setattr(plots, 'HERE', tmp_path)
@@ -148,7 +148,7 @@ def test_the_pictures_of_the_readme_come_from_what_is_committed(drawn, tmp_path,
     assert np.allclose(points(chat, 'CWIC')[-1], (row['reduction'], row['kl']))
 
 
-def test_stripes_draws_what_it_is_given(drawn, tmp_path):
+def test_stripes_draws_speed_and_quality(drawn, tmp_path):
     rows = [{'stripe': width, 'dtype': dtype, 'tok_s': speed, 'reduction': 2.96}
             for width, speed in ((64, 100), ('matrix', 300)) for dtype in ('f32', 'int8')]
     quality = [{'stripe': 64, 'what': 'KL', 'value': 0.25}, {'stripe': 'matrix', 'what': 'KL', 'value': 0.5}]
@@ -160,7 +160,7 @@ def test_stripes_draws_what_it_is_given(drawn, tmp_path):
     assert [label.get_text() for label in right.get_xticklabels()] == ['64', 'one']
 
 
-def test_tokens_draws_what_it_is_given(drawn, tmp_path):
+def test_tokens_draws_all_four_panels(drawn, tmp_path):
     kinds = [('name', 2000, 0.4, 2.0, 0.1), ('digits', 30, 0.25, 1.0, 0.2), ('first token', 4, 0.1, np.nan, 0.3)]
     positions = [(0, 0, 0.1), (1, 1, 0.2), (2, 3, 0.3), (4, 6, 0.35)]
     surprise = [(0.01, 0.2, 0.1, 0.3), (0.5, 0.25, 0.2, 0.35), (4.0, 0.3, 0.25, 0.4)]
@@ -181,10 +181,10 @@ def test_tokens_draws_what_it_is_given(drawn, tmp_path):
     assert [label.get_text() for label in by_matrix.get_xticklabels()] == list(matrices)
 
 
-def test_settings_of_a_notebook_and_of_a_user(tmp_path):
+def test_settings_of_a_notebook_or_a_user_change_nothing(tmp_path):
     """
-    The backend of a notebook that is not there ended train.py in a traceback, as did text.usetex without LaTeX; other
-    settings of a matplotlibrc made our pictures look like theirs.
+    A notebook's backend, if missing, ended train.py in a traceback, as did text.usetex without LaTeX; other settings in
+    a user's matplotlibrc changed the looks of our pictures.
     """
     (tmp_path / 'matplotlibrc').write_text('text.usetex: True\nlines.color: nonsense\naxes.facecolor: red\n', encoding='utf-8')
     draw = 'import plots; rows = [[1, 1, 5, 4.5, 1, 1, 1]]; plots.twins(rows, rows, "twins.png")'
@@ -196,8 +196,8 @@ def test_settings_of_a_notebook_and_of_a_user(tmp_path):
     assert pictures[0] == pictures[1]
 
 
-def test_whatever_fails_in_drawing_is_an_os_error(tmp_path, monkeypatch):
-    """So that train.py, chat.py and others can say it in a line: a missing font, a format, a folder, the drawing itself."""
+def test_every_failure_in_drawing_is_an_os_error(tmp_path, monkeypatch):
+    """A missing font, an unknown format, a missing folder: callers can then report each in one line."""
     def fail(*args):
         raise RuntimeError('no font\nat all')
 
@@ -209,3 +209,9 @@ def test_whatever_fails_in_drawing_is_an_os_error(tmp_path, monkeypatch):
     monkeypatch.setattr(plots, 'draw_reduction', fail)
     with pytest.raises(OSError, match='RuntimeError: no font'):
         plots.twins(rows, rows, tmp_path / 'a.png')
+
+
+def test_training_does_not_import_the_chats_renderer():
+    code = 'import sys, train; print("render" in sys.modules, "plots" in sys.modules)'
+    run = subprocess.run([sys.executable, '-c', code], cwd=plots.HERE, capture_output=True, text=True)
+    assert run.stdout == 'False True\n'

@@ -34,7 +34,8 @@ BATCH = 2000    # documents between two records of the progress: about 2M tokens
 
 @dataclass
 class FinewebConfig:
-    """FineWeb-Edu's sample of ten billion tokens, streamed; a run that stops goes on by the same command."""
+    about = ("FineWeb-Edu's sample of ten billion tokens, streamed; a run that stops goes on by the same "
+             'command.')
     max_tokens: int = option(0, 'stop at so many train tokens; 0: at the end of the data set', at_least=0)
     tokenizer: str = tokenizer_option('gpt2')
     out: str = option(str(HERE), 'folder for train.bin, val.bin and meta.json')

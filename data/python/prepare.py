@@ -46,7 +46,7 @@ MAX_BYTES = 400_000         # of a package's file
 
 @dataclass
 class PythonConfig:
-    """Python code: the standard library of the Python that runs this, and its packages if asked for."""
+    about = 'Python code: the standard library of the Python that runs this, and its packages if asked for.'
     packages: bool = option(False, 'also every installed package; their licences are their own')
     out: str = option('', 'folder for train.bin, val.bin and meta.json; '
                           'none: data/python, or data/packages with --packages')

@@ -36,7 +36,7 @@ MERGES = 4096 - 256 - 1
 
 @dataclass
 class TokenizerConfig:
-    """Trains python4k.tiktoken on the train split of data/python/prepare.py. There are no options."""
+    about = 'Trains python4k.tiktoken on the train split of data/python/prepare.py. There are no options.'
 
 
 def main():

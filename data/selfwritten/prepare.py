@@ -57,7 +57,7 @@ USER, ASSISTANT, DOCUMENT, NEW_DOCUMENT, IN_TEMPLATE = range(5)
 
 @dataclass
 class SelfWrittenConfig:
-    """Text that a chat model writes itself: half dialogues, half plain documents."""
+    about = 'Text that a chat model writes itself: half dialogues, half plain documents.'
     model: str = option('smollm2', 'the chat model: smollm2, a Llama-family folder or GGUF file, ...')
     tokens: int = option(16_000_000, 'how many tokens to write, at least', at_least=1)
     dialogues: float = option(0.5, 'share of dialogues; the rest are documents', at_least=0, at_most=1)

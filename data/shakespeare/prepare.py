@@ -29,7 +29,7 @@ SIZE = 1_115_394    # bytes
 
 @dataclass
 class ShakespeareConfig:
-    """Tiny Shakespeare, 1.1 MB of plays, downloaded once; the last tenth is for validation."""
+    about = 'Tiny Shakespeare, 1.1 MB of plays, downloaded once; the last tenth is for validation.'
     tokenizer: str = tokenizer_option('bytes')
     out: str = option('', 'folder for train.bin, val.bin and meta.json; none: that of this script')
 

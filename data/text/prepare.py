@@ -49,12 +49,11 @@ from tokenizer import ENDOFTEXT
 
 @dataclass
 class TextConfig:
-    """
-    Text of your own, UTF-8: many files are split by file, few are each cut in two near the end, between
-    documents marked with <|endoftext|> or else after a line. Files called .jsonl hold dialogues, on each line
-    {"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]}, which are
-    written in the chat template of the model named as --tokenizer.
-    """
+    about = ('Text of your own, UTF-8: many files are split by file, few are each cut in two near the '
+             'end, between documents marked with <|endoftext|> or else after a line. Files called .jsonl'
+             ' hold dialogues, on each line {"messages": [{"role": "user", "content": "..."}, {"role": '
+             '"assistant", "content": "..."}]}, which are written in the chat template of the model '
+             'named as --tokenizer.')
     files: tuple = option((), 'text files, and .jsonl files of dialogues')
     tokenizer: str = tokenizer_option('python4k')
     out: str = option(str(HERE), 'folder for train.bin, val.bin and meta.json')
