@@ -2,7 +2,7 @@
 Where the compute goes: to which tokens, at which positions, in which matrices, and what it gains.
 
     python lab/compute.py out/best.safetensors
-    python lab/compute.py adapters/smollm2.safetensors --dialogues --picture assets/tokens.png      # minutes
+    python lab/compute.py adapters/smollm2.safetensors --data heldout --dialogues --picture assets/tokens.png
 
 Reads validation text and measures, for every token, the share of the weights used in the pass over it, how
 surprising the token was, how sure the model is of the next one, and how much better the dense model predicts
