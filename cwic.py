@@ -649,7 +649,7 @@ def next_token_loss(logits, targets):
 def kl_loss(logits, teacher_logits, reverse):
     """
     (1 - reverse) KL(teacher || student) + reverse KL(student || teacher), mean over tokens, in nats: at 1/2
-    the two-way KL, at 0 the one that evaluate.py measures. logits (N, vocab), both.
+    the two-way KL, at 0 the KL of evaluate.py. logits (N, vocab), both.
     """
     logq, logp = logits.float().log_softmax(-1), teacher_logits.float().log_softmax(-1)
     weight = (1 - reverse) * logp.exp() - reverse * logq.exp()

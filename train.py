@@ -64,7 +64,7 @@ from starting import (BEST, COLUMNS, FILES, LAST, check_carried, claim_folder, n
 
 MET = 0.97                  # an evaluation meets the target if it reaches this share of it
 OBSERVED = 64               # sequences on which the statistics are observed
-FUSE_FROM = 2 ** 18         # tokens of sparse training from which compiling the gates pays, on a CPU
+FUSE_FROM = 2 ** 18         # tokens of sparse training from which compiling the masks pays, on a CPU
 
 
 @dataclass
@@ -361,8 +361,8 @@ def observe(run, mix):
         fail('the inputs of a layer never change, so its thresholds could not learn: is a layer all 0?', 1)
 
 
-def fuse_gates(run):
-    """Compiles the model's gates, and nothing else, if that works and pays. Returns whether it does."""
+def fuse_masks(run):
+    """Compiles the model's masks, and nothing else, if that works and pays. Returns whether it does."""
     config = run.config
     tokens = (config.steps() - config.dense_steps) * config.batch_size * config.block_size
     pays = run.device == 'cpu' and not config.compile and tokens >= FUSE_FROM and not why_no_compile('cpu')
@@ -395,7 +395,7 @@ def restore(run, saved):
         if not run.optimizer.state and run.step not in (0, config.dense_steps):
             raise ValueError("Adam's state is missing")
         if run.step > config.dense_steps and not config.is_dense(run.step):
-            fuse_gates(run)
+            fuse_masks(run)
             run.teacher = frozen_teacher(run) if config.teacher else None
             if config.teacher and not run.base:         # an adapter's teacher is its base
                 load_teacher(run.teacher, saved['teacher'])
@@ -634,8 +634,8 @@ def train(run, mix, rank, world_size):
         for group, share in zip(run.optimizer.param_groups, (1, 1, config.threshold_lr), strict=True):
             group['lr'] = share * lr
         if run.step == config.dense_steps and not dense:
-            if fuse_gates(run):
-                print0('sparse from here on; the gates are compiled first, for ten seconds or less', rank,
+            if fuse_masks(run):
+                print0('sparse from here on; the masks are compiled first, for ten seconds or less', rank,
                        requests)
             if not observed(model):             # most adapters have their statistics already
                 observe(run, mix)

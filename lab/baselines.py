@@ -161,7 +161,7 @@ def distil(run, mix, method, calibration, report):
     if method.learned:
         with uncompiled():
             train.observe(run, mix)
-        train.fuse_gates(run)
+        train.fuse_masks(run)
     for run.step in range(config.steps()):
         target, lr = train.target_at(run.step, config), train.lr_at(run.step, config)
         if not (method.learned or method.is_dense) and run.step % EVERY == 0:

@@ -148,7 +148,7 @@ def measure_train(config, shape):
     if rank == 0:
         print(', '.join(f'{key} {value}' for key, value in about.items()), flush=True)
     teacher = train.frozen_teacher(run) if world_size == 1 else None
-    train.fuse_gates(run)               # on a CPU, as in a run
+    train.fuse_masks(run)               # on a CPU, as in a run
     if config.compile:
         run.head_loss = torch.compile(train.head_loss)
         for block in model.blocks:

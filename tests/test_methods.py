@@ -99,8 +99,8 @@ def test_reduction_equals_a_plain_count_and_meets_the_target(name, arch, inputs)
     target = 1.15 if name == 'CATS' else 1.8
     if made := changed(name, arch, target):
         _, model, tokens = made
-        found, gates = inputs(model, tokens), methods.sparse_layers_of(model)
-        counted = sum(weights_used(gate, x) for name, gate in gates.items() for x in found[name])
+        found, layers = inputs(model, tokens), methods.sparse_layers_of(model)
+        counted = sum(weights_used(layer, x) for name, layer in layers.items() for x in found[name])
         windows = np.concatenate([tokens.numpy(), np.zeros((8, 1), np.int64)], axis=1)
         reduction = evaluate.measure(model, windows)['reduction']
         assert reduction == pytest.approx(model.n_weights() * tokens.numel() / counted, rel=1e-9)
@@ -113,9 +113,9 @@ def test_reduction_equals_a_plain_count_and_meets_the_target(name, arch, inputs)
 def test_teals_thresholds_hit_their_quantile(arch, share, inputs):
     _, model, tokens = changed('TEAL', arch)
     methods.calibrate(model, (tokens,), dict.fromkeys(methods.sparse_layers_of(model), share))
-    found, gates = inputs(model, tokens), methods.sparse_layers_of(model)
-    for name, gate in gates.items():
-        t = np.unique(gate.thresholds().detach().numpy())
+    found, layers = inputs(model, tokens), methods.sparse_layers_of(model)
+    for name, layer in layers.items():
+        t = np.unique(layer.thresholds().detach().numpy())
         assert len(t) == 1 and (t > 0) == (share < 1)       # one for the matrix
         # earlier layers skip already, so inputs may be equal, and lie on the threshold
         assert np.mean(np.abs(found[name]) > t) == pytest.approx(share, abs=2 / found[name].size)

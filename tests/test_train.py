@@ -351,12 +351,12 @@ def test_evaluation_does_not_change_the_model(dense):
     assert abs(measured['reduction'] - model.n_weights() / float(active.sum(0).mean())) < 1e-9
 
 
-def test_gates_are_compiled_only_if_that_pays_and_works(monkeypatch):
+def test_masks_are_compiled_only_if_that_pays_and_works(monkeypatch):
     """Not in a run of a minute, not with --compile, and not without a compiler: each would only be slower."""
     def fuses(why='', **options):
         run = new_run(small_model(), dense_steps=100, ramp_steps=100, hold_steps=100, **options)
         monkeypatch.setattr(train, 'why_no_compile', lambda device: why)
-        train.fuse_gates(run)
+        train.fuse_masks(run)
         return run.model.head.functions is not cwic.Thresholds.functions
 
     assert fuses(batch_size=8, block_size=256) and not fuses(batch_size=8, block_size=16)
