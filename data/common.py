@@ -157,6 +157,22 @@ def write_dataset(folder, encoding, spec, pieces, source, **more):
           f"{size['train'] / tokens['train']:.2f} bytes per token")
 
 
+def until_stopped(pieces):
+    """
+    Yields pieces, for write_dataset, until there are no more, or Ctrl-C or a DataError stops them: hours of
+    work must not be lost, so the pieces so far make the data set.
+    """
+    some = False
+    try:
+        for piece in pieces:
+            yield piece
+            some = True
+    except (KeyboardInterrupt, DataError) as e:
+        if not some:
+            raise
+        print(f'stopped early ({str(e) or "Ctrl-C"}): the text so far makes the data set')
+
+
 # -----------------------------------------------------------------------------
 # reading
 

@@ -5,12 +5,13 @@ FineWeb-Edu, the sample of ten billion tokens: text for GPT-2 scale -> train.bin
     python data/fineweb/prepare.py --max_tokens 1000000000          # a tenth of it, about 2 GB
 
 The text is streamed, never stored: 20 GB of disk for all of it (2 bytes a token), a few hundred MB of memory.
-A hash of its text decides which split a document goes to, so no text is in both.
+A hash of its text decides which split a document goes to, so no text is in both. If the connection is
+lost, or on Ctrl-C, the data set is made of what has arrived.
 
 Not tried yet on the real data set, for want of a network: only on a stand-in for the package `datasets`.
 
-Not here: going on after a lost connection, shuffling (the sample comes shuffled), filtering, several
-processes, other configurations of the data set.
+Not here: going on with such a part, shuffling (the sample comes shuffled), filtering, several processes,
+other configurations of the data set.
 """
 
 import itertools
@@ -20,7 +21,8 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))    # the repository, for the imports below
-from data.common import DataError, encoded, find_tokenizer, in_val, run, tokenizer_option, write_dataset
+from data.common import (DataError, encoded, find_tokenizer, in_val, run, tokenizer_option, until_stopped,
+                         write_dataset)
 from files import one_line
 from options import option, parse_options, progress
 
@@ -70,7 +72,7 @@ def pieces(encoding, spec, max_tokens):
 def main():
     config, _ = parse_options(FinewebConfig, 'python data/fineweb/prepare.py')
     spec, encoding = find_tokenizer(config.tokenizer)
-    text = pieces(encoding, spec, config.max_tokens)
+    text = until_stopped(pieces(encoding, spec, config.max_tokens))
     write_dataset(config.out, encoding, spec, text, f'{DATASET} {SAMPLE}')
 
 

@@ -18,10 +18,10 @@ begin as if another document had just ended.
 People also ask what the model would not. With --questions, a share of the dialogues (--asked) begin with a
 line of that file as the user's first message; the model answers, and goes on as in the others.
 
-The text depends only on the seed, the options, the questions and the device.
+The text depends only on the seed, the options, the questions and the device. On Ctrl-C, the data set is made
+of what has been written.
 
-Not here: filtering, as at these temperatures hardly any window comes twice; going on with text that was
-interrupted.
+Not here: filtering, as at these temperatures hardly any window comes twice; going on with such a part.
 """
 
 import math
@@ -38,7 +38,7 @@ sys.path.insert(0, str(HERE.parents[1]))    # the repository, for the imports be
 import weights
 from checkpoint import CheckpointError
 from cwic import KVCache, sample
-from data.common import DataError, run, token_dtype, write_dataset
+from data.common import DataError, run, token_dtype, until_stopped, write_dataset
 from device import choose_device
 from evaluate import read_questions
 from options import option, parse_options
@@ -208,7 +208,8 @@ def main():
             speed = batch * config.window / (time.perf_counter() - start)
             print(f'{(i + 1) * batch * config.window:,} tokens written, {speed:,.0f}/s', flush=True)
 
-    write_dataset(config.out, encoding, spec, pieces(), f'written by {config.model}', window=config.window)
+    source = f'written by {config.model}'
+    write_dataset(config.out, encoding, spec, until_stopped(pieces()), source, window=config.window)
 
 
 if __name__ == '__main__':
