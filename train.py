@@ -456,12 +456,15 @@ def save_last(run):
 
 
 def save_best(run):
-    """Writes best.safetensors after the best evaluation that met the target, or the last one if none did."""
+    """
+    Writes best.safetensors after the best evaluation that met the target; until one has met it, after each
+    one from the end of the ramp on, so that a run that is lost leaves something.
+    """
     config, results = run.config, run.results
-    score = 'kl' if 'kl' in results else 'val_loss'
-    met = (run.step >= config.dense_steps + config.ramp_steps
-           and results['reduction'] >= MET * config.target_reduction)
-    if met and results[score] < run.best.get(score, math.inf) or run.step == config.steps() and not run.best:
+    score, goal = 'kl' if 'kl' in results else 'val_loss', MET * config.target_reduction
+    had_met, met = run.best.get('reduction', 0.0) >= goal, results['reduction'] >= goal
+    better = met and results[score] < run.best.get(score, math.inf)
+    if run.step >= config.dense_steps + config.ramp_steps and (better or not had_met):
         run.best = {**results, 'step': run.step}
         save(run, BEST)
 

@@ -501,6 +501,20 @@ def test_best_checkpoint_met_the_target_and_is_the_one_reported(data, tmp_path, 
     assert (best['step'], best['val_loss'], rows) == (8, 2.5, load(tmp_path)['log']) and len(matrices) == 4
 
 
+def test_a_run_that_is_lost_before_it_met_the_target_leaves_its_newest_model(data, tmp_path, monkeypatch):
+    """
+    A long run stayed at 96% of its target, so that nothing was left of it when its machine was lost. The first
+    evaluation that meets the target counts, even if its loss is higher.
+    """
+    steps = flags({'dense_steps': 4, 'ramp_steps': 3, 'hold_steps': 5, 'eval_every': 2})
+    scripted(monkeypatch, [1.0, 1.0, 1.0, 2.0, 3.0], [1.0, 1.0, 1.0, 1.1, 1.1])
+    assert tiny(data, tmp_path, *steps, '--max_steps', 10).returncode == 0
+    assert load(tmp_path, 'best.safetensors')['step'] == 10
+    scripted(monkeypatch, [4.0], [1.21])
+    assert resume(tmp_path, '--max_steps', 12).returncode == 0
+    assert load(tmp_path, 'best.safetensors')['step'] == 12
+
+
 def test_a_missed_target_is_an_error(data, tmp_path):
     """A run that reached 1.05x instead of 3x said nothing, and its exit code was 0."""
     ended = tiny(data, tmp_path, '--target_reduction', 3)
