@@ -35,6 +35,7 @@ if __name__ == '__main__':
     # torch's idle threads sleep instead of spinning: ten times as fast if other programs need the cores
     os.environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE')
 
+import copy
 import csv
 import io
 import math
@@ -46,6 +47,7 @@ from dataclasses import asdict, dataclass, field, replace
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 
 import cwic
 import plots
@@ -227,7 +229,7 @@ def head_loss(model, teacher, hidden, teacher_hidden, targets, dense, teacher_sh
     logits, active = model.head(hidden, dense)
     logits, loss = logits.flatten(0, 1), 0.0                            # (B * T, vocab)
     if teacher_share < 1:
-        loss = (1 - teacher_share) * cwic.next_token_loss(logits, targets.flatten())
+        loss = (1 - teacher_share) * F.cross_entropy(logits.float(), targets.flatten())
     if teacher_share > 0:
         with torch.no_grad():
             teacher_logits = teacher.head(teacher_hidden, dense=True)[0].flatten(0, 1)
@@ -373,7 +375,9 @@ def fuse_masks(run):
 
 def frozen_teacher(run):
     """The dense model that the student starts from: a copy of the student, without its LoRA."""
-    teacher = cwic.dense_copy(run.model)
+    teacher = copy.deepcopy(run.model).eval().requires_grad_(False)
+    for layer, adapter, _ in cwic.adapters(teacher):
+        setattr(layer, adapter, torch.nn.Identity())
     for block in teacher.blocks if run.config.compile else ():
         block.compile()
     return teacher
