@@ -6,10 +6,10 @@ Talk to a CWIC model and see where its compute goes.
     python chat.py --json < prompts.txt                 # a reply to each line, as JSON, for scripts
 
 The model is your own out/best.safetensors if there is one, else the shipped adapter, which makes
-SmolLM2-135M-Instruct (Apache-2.0) sparse. --ckpt takes everything that weights.py can load. --dense uses
-every weight; for an adapter it loads the dense model underneath. Each token's background shows how many
-weights were used to process it. If stdout is not a terminal, it gets only the replies, and remarks go to
-stderr. NO_COLOR=1 turns colours off.
+SmolLM2-135M-Instruct sparse. --ckpt takes everything that weights.py can load. --dense uses every weight; for
+an adapter it loads the dense model underneath. Each token's background shows how many weights were used to
+process it; NO_COLOR=1 turns colours off. If stdout is not a terminal, it gets only the replies, and remarks
+go to stderr.
 
 A model with a chat template answers. Any other continues the text: what you type is added on a new line. If
 it was trained on dialogues, give --turn_template 'User: {prompt}\\nAssistant:' --stop '\\nUser:';
@@ -268,12 +268,13 @@ def load(config):
     from conversation import Conversation
     from tokenizer import TokenizerError
     from weights import WeightsError, load
-    name = config.ckpt or next((path for path in OWN if os.path.exists(path)), ADAPTER)
+    path = config.ckpt or next((path for path in OWN if os.path.exists(path)), ADAPTER)
+    name = 'SmolLM2-135M-Instruct (Apache-2.0)' if path == ADAPTER else path
     try:
-        model, saved = load(name)
+        model, saved = load(path)
         base = saved.get('base')
         if config.dense and base:
-            model, name = load(base)[0], f'{base}, the base of {name}'
+            model, name = load(base)[0], f'{base}, the base of {path}'
         conversation = Conversation(model, saved.get('tokenizer'), config, base)
     except (CheckpointError, TokenizerError, WeightsError, MemoryError) as error:
         fail(error, 1)
@@ -304,7 +305,7 @@ def main():
         return chat.answer([config.prompt])
     if terminal and sys.stdin.isatty():
         return chat.converse()
-    return chat.answer(line.rstrip('\n') for line in sys.stdin)
+    return chat.answer(line.rstrip('\r\n') for line in sys.stdin)
 
 
 if __name__ == '__main__':

@@ -648,7 +648,7 @@ def test_ctrl_c_keeps_the_partial_reply(checkpoint):
 def main(monkeypatch, capsys, *words, stdin=b'a\n'):
     """chat.main() in this process -> its exit code, stdout, and the lines of stderr."""
     monkeypatch.setattr(sys, 'argv', ['chat.py', *map(str, words)])
-    monkeypatch.setattr(sys, 'stdin', io.TextIOWrapper(io.BufferedReader(io.BytesIO(stdin))))
+    monkeypatch.setattr(sys, 'stdin', io.TextIOWrapper(io.BytesIO(stdin), newline='\n'))
     try:
         code = chat.main()
     except SystemExit as stopped:
@@ -704,7 +704,7 @@ def test_a_name_is_the_dense_model_and_a_file_the_adapter(checkpoint, chat_check
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(chat, 'ADAPTER', chat_checkpoint)
     code, _, lines = main(monkeypatch, capsys, '--max_tokens', '2', '--threads', '1')
-    assert code == 0 and lines[0] == f'{chat_checkpoint}, sparse: 0.0M parameters; f32, 1 thread'
+    assert code == 0 and lines[0] == 'SmolLM2-135M-Instruct (Apache-2.0), sparse: 0.0M parameters; f32, 1 thread'
     os.mkdir('out')
     shutil.copy(checkpoint, 'out/best.safetensors')
     code, _, lines = main(monkeypatch, capsys, '--max_tokens', '2')
