@@ -88,7 +88,7 @@ class TrainConfig:
     arch: str = option('gpt2', 'gpt2; or llama: RMSNorm, rotary positions, grouped queries, a gated MLP')
     n_layer: int = option(2, 'number of blocks')
     n_head: int = option(5, 'attention heads per block')
-    n_kv_head: int = option(0, 'llama: heads for keys and values; 0: as many as --n_head')
+    n_kv_head: int = option(0, 'heads for keys and values; 0: as many as --n_head')
     n_embd: int = option(320, 'width of the model')
     n_hidden: int = option(0, 'width of the MLP; 0: 4 times --n_embd')
     block_size: int = option(256, "tokens in a training sequence, and in a new model's context", at_least=1)

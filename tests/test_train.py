@@ -769,7 +769,6 @@ def test_nan_is_never_saved(data, tmp_path, monkeypatch):
     (['--n_layer', '0'], 2, '--n_layer'),
     (['--stripe_up', '0'], 2, '--stripe_up'),
     (['--arch', 'gpt3'], 2, '--arch must be gpt2 or llama'),
-    (['--n_kv_head', '1'], 2, '--n_kv_head is an option of --arch llama'),
     (['--device', 'abacus'], 2, '--device abacus'),
     (['--dtype', 'float8'], 2, '--dtype float8'),
     (['--data', 'nowhere'], 1, 'data/nowhere is not there'),
