@@ -1,29 +1,22 @@
 """
-Standard benchmarks through EleutherAI's lm-evaluation-harness: accuracy, and the compute it took.
+Standard benchmarks: accuracy, and the compute it took. BLiMP runs by itself, all others through EleutherAI's
+lm-evaluation-harness.
 
+    python lab/benchmarks.py --model adapters/smollm2.safetensors --blimp FILE
     pip install lm-eval==0.4.13         # the tested version; nothing else here needs it
     python lab/benchmarks.py --model adapters/smollm2.safetensors --tasks arc_easy,hellaswag,piqa
     python lab/benchmarks.py --model adapters/smollm2.safetensors --tasks arc_easy,hellaswag,piqa --dense
 
-The harness fetches its tasks from the network. Tasks of your own need no network: --include_path names the
-folder with their YAML files, and --tasks are then looked up only there.
+BLiMP (Warstadt et al., 2020, github.com/alexwarstadt/blimp) tests grammar with pairs of sentences: a pair is
+right if the model finds the good sentence likelier than the bad one, as half of all guesses would be. FILE is
+made of the files in its data/ folder: cat data/*.jsonl. Each line is a JSON object with 'sentence_good',
+'sentence_bad' and 'UID', one of 67 paradigms.
 
-    python lab/benchmarks.py --model adapters/smollm2.safetensors --tasks capitals --include_path my_tasks
-
-    my_tasks/capitals.yaml                              my_tasks/capitals.json, one object on each line
-      task: capitals                                      {"q": "The capital of France is",
-      dataset_path: json                                   "choices": ["Paris", "Rome"], "answer": 0}
-      dataset_kwargs:
-        data_files: {test: my_tasks/capitals.json}      (relative to where the command runs)
-      test_split: test
-      output_type: multiple_choice
-      doc_to_text: "{{q}}"
-      doc_to_choice: "{{choices}}"                      (the harness puts a blank before each, unless
-      doc_to_target: "{{answer}}"                        target_delimiter is set)
-      metric_list: [{metric: acc, aggregation: mean, higher_is_better: true}]
+The harness fetches its tasks from the network. With --include_path FOLDER it looks up --tasks only among your
+own task files, YAML in the harness's format, and needs no network.
 
 Everything is computed in f32, and the tokens of a question are as sparse as those of an answer. The reduction
-is dense / active weights over all tokens that a task reads.
+is dense / active weights over all tokens that are read.
 
 Not here: tasks that judge generated text (generate_until), chat templates, several GPUs.
 """
@@ -44,7 +37,8 @@ import weights
 from checkpoint import CheckpointError
 from data.common import DataError, run
 from device import choose_device
-from evaluate import rows_at_once
+from evaluate import read_file, rows_at_once
+from files import DAMAGED, one_line
 from options import fail, option, parse_options, progress
 from tokenizer import bos_ids, load_tokenizer, start_ids
 
@@ -56,11 +50,13 @@ BOOTSTRAPS = 1000       # resamples for the standard error of metrics that are n
 
 @dataclass
 class BenchmarkConfig:
-    about = 'Accuracy and reduction on tasks of lm-evaluation-harness.'
+    about = 'Accuracy and reduction on BLiMP, or on tasks of lm-evaluation-harness.'
     model: str = option('', 'what weights.load takes: a checkpoint, an adapter, a name')
+    blimp: str = option('', 'BLiMP as JSON lines')
     tasks: str = option('', 'names of tasks or groups, or paths of YAML files, separated by commas')
     include_path: str = option('', "a folder with task files of your own, used instead of the harness's")
-    limit: int = option(0, 'how many items of each task, from the first on; 0: all', at_least=0)
+    limit: int = option(0, 'how many items of each task, or pairs of each paradigm, from the first on; '
+                        '0: all', at_least=0)
     dense: bool = option(False, 'use every weight')
     json: bool = option(False, 'print one JSON object')
     device: str = option('auto', 'auto, cpu, cuda or mps')
@@ -121,6 +117,37 @@ def score(model, pairs, dense=False):
         progress(f'{done:,} of {len(inputs):,} inputs read')
     progress()
     return logp, greedy, active, read
+
+
+# -----------------------------------------------------------------------------
+# BLiMP
+
+
+def read_blimp(path, limit):
+    """
+    {paradigm: [(good sentence, bad sentence)]}, the first `limit` pairs of each paradigm, or all if it is 0.
+    Raises DataError.
+    """
+    pairs = {}
+    try:
+        for row in map(json.loads, filter(str.strip, read_file(path).split('\n'))):
+            pairs.setdefault(row['UID'], []).append((row['sentence_good'], row['sentence_bad']))
+    except DAMAGED as error:
+        raise DataError(f'{path}: not BLiMP as JSON lines ({one_line(error)})') from None
+    if not pairs:
+        raise DataError(f'{path}: no pairs of sentences in it')
+    return {paradigm: some[:limit or None] for paradigm, some in pairs.items()}
+
+
+def blimp(model, spec, encoding, pairs, dense=False):
+    """pairs: see read_blimp() -> {paradigm: share of its pairs that is right}, and the reduction"""
+    start = start_ids(spec, encoding)
+    sentences = [(start, encoding.encode_ordinary(text))
+                 for some in pairs.values() for pair in some for text in pair]
+    logp, _, active, read = score(model, sentences, dense)
+    right, ends = logp[::2] > logp[1::2], np.cumsum([len(some) for some in pairs.values()])
+    accuracy = {paradigm: float(found.mean()) for paradigm, found in zip(pairs, np.split(right, ends[:-1]))}
+    return accuracy, float(model.n_weights() * read.sum() / active.sum())
 
 
 # -----------------------------------------------------------------------------
@@ -229,34 +256,45 @@ def table(results):
     return '\n'.join(lines + [f'{"all tokens read":72}{results["reduction"]:11.2f}x'])
 
 
-def main():
-    config, _ = parse_options(BenchmarkConfig, 'python lab/benchmarks.py')
-    names = [name.strip() for name in config.tasks.split(',') if name.strip()]
-    if not config.model or not names:
-        fail('say which --model and which --tasks, for example --model smollm2 --tasks arc_easy,piqa')
-    if config.include_path and not os.path.isdir(config.include_path):
-        fail(f'--include_path {config.include_path}: no such folder')
-    device = choose_device(config.device)
+def run_tasks(config, names, model, spec, encoding):
+    """--tasks -> results as collect() returns them. Ends the program if there is no harness."""
     try:
         import lm_eval
     except ImportError as error:
         fail(f'lm-evaluation-harness cannot be imported ({error}): pip install {LM_EVAL}', 1)
-    tasks = load_tasks(names, config.include_path)
+    tasks, lm = load_tasks(names, config.include_path), harness_model(model, spec, encoding, config.dense)
+    with redirect_stdout(sys.stderr):       # the harness prints, too, which would spoil --json
+        found = lm_eval.evaluate(lm, tasks, limit=config.limit or None, bootstrap_iters=BOOTSTRAPS,
+                                 log_samples=False)
+    if lm.cut:
+        print(f"{lm.cut} contexts were longer than the model's {model.config.block_size} tokens, and lost "
+              'their beginning', file=sys.stderr)
+    return dict(lm_eval=lm_eval.__version__, **collect(found, lm.cost, model.n_weights()))
+
+
+def main():
+    config, _ = parse_options(BenchmarkConfig, 'python lab/benchmarks.py')
+    names = [name.strip() for name in config.tasks.split(',') if name.strip()]
+    if not config.model or bool(names) == bool(config.blimp):
+        fail('say which --model, and either --blimp FILE or --tasks: --model smollm2 --tasks arc_easy,piqa')
+    if config.include_path and not os.path.isdir(config.include_path):
+        fail(f'--include_path {config.include_path}: no such folder')
+    device = choose_device(config.device)
+    pairs = read_blimp(config.blimp, config.limit) if config.blimp else {}
     try:
         model, saved = weights.load(config.model)
     except (CheckpointError, weights.WeightsError) as error:
         fail(error, 1)
-    spec = saved['tokenizer']
-    lm = harness_model(model.to(device), spec, load_tokenizer(spec), config.dense)
-    with redirect_stdout(sys.stderr):       # the harness prints, too, which would spoil --json
-        found = lm_eval.evaluate(lm, tasks, limit=config.limit or None, bootstrap_iters=BOOTSTRAPS,
-                                 log_samples=False)
-    results = dict(model=config.model, dense=config.dense, lm_eval=lm_eval.__version__,
-                   **collect(found, lm.cost, model.n_weights()))
-    if lm.cut:
-        print(f"{lm.cut} contexts were longer than the model's {model.config.block_size} tokens, and lost "
-              'their beginning', file=sys.stderr)
-    print(json.dumps(results) if config.json else table(results))
+    model, spec, encoding = model.to(device), saved['tokenizer'], load_tokenizer(saved['tokenizer'])
+    if config.blimp:
+        by_paradigm, reduction = blimp(model, spec, encoding, pairs, config.dense)
+        mean, count = float(np.mean(list(by_paradigm.values()))), sum(map(len, pairs.values()))
+        results = dict(blimp=mean, reduction=reduction, pairs=count, by_paradigm=by_paradigm)
+        text = f'BLiMP: {mean:.4f} of {count:,} pairs right, reduction {reduction:.2f}x'
+    else:
+        results = run_tasks(config, names, model, spec, encoding)
+        text = table(results)
+    print(json.dumps(dict(model=config.model, dense=config.dense, **results)) if config.json else text)
 
 
 if __name__ == '__main__':

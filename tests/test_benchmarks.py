@@ -1,4 +1,7 @@
-"""benchmarks.py: every log p against a pass over one sequence, and the harness's results against a plain loop."""
+"""
+benchmarks.py: every log p against a pass over one sequence, and the results of BLiMP and of the harness against a
+plain loop.
+"""
 
 import json
 import sys
@@ -10,7 +13,7 @@ import torch
 
 import cwic
 from checkpoint import save_checkpoint
-from data.common import DataError
+from data.common import DataError, run
 from lab import benchmarks
 from tokenizer import PATTERNS, bpe_spec, load_tokenizer, tokenizer_spec
 
@@ -98,15 +101,17 @@ def test_a_continuation_that_cannot_be_scored_is_refused(model):
 
 
 @pytest.mark.parametrize('options, line', [
-    ([], 'say which --model and which --tasks'),
-    (['--model', 'smollm2', '--tasks', ','], 'say which --model and which --tasks'),
+    ([], 'say which --model, and either --blimp FILE or --tasks'),
+    (['--model', 'smollm2', '--tasks', ','], 'say which --model, and either'),
+    (['--model', 'smollm2', '--tasks', 'a', '--blimp', 'b'], 'say which --model, and either'),
+    (['--model', 'smollm2', '--blimp', 'none.jsonl'], 'none.jsonl: cannot be read'),
     (['--model', 'smollm2', '--tasks', 'a', '--include_path', 'none'], '--include_path none: no such folder'),
     (['--model', 'smollm2', '--tasks', 'a'], 'pip install lm-eval==')])
 def test_a_missing_option_or_package_is_one_line(options, line, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, 'lm_eval', None)       # as if it were not installed
     monkeypatch.setattr(sys, 'argv', ['lab/benchmarks.py', *options])
     with pytest.raises(SystemExit) as ended:
-        benchmarks.main()
+        run(benchmarks.main)
     message = capsys.readouterr().err
     assert ended.value.code and line in message and message.count('\n') == 1
 
@@ -123,6 +128,35 @@ def test_the_table_has_each_metric_with_its_error_and_the_reduction_once():
     assert [line.split() for line in benchmarks.table(results).split('\n')[1:]] == [
         ['one', 'acc', '0.2500', '0.1250', '40', '2.00x'], ['f1,first', '0.5000'], ['group', 'acc', '0.7500'],
         ['all', 'tokens', 'read', '2.00x']]
+
+
+def test_blimp_scores_batches_as_single_sentences(model, tmp_path, monkeypatch, capsys):
+    """Of each paradigm the first two pairs; the program prints the mean over paradigms."""
+    pairs = {'a': [('the cat sleeps', 'the cat sleep'), ('she sees him', 'she see him')],
+             'b': [('who did it?', 'did it who?')]}
+    rows = [{'UID': name, 'sentence_good': good, 'sentence_bad': bad} for name, some in pairs.items()
+            for good, bad in some] + [{'UID': 'a', 'sentence_good': 'x', 'sentence_bad': 'y'}]
+    (tmp_path / 'blimp.jsonl').write_text('\n'.join(map(json.dumps, rows)) + '\n', encoding='utf-8')
+    assert benchmarks.read_blimp(str(tmp_path / 'blimp.jsonl'), 2) == pairs
+    assert benchmarks.read_blimp(str(tmp_path / 'blimp.jsonl'), 0)['a'] == [*pairs['a'], ('x', 'y')]
+    scores = {name: [[one_by_one(model, '', text) for text in pair] for pair in some] for name, some in pairs.items()}
+    expected = {name: np.mean([good[0] > bad[0] for good, bad in some]) for name, some in scores.items()}
+    _, _, active, read = zip(*(score for some in scores.values() for pair in some for score in pair))
+    save_checkpoint(str(tmp_path / 'model.safetensors'), model, tokenizer=BYTES)
+    monkeypatch.setattr(sys, 'argv', ['lab/benchmarks.py', '--model', str(tmp_path / 'model.safetensors'),
+                                      '--device', 'cpu', '--blimp', str(tmp_path / 'blimp.jsonl'), '--limit', '2', '--json'])
+    benchmarks.main()
+    results = json.loads(capsys.readouterr().out)
+    assert results['by_paradigm'] == expected and results['blimp'] == np.mean(list(expected.values()))
+    assert results['reduction'] == pytest.approx(model.n_weights() * sum(read) / sum(active)) and results['pairs'] == 3
+    assert benchmarks.blimp(model, BYTES, load_tokenizer(BYTES), pairs, dense=True)[1] == 1
+
+
+def test_a_damaged_file_of_pairs_is_one_line(tmp_path):
+    for content in (b'', b'{}', b'[1]', b'{"UID": 1', b'\xff', b'{}\0'):
+        (tmp_path / 'bad.jsonl').write_bytes(content)
+        with pytest.raises(DataError, match='bad.jsonl: '):
+            benchmarks.read_blimp(str(tmp_path / 'bad.jsonl'), 2)
 
 
 # -----------------------------------------------------------------------------
