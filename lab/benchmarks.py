@@ -18,7 +18,8 @@ own task files, YAML in the harness's format, and needs no network.
 Everything is computed in f32, and the tokens of a question are as sparse as those of an answer. The reduction
 is dense / active weights over all tokens that are read.
 
-Not here: tasks that judge generated text (generate_until), chat templates, several GPUs.
+Not here: tasks that judge generated text (generate_until) or whole texts (loglikelihood_rolling: evaluate.py
+--text does that), chat templates, several GPUs.
 """
 
 import json
@@ -43,7 +44,6 @@ from options import fail, option, parse_options, progress
 from tokenizer import bos_ids, load_tokenizer, start_ids
 
 LM_EVAL = 'lm-eval==0.4.13'
-NOT_SUPPORTED = '{}: judges generated text, which is not supported; choose tasks scored by log p'
 FEWSHOT_SEED = 1234     # the harness's default
 BOOTSTRAPS = 1000       # resamples for the standard error of metrics that are not means, such as perplexity
 
@@ -155,48 +155,29 @@ def blimp(model, spec, encoding, pairs, dense=False):
 
 
 def harness_model(model, spec, encoding, dense=False):
-    """
-    A cwic.GPT as an lm_eval.api.model.LM. Its .cost is {task: (active weights, tokens read)}, and .cut the
-    number of contexts that have lost their beginning.
-    """
+    """A cwic.GPT as an lm_eval.api.model.LM. Its .cost is {task: (active weights, tokens read)}."""
     from lm_eval.api.model import LM
-    from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
     class HarnessModel(LM):
         def __init__(self):
             super().__init__()
-            self.cost, self.cut = {}, 0
-
-        def score(self, tasks, pairs):
-            """tasks: the name of each pair's task -> log p, greedy: see score()"""
-            logp, greedy, active, read = score(model, pairs, dense)
-            for task in set(tasks):
-                mine = np.array([name == task for name in tasks])
-                self.cost[task] = self.cost.get(task, 0) + np.array([active[mine].sum(), read[mine].sum()])
-            return logp, greedy
+            self.cost = {}
 
         def loglikelihood(self, requests):
             """requests: with .args (context, continuation) -> [(log p, greedy)]"""
             pairs = [encode_pair(spec, encoding, *request.args) for request in requests]
-            # the last token is scored, but not read
-            self.cut += sum(len(before + after) - 1 > model.config.block_size for before, after in pairs)
-            logp, greedy = self.score([request.task_name for request in requests], pairs)
+            logp, greedy, active, read = score(model, pairs, dense)
+            tasks = np.array([request.task_name for request in requests])
+            for task in set(tasks):
+                mine = tasks == task
+                self.cost[task] = self.cost.get(task, 0) + np.array([active[mine].sum(), read[mine].sum()])
             return list(zip(logp.tolist(), greedy.tolist()))
 
         def loglikelihood_rolling(self, requests):
-            """requests: with .args (text,) -> [log p of the whole text], of any length"""
-            pairs, owners, start = [], [], start_ids(spec, encoding)[-1]
-            for i, request in enumerate(requests):
-                ids = encoding.encode_ordinary(request.args[0])
-                windows = get_rolling_token_windows(token_list=ids, prefix_token=start,
-                                                    max_seq_len=model.config.block_size, context_len=1)
-                pairs += map(make_disjoint_window, windows)
-                owners += [i] * (len(pairs) - len(owners))
-            logp, _ = self.score([requests[i].task_name for i in owners], pairs)
-            return np.bincount(np.array(owners, int), logp, len(requests)).tolist()
+            raise NotImplementedError       # load_tasks() lets no task through that needs it, or the next
 
         def generate_until(self, requests):
-            raise DataError(NOT_SUPPORTED.format(requests[0].task_name))
+            raise NotImplementedError
 
     return HarnessModel()
 
@@ -212,64 +193,35 @@ def load_tasks(names, include_path):
         manager = TaskManager(include_path=include_path or None, include_defaults=not include_path)
         loaded = manager.load(names)
     except Exception as error:      # task files may hold code, and networks fail in a dozen ways
-        reason = ' '.join(f'{type(error).__name__}: {error}'.split())[:300]
-        raise DataError(f'--tasks {",".join(names)}: cannot be loaded ({reason}); they are fetched from the '
-                        'network, or with --include_path FOLDER looked up in that folder only') from None
+        raise DataError(f'--tasks {",".join(names)}: cannot be loaded ({one_line(error)}); they are fetched '
+                        'from the network, or with --include_path FOLDER looked up there only') from None
     for name, task in loaded['tasks'].items():
-        if task.OUTPUT_TYPE == 'generate_until':
-            raise DataError(NOT_SUPPORTED.format(name))
+        if task.OUTPUT_TYPE not in ('loglikelihood', 'multiple_choice'):
+            raise DataError(f'{name}: its type is {task.OUTPUT_TYPE}, which is not supported; choose tasks '
+                            'scored by the log p of an answer')
         # as the harness's own program does
         task.set_config('num_fewshot', task.get_config('num_fewshot') or 0)
         task.set_fewshot_seed(FEWSHOT_SEED)
     return loaded
 
 
-def collect(found, cost, n_weights):
-    """
-    found: what lm_eval.evaluate returns; cost: {task: (active weights, tokens read)}; n_weights: of a dense
-    token -> {'tasks': {name: {'metrics', 'stderr', 'n', 'reduction'}}, 'reduction'}. A group of tasks has
-    neither 'n' nor 'reduction'.
-    """
-    reduction, tasks = lambda active, read: float(n_weights * read / active), {}
-    for name, values in found['results'].items():
-        metrics, errors = {}, {}
-        for key, value in values.items():       # 'acc,none', 'acc_stderr,none'; none is the name of a filter
-            metric, comma, which = key.partition(',')
-            if comma and isinstance(value, float):
-                into = errors if metric.endswith('_stderr') else metrics
-                into[metric.removesuffix('_stderr') + (comma + which) * (which != 'none')] = value
-        tasks[name] = dict(metrics=metrics, stderr=errors)
-        if name in cost:
-            tasks[name].update(n=found['n-samples'][name]['effective'], reduction=reduction(*cost[name]))
-    return dict(tasks=tasks, reduction=reduction(*sum(cost.values())))
-
-
-def table(results):
-    """results, as collect() returns them -> lines to print"""
-    lines = [f'{"task":24}{"metric":20}{"value":>10}{"stderr":>10}{"n":>8}{"reduction":>12}']
-    for task, found in results['tasks'].items():
-        ends = f'{found["n"]:8}{found["reduction"]:11.2f}x' if 'n' in found else ''
-        for metric, value in found['metrics'].items():
-            error = f'{found["stderr"][metric]:10.4f}' if metric in found['stderr'] else ' ' * 10
-            lines.append(f'{task:24}{metric:20}{value:10.4f}{error}{ends}')
-            task = ends = ''        # only in the first line of a task
-    return '\n'.join(lines + [f'{"all tokens read":72}{results["reduction"]:11.2f}x'])
-
-
 def run_tasks(config, names, model, spec, encoding):
-    """--tasks -> results as collect() returns them. Ends the program if there is no harness."""
+    """
+    --tasks -> a dict, the harness's own results and the reduction for each task and for all; and its table.
+    Ends the program if there is no harness. Raises DataError.
+    """
     try:
         import lm_eval
+        from lm_eval.utils import make_table
     except ImportError as error:
         fail(f'lm-evaluation-harness cannot be imported ({error}): pip install {LM_EVAL}', 1)
     tasks, lm = load_tasks(names, config.include_path), harness_model(model, spec, encoding, config.dense)
     with redirect_stdout(sys.stderr):       # the harness prints, too, which would spoil --json
         found = lm_eval.evaluate(lm, tasks, limit=config.limit or None, bootstrap_iters=BOOTSTRAPS,
                                  log_samples=False)
-    if lm.cut:
-        print(f"{lm.cut} contexts were longer than the model's {model.config.block_size} tokens, and lost "
-              'their beginning', file=sys.stderr)
-    return dict(lm_eval=lm_eval.__version__, **collect(found, lm.cost, model.n_weights()))
+    reduction = {task: float(model.n_weights() * read / active)
+                 for task, (active, read) in {**lm.cost, 'all': sum(lm.cost.values())}.items()}
+    return dict(lm_eval=lm_eval.__version__, results=found['results'], reduction=reduction), make_table(found)
 
 
 def main():
@@ -292,8 +244,8 @@ def main():
         results = dict(blimp=mean, reduction=reduction, pairs=count, by_paradigm=by_paradigm)
         text = f'BLiMP: {mean:.4f} of {count:,} pairs right, reduction {reduction:.2f}x'
     else:
-        results = run_tasks(config, names, model, spec, encoding)
-        text = table(results)
+        results, text = run_tasks(config, names, model, spec, encoding)
+        text += ''.join(f'\nreduction, {task}: {value:.2f}x' for task, value in results['reduction'].items())
     print(json.dumps(dict(model=config.model, dense=config.dense, **results)) if config.json else text)
 
 
