@@ -42,7 +42,6 @@ from dataclasses import dataclass, fields
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-import torch.utils.checkpoint
 
 BANDWIDTH = 0.1         # sigmas: how wide the range around a threshold is from which it learns
 FLOOR = 1e-3            # sigmas: thresholds never fall below this
@@ -569,11 +568,8 @@ class GPT(nn.Module):
         """Weights that a dense model uses for each token: with the head, without embeddings and norms."""
         return sum(layer.n_weights for _, layer in self.sparse_layers())
 
-    def trunk(self, tokens, cache=None, dense=False, recompute=False):
-        """
-        All but the head. tokens (B, T) -> hidden (B, T, d), active (matrices - 1, B, T). recompute: keep no
-        activations inside blocks, compute them again in backward.
-        """
+    def trunk(self, tokens, cache=None, dense=False):
+        """All but the head. tokens (B, T) -> hidden (B, T, d), active (matrices - 1, B, T)."""
         past = 0 if cache is None else cache.length
         positions = torch.arange(past, past + tokens.shape[1], device=tokens.device)
         x, rotary = F.embedding(tokens, self.head.adapter(self.head.weight).t()), None          # (B, T, d)
@@ -585,11 +581,7 @@ class GPT(nn.Module):
             rotary = rotary_tables(self.config, positions)
         active = []
         for block in self.blocks:
-            if recompute:       # nothing in a block is random: no state of a generator needs saving
-                x, active_block = torch.utils.checkpoint.checkpoint(
-                    block, x, rotary, cache, dense, use_reentrant=False, preserve_rng_state=False)
-            else:
-                x, active_block = block(x, rotary, cache, dense)
+            x, active_block = block(x, rotary, cache, dense)
             active += active_block
         if cache is not None:
             cache.length += tokens.shape[1]

@@ -12,12 +12,13 @@ Not here: a choice among several GPUs, and a watch over processes. torchrun does
 import ctypes
 import os
 import sys
-import time
+import timeit
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 
+from files import one_line
 from options import fail, printable
 
 if torch.__version__ < '2.13':
@@ -54,12 +55,7 @@ def choose_device(name):
 def product_seconds(dtype):
     """Seconds of a matrix product of the default model's size on this CPU: the best of eight."""
     a, b = torch.ones(1024, 320, dtype=dtype), torch.ones(320, 1280, dtype=dtype)
-    seconds = []
-    for _ in range(8):
-        start = time.perf_counter()
-        a @ b
-        seconds.append(time.perf_counter() - start)
-    return min(seconds)
+    return min(timeit.repeat(lambda: a @ b, number=1, repeat=8))
 
 
 def choose_dtype(name, device):
@@ -68,33 +64,22 @@ def choose_dtype(name, device):
         return getattr(torch, name), 'as asked'
     if name != 'auto':
         fail(f'--dtype {name}: choose auto, float32 or bfloat16')
-    if device == 'cuda':
-        if torch.cuda.is_bf16_supported(including_emulation=False):
-            return torch.bfloat16, 'the usual choice on a GPU'
-        return torch.float32, 'this GPU has no bfloat16'
-    if device == 'mps':
-        return torch.float32, 'the safe choice on an Apple GPU'
+    if device == 'cuda' and torch.cuda.is_bf16_supported(including_emulation=False):
+        return torch.bfloat16, 'the usual choice on a GPU'
+    if device != 'cpu':
+        return torch.float32, 'the safe choice on this GPU'
     ratio = product_seconds(torch.float32) / product_seconds(torch.bfloat16)
     dtype = torch.bfloat16 if ratio > 1.3 else torch.float32
     return dtype, f'measured: a product in bfloat16 is {ratio:.2g}x as fast here'
 
 
-def why_no_compile(device):
-    """Why torch.compile does not work here, in one line; '' if it does."""
+def check_compile(device):
+    """Ends the program if torch.compile does not work, before anything is trained."""
     try:
         torch.compile(lambda x: x.sin() + 1)(torch.ones(8, device=device))
     except Exception as error:      # a missing compiler, Triton or header raises one of many kinds
-        line = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        return line.strip()[:200]
-    return ''
-
-
-def check_compile(device):
-    """Ends the program if torch.compile does not work, before anything is trained."""
-    why = why_no_compile(device)
-    if why:
-        fail(f'--compile: does not work here ({why}); it needs a C++ compiler, or on a GPU Triton; leave it '
-             'out, or turn it off: --compile no', 1)
+        fail(f'--compile: does not work here ({one_line(error)}); it needs a C++ compiler, or on a GPU '
+             'Triton; leave it out, or turn it off: --compile no', 1)
 
 
 # -----------------------------------------------------------------------------
@@ -174,27 +159,11 @@ class CudaGraph:
 # several processes, each with its share of every step
 
 
-TORCHRUN = 'RANK', 'LOCAL_RANK', 'WORLD_SIZE', 'MASTER_ADDR', 'MASTER_PORT'    # in the environment
-
-
 def join_processes(device):
-    """
-    (device, rank, world_size): those of a process alone, or as torchrun set them in the environment. Ends the
-    program if torchrun cannot have set them: jobs of a cluster may leave some of them behind.
-    """
-    found = {name: os.environ[name] for name in TORCHRUN if name in os.environ}
-    try:
-        rank, world_size = int(found.get('RANK', 0)), int(found.get('WORLD_SIZE', 1))
-        local_rank, _ = int(found.get('LOCAL_RANK', 0)), int(found.get('MASTER_PORT', 0))
-        valid = 0 <= rank < world_size and (world_size == 1 or len(found) == len(TORCHRUN))
-    except ValueError:
-        valid = False
-    if not valid:
-        values = ' '.join(f'{name}={value}' for name, value in found.items())
-        fail(f'{values}, in the environment, is not what torchrun sets: unset {" ".join(found)}, or start '
-             'this with torchrun')
+    """The (device, rank, world_size) of this process, as torchrun has set them; without it, rank 0 of 1."""
+    rank, world_size = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
     if world_size > 1:
-        backend = 'gloo'
+        local_rank, backend = int(os.environ['LOCAL_RANK']), 'gloo'
         if device == 'cuda':
             if local_rank >= torch.cuda.device_count():
                 fail(f'process {local_rank + 1} of this host has no GPU, as there are '
@@ -231,17 +200,6 @@ def all_reduce(tensors):
         collective(dist.all_reduce, flat)
         sums = flat.split([t.numel() for t in same])
         torch._foreach_copy_(same, [total.view_as(t) for t, total in zip(same, sums)])
-
-
-def local_main_first(action):
-    """action(), in the first process of each host before the others, which find what it downloaded."""
-    first = os.environ.get('LOCAL_RANK', '0') == '0'
-    if not first:
-        barrier()
-    result = action()
-    if first:
-        barrier()
-    return result
 
 
 def exit_process(code):

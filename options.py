@@ -114,15 +114,18 @@ def check_value(option, value):
 
 
 def check_options(cls, values):
-    """{name: value} of all options -> an instance of the dataclass cls. Raises ValueError."""
-    options, checked = {f.name: f for f in fields(cls)}, {}
-    for name in sorted(options.keys() ^ values.keys()):
-        raise ValueError(f'{name:.80} is ' + ('missing' if name in options else 'no option'))
-    for name, value in values.items():
+    """
+    {name: value} of all options -> an instance of the dataclass cls. Other names are those of options that an
+    earlier version had, and are left out. Raises ValueError.
+    """
+    checked = {}
+    for option in fields(cls):
+        if option.name not in values:
+            raise ValueError(f'{option.name} is missing')
         try:
-            checked[name] = check_value(options[name], value)
+            checked[option.name] = check_value(option, values[option.name])
         except ValueError as error:
-            raise ValueError(f'{name} {error}') from None
+            raise ValueError(f'{option.name} {error}') from None
     return cls(**checked)
 
 

@@ -6,7 +6,6 @@ Trains a CWIC model: from scratch, first dense and then ever sparser; or from a 
     python train.py config/NAME.toml --lr 5e-4          # a preset, with one option changed
     python train.py --data selfwritten:0.5,people:0.5   # a mix: half of each batch from each data set
     python train.py --resume                            # continues as if the run had never stopped
-    python train.py --init_from gpt2 --max_steps 0      # no training: saves GPT-2 as it was released
     torchrun --nproc_per_node 2 train.py                # two processes share the batch of each step
 
 With --init_from, the run starts at the exact dense model and becomes sparse from the first step on, and its
@@ -30,13 +29,11 @@ import os
 import signal
 
 if __name__ == '__main__':
-    # importing torch takes seconds; Ctrl-C meanwhile just ends the program, without a traceback
+    # until the first step there is nothing to save, so Ctrl-C just ends the program, without a traceback
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     # torch's idle threads sleep instead of spinning: ten times as fast if other programs need the cores
     os.environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE')
 
-import csv
-import io
 import math
 import sys
 import time
@@ -51,17 +48,18 @@ import cwic
 import plots
 import refinements
 import weights
-from checkpoint import CheckpointError, load_optimizer, load_teacher, save_checkpoint
+from checkpoint import CheckpointError, load_optimizer, load_teacher, reading, save_checkpoint
 from cwic import GPT, CWICConfig
 from data import common
-from device import (CudaGraph, all_reduce, check_compile, choose_device, choose_dtype, collective,
-                    exit_process, join_processes, local_main_first, tune_malloc, why_no_compile)
+from device import (CudaGraph, all_reduce, barrier, check_compile, choose_device, choose_dtype, collective,
+                    exit_process, join_processes, tune_malloc)
 from evaluate import in_replies, measure, mix_windows, rows_at_once
 from files import write_atomically
 from options import fail, option, parse_options
-from starting import (BEST, COLUMNS, FILES, LAST, check_carried, claim_folder, new_model, resumed_model,
-                      starting_model)
+from starting import BEST, LAST, new_model, pretrained_model, resumed_model
 
+COLUMNS = ['step', 'seconds', 'loss', 'val_loss', 'reduction', 'target', 'lr']      # of log.csv
+FILES = (BEST, LAST, 'log.csv', 'training.png')     # what a run leaves in --out
 MET = 0.97                  # an evaluation meets the target if it reaches this share of it
 OBSERVED = 64               # sequences on which the statistics are observed
 FUSE_FROM = 2 ** 18         # tokens of sparse training from which compiling the masks pays, on a CPU
@@ -73,9 +71,7 @@ class TrainConfig:
     data: str = option('python', 'folder in data/ with train.bin, val.bin and meta.json; or a mix of several,'
                        ' each with its share of the sequences: selfwritten:0.5,people:0.5')
     out: str = option('out', 'folder for the checkpoints, the log and the picture')
-    overwrite: bool = option(False, 'delete the run that --out holds, and start a new one there')
-    init_from: str = option('', 'model to start from: smollm2, gpt2, ..., a folder or GGUF file with weights '
-                            'of such a model, or one of our checkpoints')
+    init_from: str = option('', 'model to start from: smollm2, gpt2, a folder, a GGUF file or a checkpoint')
     lora_rank: int = option(0, 'with --init_from: freeze its matrices and learn a change of this rank for '
                             'each (LoRA); 0: train all weights', at_least=0)
     resume: bool = option(False, 'continue the run in --out, with the options it was started with')
@@ -101,18 +97,16 @@ class TrainConfig:
     shortlist: bool = option(False, 'the head uses every weight for the likeliest tokens, so that it can '
                              'skip more for all others')
     # compute
-    target_reduction: float = option(3.0, 'dense weights / active weights per token to train for; 1: train '
-                                     'a dense model', at_least=1)
-    teacher: float = option(-1.0, 'share of the KL to the frozen dense model in the sparse loss, the rest '
-                            'being next-token loss; below 0: 1 with --init_from, else 0',
-                            at_least=-1, at_most=1)
+    target_reduction: float = option(3.0, 'dense / active weights per token; 1: a dense model', at_least=1)
+    teacher: float = option(0.0, 'share of the KL to the frozen dense model in the sparse loss, the rest '
+                            'being next-token loss; with --init_from, 1 unless given', at_least=0, at_most=1)
     reverse_kl: float = option(0.5, 'share of KL(student || teacher) in that KL, the rest being '
                                'KL(teacher || student)', at_least=0, at_most=1)
     # the schedule, in optimiser steps
     dense_steps: int = option(700, 'steps before sparsity; with --init_from, 0 unless given', at_least=0)
     ramp_steps: int = option(150, 'steps over which the target rises to --target_reduction', at_least=0)
     hold_steps: int = option(350, 'steps at the full target', at_least=0)
-    max_steps: int = option(-1, 'stop after this step; -1: at the end; 0: only save the model', at_least=-1)
+    max_steps: int = option(0, 'stop after this step; 0: at the end')
     warmup_steps: int = option(300, 'steps over which the learning rate rises from 0', at_least=1)
     lr: float = option(2e-3, 'peak learning rate: held while dense, then falling linearly', at_least=0)
     final_lr: float = option(0.1, 'learning rate at the end, as a share of --lr', at_least=0)
@@ -120,22 +114,19 @@ class TrainConfig:
     weight_decay: float = option(0.1, 'weight decay of the matrices', at_least=0)
     beta2: float = option(0.99, "AdamW's second beta", at_least=0, at_most=0.99999)
     clip: float = option(1.0, "largest norm of the gradient, thresholds' left out; 0: no limit", at_least=0)
-    batch_size: int = option(8, 'sequences per step, over all processes', at_least=1, at_most=2 ** 16)
+    batch_size: int = option(8, 'sequences per step, over all processes', at_least=1)
     micro_batch: int = option(8, 'sequences per forward pass, at most', at_least=1)
-    recompute: bool = option(False, 'recompute activations in the backward pass: slower, less memory')
-    compile: bool = option(False, 'use torch.compile, and on a GPU replay CUDA graphs: several times as fast '
-                           'there, after a minute')
+    compile: bool = option(False, 'torch.compile, and CUDA graphs: several times as fast on a GPU')
     # reports
     eval_every: int = option(150, 'steps between evaluations; each also saves last.safetensors', at_least=1)
-    eval_windows: int = option(128, 'validation sequences per evaluation, always the same', at_least=1,
-                               at_most=2 ** 16)
+    eval_windows: int = option(128, 'validation sequences per evaluation, always the same', at_least=1)
     log_every: float = option(5.0, 'seconds between lines of output', at_least=0)
 
     def steps(self):
         return self.dense_steps + self.ramp_steps + self.hold_steps
 
     def last_step(self):
-        return self.steps() if self.max_steps < 0 else min(self.max_steps, self.steps())
+        return min(self.max_steps, self.steps()) if self.max_steps > 0 else self.steps()
 
     def is_dense(self, step):
         return step < self.dense_steps or self.target_reduction == 1
@@ -250,7 +241,7 @@ def gradients(run, tokens, targets, price, dense):
     loss, active, active_head = 0.0, 0.0, 0.0
     for inputs, labels in zip(tokens.split(config.micro_batch), targets.split(config.micro_batch)):
         with run.autocast():
-            hidden, active_trunk = model.trunk(inputs, dense=dense, recompute=config.recompute)
+            hidden, active_trunk = model.trunk(inputs, dense=dense)
             leaf = hidden.detach().requires_grad_()                     # (B, T, d)
             # pieces of equal size, as torch.compile would compile again for another one
             pieces = math.ceil(len(inputs) / rows_at_once(model, inputs.shape[1]))
@@ -362,10 +353,10 @@ def observe(run, mix):
 
 
 def fuse_masks(run):
-    """Compiles the model's masks, and nothing else, if that works and pays. Returns whether it does."""
+    """Compiles the model's masks, and nothing else, if that pays. Returns whether it does."""
     config = run.config
     tokens = (config.steps() - config.dense_steps) * config.batch_size * config.block_size
-    pays = run.device == 'cpu' and not config.compile and tokens >= FUSE_FROM and not why_no_compile('cpu')
+    pays = run.device == 'cpu' and not config.compile and tokens >= FUSE_FROM
     if pays:
         refinements.fuse_masks(run.model)
     return pays
@@ -384,51 +375,43 @@ def frozen_teacher(run):
 
 
 def restore(run, saved):
-    """Sets all of a run but its model from last.safetensors. Ends the program if that does not hold a run."""
+    """Sets all of a run but its model from last.safetensors. Raises CheckpointError if it holds no run."""
     config = run.config
-    try:
-        check_carried(saved, config, len(run.active))
+    with reading(run.path(LAST), 'a run to resume'):
         for name in CARRIED:
             setattr(run, name, saved[name])
         run.active = run.active.new_tensor(saved['active'])
         load_optimizer(run.model, run.optimizer, saved['optimizer'])
-        if not run.optimizer.state and run.step not in (0, config.dense_steps):
-            raise ValueError("Adam's state is missing")
         if run.step > config.dense_steps and not config.is_dense(run.step):
             fuse_masks(run)
             run.teacher = frozen_teacher(run) if config.teacher else None
             if config.teacher and not run.base:         # an adapter's teacher is its base
                 load_teacher(run.teacher, saved['teacher'])
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        fail(f'cannot resume: {LAST} does not hold a run ({error}); is it a {BEST}?', 1)
 
 
 def begin(config, given, device):
     """
     -> a Run, which is new, starts from a pretrained model, or is resumed; and its data, a list of
-    common.Part, or None if it needs none.
+    common.Part. Raises CheckpointError and common.DataError, and ends the program if options do not fit.
     """
     torch.manual_seed(config.seed)
-    model, saved, mix = None, {}, None
+    model, saved = None, {}
     if config.resume:
         model, saved, config = resumed_model(config, given)
     elif config.init_from:
-        model, saved, config = starting_model(config, given)
-    else:
-        config = replace(config, teacher=max(config.teacher, 0.0))
-    tokenizer = saved.get('tokenizer')
-    if config.max_steps or config.resume or model is None:
-        mix = common.load_mix(config.data, config.block_size)
-        meta = mix[0].meta
-        if model is None:
-            names = asdict(config).keys() & CWICConfig.__dataclass_fields__.keys()
-            sizes = {name: getattr(config, name) for name in names}
-            model, tokenizer = new_model({**sizes, 'vocab_size': meta['vocab_size']}), meta['tokenizer']
-        if tokenizer != meta['tokenizer']:
-            theirs, ours = map(common.tokenizer_name, (meta['tokenizer'], tokenizer))
-            fail(f'data/{mix[0].name} was made with the tokenizer {theirs}, but the model has {ours} (or '
-                 'another of that name); choose other --data, or prepare some: python data/text/prepare.py '
-                 f'--tokenizer {ours} FILE... and then --data text')
+        model, saved, config = pretrained_model(config, given)
+    mix = common.load_mix(config.data, config.block_size)
+    meta = mix[0].meta
+    if model is None:
+        names = asdict(config).keys() & CWICConfig.__dataclass_fields__.keys()
+        sizes = {name: getattr(config, name) for name in names}
+        model = new_model({**sizes, 'vocab_size': meta['vocab_size']})
+    tokenizer = saved.get('tokenizer', meta['tokenizer'])
+    if tokenizer != meta['tokenizer']:
+        theirs, ours = map(common.tokenizer_name, (meta['tokenizer'], tokenizer))
+        fail(f'data/{mix[0].name} was made with the tokenizer {theirs}, but the model has {ours} (or another '
+             'of that name); choose other --data, or prepare some: python data/text/prepare.py '
+             f'--tokenizer {ours} FILE... and then --data text')
     model.to(device).train()
     optimizer = torch.optim.AdamW(model.parameter_groups(config.lr, config.lr, config.weight_decay),
                                   betas=(0.9, config.beta2), fused=device != 'mps')
@@ -442,11 +425,10 @@ def begin(config, given, device):
         run.head_loss = torch.compile(head_loss)
         for block in model.blocks:
             block.compile()
-    shares = saved.get('active_share')
     if config.resume:
         restore(run, saved)
-    elif type(shares) is list and [type(x) is float and 0 < x < 2 for x in shares] == [True] * len(active):
-        run.active *= torch.tensor(shares).to(active)       # an adapter, which is sparse already
+    elif 'active_share' in saved:
+        run.active *= torch.tensor(saved['active_share']).to(active)    # an adapter is sparse already
     return run, mix
 
 
@@ -463,21 +445,14 @@ def save(run, name):
     if name == LAST:
         saved.update({name: getattr(run, name) for name in CARRIED}, active=run.active.tolist(),
                      optimizer=run.optimizer, teacher=None if run.base else run.teacher)
-    try:
-        save_checkpoint(run.path(name), run.model, narrow=name == BEST, **saved)
-    except CheckpointError as error:
-        fail(error, 1)
+    save_checkpoint(run.path(name), run.model, narrow=name == BEST, **saved)
 
 
 def save_last(run):
     """Writes last.safetensors, and log.csv with the rows so far."""
     save(run, LAST)
-    text = io.StringIO(newline='')
-    csv.writer(text).writerows([COLUMNS] + run.log)
-    try:
-        write_atomically(run.path('log.csv'), lambda file: file.write(text.getvalue().encode()))
-    except OSError as error:
-        fail(f'{run.path("log.csv")} cannot be written ({error.strerror}); the checkpoints are intact', 1)
+    lines = [','.join('' if x is None else str(x) for x in row) for row in [COLUMNS, *run.log]]
+    write_atomically(run.path('log.csv'), lambda file: file.write('\n'.join([*lines, '']).encode('ascii')))
 
 
 def save_best(run):
@@ -508,60 +483,22 @@ def announce(run, mix, world_size, why):
     lines = [f'model   {total:,} parameters' + (f', {trained:,} of them trained' if trained < total else '')
              + f'; {run.model.n_weights():,} dense weights per token'
              + (f'; from {config.init_from}' if config.init_from else '')]
-    if mix is not None:
-        tokens = config.batch_size * config.block_size
-        threads = f', {torch.get_num_threads()} threads' if run.device == 'cpu' else ''
-        processes = f', {world_size} processes' if world_size > 1 else ''
-        for part in mix:
-            share = f'{100 * part.share:.3g}% from ' if len(mix) > 1 else ''
-            lines.append(f'data    {share}data/{part.name}: {len(part.train):,} tokens to train on, '
-                         f'{len(part.val):,} to validate; vocabulary of {part.meta["vocab_size"]:,}')
-        lines += [f'plan    {config.dense_steps} steps dense, {config.ramp_steps} towards '
-                  f'{config.target_reduction:g}x less compute, {config.hold_steps} there; {tokens:,} tokens '
-                  f'each, {tokens * config.steps():,} in all',
-                  f'device  {run.device}{threads}{processes}; {config.dtype} ({why})']
+    for part in mix:
+        share = f'{100 * part.share:.3g}% from ' if len(mix) > 1 else ''
+        lines.append(f'data    {share}data/{part.name}: {len(part.train):,} tokens to train on, '
+                     f'{len(part.val):,} to validate; vocabulary of {part.meta["vocab_size"]:,}')
+    tokens = config.batch_size * config.block_size
+    threads = f', {torch.get_num_threads()} threads' if run.device == 'cpu' else ''
+    processes = f', {world_size} processes' if world_size > 1 else ''
+    lines += [f'plan    {config.dense_steps} steps dense, {config.ramp_steps} towards '
+              f'{config.target_reduction:g}x less compute, {config.hold_steps} there; {tokens:,} tokens '
+              f'each, {tokens * config.steps():,} in all',
+              f'device  {run.device}{threads}{processes}; {config.dtype} ({why})']
     if config.compile:
         lines.append('compile the first step of each phase will take a minute or so')
     if config.resume:
         lines.append(f'resumed at step {run.step} of {config.steps()}')
     print('\n'.join(lines), flush=True)
-
-
-class Progress:
-    """The line printed every few seconds: the speed since the last one, the time left at the usual pace."""
-
-    def __init__(self, run):
-        self.run, self.time, self.step = run, time.perf_counter(), run.step
-        self.paces = []                 # seconds per dense step, line by line
-
-    def work(self, step):
-        """The steps before this one, counted in dense steps: a sparse one takes about 1.5 times as long."""
-        dense = step if self.run.config.target_reduction == 1 else min(step, self.run.config.dense_steps)
-        return dense + 1.5 * (step - dense)
-
-    def line(self, loss, reduction, target, evaluated):
-        run, config, seconds = self.run, self.run.config, time.perf_counter() - self.time
-        speed = (run.step - self.step) * config.batch_size * config.block_size / seconds
-        self.paces.append(seconds / (self.work(run.step) - self.work(self.step)))
-        self.time, self.step = self.time + seconds, run.step
-        # the median, as some lines include compiling or an evaluation
-        left = float(np.median(self.paces[-9:])) * (self.work(config.last_step()) - self.work(run.step))
-        return (f'step {run.step:5d}/{config.steps()}  loss {loss:.4f}  '
-                + (f'val {run.results["val_loss"]:.4f}  ' if evaluated else ' ' * 12)
-                + (f'kl {run.results["kl"]:.4f}  ' if evaluated and 'kl' in run.results else '')
-                + f'reduction {reduction:.2f}x (target {target:.2f}x)  {speed:7,.0f} tok/s  '
-                + f'{clock(left)} left')
-
-
-def print0(line, rank, requests):
-    """Prints a line, in the first process only. If stdout is gone, the run is to stop."""
-    if rank > 0:
-        return
-    try:
-        print(line, flush=True)
-    except OSError as error:            # nobody reads on, or the disk is full
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        requests.append(f'stdout failed ({error.strerror})')
 
 
 def finish(run, mix):
@@ -586,10 +523,7 @@ def finish(run, mix):
     lines += ['files: ' + ', '.join(map(run.path, FILES)),
               f'talk to it: python chat.py --ckpt {run.path(BEST)}']
     print('\n'.join(lines), flush=True)
-    try:
-        plots.training(run.log, best, run.model.config.matrices, run.path('training.png'))
-    except OSError as error:
-        fail(f'{run.path("training.png")} cannot be written ({error.strerror}); --resume draws it again', 1)
+    plots.training(run.log, best, run.model.config.matrices, run.path('training.png'))
     if reduction < MET * config.target_reduction:
         fail(f'target not met: {reduction:.2f}x instead of {config.target_reduction:g}x; give it more '
              '--hold_steps, or a higher --threshold_lr', 1)
@@ -599,50 +533,50 @@ def finish(run, mix):
 # the loop
 
 
-def stop_requests():
+def stop_signals():
     """
-    Returns a list to which Ctrl-C, SIGTERM and the end of the terminal add a word each from now on. A second
-    Ctrl-C ends the program at once.
+    Returns a list to which Ctrl-C, SIGTERM and a terminal that closes add from now on. After the first of
+    them, Ctrl-C ends the program at once.
     """
-    requests = []
+    received = []
 
-    def interrupted(*_):
-        requests.append('interrupted')
-        signal.signal(signal.SIGINT, lambda *_: fail('interrupted; earlier checkpoints are intact', 130))
+    def receive(number, _):
+        received.append(number)
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
 
-    signal.signal(signal.SIGINT, interrupted)
-    signal.signal(signal.SIGTERM, lambda *_: requests.append('terminated'))
+    signal.signal(signal.SIGINT, receive)
+    signal.signal(signal.SIGTERM, receive)
     # Windows has no such signal; nohup ignores it
     if hasattr(signal, 'SIGHUP') and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
-        signal.signal(signal.SIGHUP, lambda *_: requests.append('terminal gone'))
-    return requests
+        signal.signal(signal.SIGHUP, receive)
+    return received
 
 
 def train(run, mix, rank, world_size):
     """
-    The training loop. Returns '' after the last step, or what asked it to stop earlier ('interrupted', ...).
-    Ends the program if a loss is not finite, a layer cannot learn, or a file cannot be written.
+    The training loop. Returns whether a signal stopped it. Ends the program if a loss is not finite or a
+    layer cannot learn.
     """
     config, model = run.config, run.model
     val_tokens = mix_windows(mix, 'val', config.eval_windows, config.block_size)
     replies = in_replies(val_tokens, run.tokenizer)
-    requests, stop, progress = stop_requests(), False, Progress(run)
     run.gradients, run.optimizer_step = recorded(run)
+    signals, stop = stop_signals(), False
+    printed_at, printed_step = time.perf_counter(), run.step
     while run.step < config.last_step() and not stop:
         started, dense = time.perf_counter(), config.is_dense(run.step)
         target, lr = target_at(run.step, config), lr_at(run.step, config)
         for group, share in zip(run.optimizer.param_groups, (1, 1, config.threshold_lr), strict=True):
             group['lr'] = share * lr
         if run.step == config.dense_steps and not dense:
-            if fuse_masks(run):
-                print0('sparse from here on; the masks are compiled first, for ten seconds or less', rank,
-                       requests)
+            if fuse_masks(run) and rank == 0:
+                print('sparse from here on; the masks are compiled first, for some seconds', flush=True)
             if not observed(model):             # most adapters have their statistics already
                 observe(run, mix)
             run.teacher = frozen_teacher(run) if config.teacher else None
         starts = np.array_split(step_starts(mix, config, run.step), world_size)[rank]
         tokens, targets = get_batch(mix, starts, config.block_size, run.device)
-        loss, active, stop = train_step(run, tokens, targets, target, dense, stop=bool(requests))
+        loss, active, stop = train_step(run, tokens, targets, target, dense, stop=bool(signals))
         run.step += 1
         if rank > 0:
             continue            # the first process evaluates, logs and saves; the others wait at the next sum
@@ -654,33 +588,45 @@ def train(run, mix, rank, world_size):
             if not math.isfinite(run.results['val_loss']):
                 fail(f'step {run.step}: the validation loss is {run.results["val_loss"]}; stopped. Earlier '
                      'checkpoints are intact. Try a lower --lr', 1)
-        run.seconds += time.perf_counter() - started
+        now = time.perf_counter()
+        run.seconds += now - started
         reduction = model.n_weights() / max(float(active.sum()), 1.0)
         if evaluated or run.step % 10 == 0:
             val_loss = run.results['val_loss'] if evaluated else None
             run.log.append([run.step, round(run.seconds, 2), loss, val_loss, reduction, target, lr])
         if evaluated:
             save_best(run)
+        if evaluated or stop or run.step == config.last_step():
             save_last(run)
-        if evaluated or time.perf_counter() - progress.time >= config.log_every:
-            print0(progress.line(loss, reduction, target, evaluated), rank, requests)
-    if rank == 0 and (stop or run.step < config.steps()):
-        save_last(run)
-    return (requests or ['interrupted'])[0] if stop else ''
+        if evaluated or now - printed_at >= config.log_every:
+            tokens_read = (run.step - printed_step) * config.batch_size * config.block_size
+            left = run.seconds / run.step * (config.last_step() - run.step)
+            with suppress(OSError):             # a run goes on if nobody reads what it prints
+                print(f'step {run.step:5d}/{config.steps()}  loss {loss:.4f}  '
+                      + (f'val {run.results["val_loss"]:.4f}  ' if evaluated else ' ' * 12)
+                      + (f'kl {run.results["kl"]:.4f}  ' if evaluated and 'kl' in run.results else '')
+                      + f'reduction {reduction:.2f}x (target {target:.2f}x)  '
+                      + f'{tokens_read / (now - printed_at):7,.0f} tok/s  {clock(left)} left', flush=True)
+            printed_at, printed_step = now, run.step
+    return stop
 
 
 def main():
     config, given = parse_options(TrainConfig, 'python train.py', presets=True)
     if not config.steps():
         fail('--dense_steps, --ramp_steps and --hold_steps must not all be 0')
-    if config.lora_rank and not config.init_from and not config.resume:
-        fail('--lora_rank changes a pretrained model: say which with --init_from')
-    if config.bases and not config.init_from and not config.resume:
-        fail('--bases are those of a pretrained model: say which with --init_from')
+    if (config.lora_rank or config.bases) and not config.init_from and not config.resume:
+        fail('--lora_rank and --bases change a pretrained model: say which with --init_from')
+    if not config.resume and any(os.path.exists(os.path.join(config.out, name)) for name in FILES):
+        fail(f'--out {config.out} holds a run already: continue it (--resume), choose another, or delete it')
+    os.makedirs(config.out, exist_ok=True)
     tune_malloc()
     device, rank, world_size = join_processes(choose_device(config.device))
-    lock = claim_folder(config) if rank == 0 else None      # noqa: F841  kept until the program ends
-    run, mix = local_main_first(lambda: begin(config, given, device))
+    if rank > 0:
+        barrier()           # the first process downloads and prepares what is missing
+    run, mix = begin(config, given, device)
+    if rank == 0:
+        barrier()
     config = run.config
     if config.batch_size < world_size:
         fail(f'--batch_size {config.batch_size} is too small to be shared by {world_size} processes')
@@ -690,32 +636,24 @@ def main():
     config.dtype = str(run.dtype).removeprefix('torch.')            # a resumed run does not measure again
     if rank == 0:
         announce(run, mix, world_size, why)
-        for name in FILES if config.overwrite and not config.resume else ():
-            if os.path.exists(run.path(name)):
-                os.remove(run.path(name))
-    if not config.max_steps and not config.resume:
-        if rank == 0:
-            save(run, BEST)
-            print(f'no step to do: saved as it is; talk to it: python chat.py --ckpt {run.path(BEST)}')
-        return
-    request = train(run, mix, rank, world_size)
-    if rank == 0 and (request or run.step < config.steps()):
-        with suppress(OSError):             # a terminal that is gone
-            print(f'\n{request or "stopped"} at step {run.step}, which is saved; continue with: '
-                  f'python train.py --resume --out {config.out}', flush=True,
-                  file=sys.stderr if request else sys.stdout)
-    elif rank == 0:
+    stopped = train(run, mix, rank, world_size)
+    if rank == 0 and run.step == config.steps():
         finish(run, mix)
-    sys.exit(130 if request else 0)
+    elif rank == 0:
+        print(f'\nstopped at step {run.step}, which is saved; continue with: '
+              f'python train.py --resume --out {config.out}', flush=True)
+    sys.exit(130 if stopped else 0)
 
 
 def program():
     """main(), with one line for each error that a user can cause."""
-    common.run(main, memory='a smaller --micro_batch takes less, and so does --recompute')
+    try:
+        common.run(main, memory='a smaller --micro_batch takes less')
+    except CheckpointError as error:
+        fail(error, 1)
 
 
 if __name__ == '__main__':
-    signal.signal(signal.SIGINT, signal.default_int_handler)        # all is imported: Ctrl-C is handled again
     try:
         program()
     except SystemExit as end:

@@ -2,7 +2,8 @@
 Data sets: writing them, which every data/NAME/prepare.py does with this, and reading them for training.
 
     spec, encoding = find_tokenizer('python4k')
-    write_dataset('data/mine', encoding, spec, ['a document'], ['another'], 'my own words')
+    pieces = [encoded('train', encoding, spec, ['a document']), encoded('val', encoding, spec, ['another'])]
+    write_dataset('data/mine', encoding, spec, pieces, 'my own words')
     train, val, meta = load_dataset('mine', block_size=256)
 
 A data set is a folder with
@@ -27,15 +28,12 @@ from typing import NamedTuple
 
 import numpy as np
 
-from files import read_json, write_atomically
+from files import DAMAGED, one_line, read_json, write_atomically
 from options import fail, is_out_of_memory, option
 from tokenizer import TokenizerError, bos_ids, dialogue_ids, end_id, load_tokenizer, tokenizer_spec
 
 DATA = Path(__file__).resolve().parent
 MIN_TOKENS = 256                    # in either split, at least: fewer train and measure nothing
-META = {'tokenizer': dict, 'vocab_size': int, 'train_tokens': int, 'val_tokens': int, 'train_bytes': int,
-        'val_bytes': int, 'source': str, 'window': int}
-PIECES, PIECE = 64, 2 ** 20         # so many tokens in so many places of a file are checked
 
 
 class DataError(Exception):
@@ -62,7 +60,7 @@ def run(main, memory='end other programs, or take less at once'):
             fail(f'out of memory; {memory}', 1)
         if not isinstance(e, OSError):
             raise
-        fail(f'{e.filename or "disk or stdout"}: {e.strerror or e}; older files are whole', 1)
+        fail(f'{e.filename2 or e.filename or "disk or stdout"}: {e.strerror or e}; older files are whole', 1)
     except KeyboardInterrupt:
         fail('interrupted; run the same command again', 130)
 
@@ -108,107 +106,71 @@ def document_ids(spec, encoding, document):
     return [*ids, end_id(spec, encoding)]
 
 
-def encode_documents(encoding, spec, documents):
-    """documents: list of what document_ids takes -> (tokens,)"""
+def encoded(split, encoding, spec, documents):
+    """documents: list of what document_ids takes -> a piece for write_dataset"""
     dtype = token_dtype(encoding.n_vocab)
     encode = lambda document: np.array(document_ids(spec, encoding, document), dtype)
     with ThreadPoolExecutor() as pool:      # tiktoken works outside Python's lock
-        return np.concatenate([np.zeros(0, dtype), *pool.map(encode, documents)])
-
-
-def utf8_bytes(encoding, spec, documents):
-    """Bytes of text in documents, a dialogue's template included."""
-    return sum(len(document.encode('utf-8')) if isinstance(document, str) else
+        ids = np.concatenate([np.zeros(0, dtype), *pool.map(encode, documents)])
+    size = sum(len(document.encode('utf-8')) if isinstance(document, str) else
                len(encoding.decode_bytes(dialogue_ids(spec, encoding, document, reply=False)))
-               for document in documents)
+               for document in documents)       # of a dialogue, the template counts too
+    return split, ids, size
 
 
-def make_meta(encoding, spec, source, tokens, size):
-    """tokens, size: dicts of tokens and bytes of text in 'train' and 'val' -> contents of meta.json"""
-    for split in ('train', 'val'):
-        if tokens[split] < MIN_TOKENS:
-            raise DataError(f'too little text: {tokens[split]} {split} tokens, and at least {MIN_TOKENS} are '
-                            'needed; add text, or change the share kept for validation')
-    return {'tokenizer': spec, 'vocab_size': encoding.n_vocab, 'source': source,
-            'train_tokens': tokens['train'], 'val_tokens': tokens['val'],
-            'train_bytes': size['train'], 'val_bytes': size['val']}
-
-
-def publish(folder, meta):
-    """
-    Gives the files of a finished data set their names: train.bin.part and val.bin.part, unless an interrupted
-    call has renamed them already. meta: contents of meta.json, which is removed first and written last: if it
-    is there, it describes the train.bin and val.bin beside it, whenever a kill comes.
-    """
-    write_atomically(folder / 'meta.json.part', lambda file: file.write(json.dumps(meta).encode('ascii')))
-    (folder / 'meta.json').unlink(missing_ok=True)
-    for name in ('train.bin', 'val.bin', 'meta.json'):
-        if (folder / f'{name}.part').exists():
-            os.replace(folder / f'{name}.part', folder / name)
-    train, val = meta['train_bytes'], meta['val_bytes']
-    print(f"{meta['source']}: {train / 1e6:,.2f} + {val / 1e6:,.2f} MB (train + val)\n"
-          f"{folder}: {meta['train_tokens']:,} + {meta['val_tokens']:,} tokens "
-          f"of {meta['vocab_size']:,} kinds, {train / meta['train_tokens']:.2f} bytes per token")
-
-
-def load_progress(folder, fresh):
-    """
-    How far an interrupted call came: the dict in progress.json, or fresh if there is none. fresh['settings']:
-    what both calls must have in common. Raises DataError, also if everything is done already.
-    """
-    path = folder / 'progress.json'
-    if not path.exists():
-        if (folder / 'meta.json').exists():
-            raise DataError(f'{folder} is prepared already: delete its meta.json to make it anew')
-        return fresh
-    try:
-        progress = read_json(path)
-        if progress.keys() != fresh.keys():
-            raise ValueError('other keys')
-    except (ValueError, AttributeError, RecursionError) as e:
-        raise DataError(f'{path} is damaged: delete it to start over') from e
-    if progress['settings'] != fresh['settings']:
-        raise DataError(f'{path} belongs to a run with {progress["settings"]}: give the same options, '
-                        'or delete it to start over')
-    return progress
-
-
-def save_progress(folder, progress):
-    write_atomically(folder / 'progress.json', lambda file: file.write(json.dumps(progress).encode('ascii')))
-
-
-def append_tokens(folder, split, ids, start):
-    """
-    Writes ids (tokens,) to train.bin.part or val.bin.part after its first `start` tokens; whatever a killed
-    run left after those goes. Call save_progress() only then. Raises DataError if there are fewer.
-    """
-    with open(folder / f'{split}.bin.part', 'ab') as file:
-        if file.tell() < start * ids.itemsize:
-            raise DataError(f'{file.name} is shorter than progress.json says: delete that one to start over')
-        file.truncate(start * ids.itemsize)
-        file.write(ids)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def write_dataset(folder, encoding, spec, train, val, source):
+def write_dataset(folder, encoding, spec, pieces, source, **more):
     """
     Writes train.bin, val.bin and meta.json into a folder, made if need be; an old data set stays until the
-    new one is complete. train, val: lists of documents, see document_ids; source: one line that says what the
-    text is. Raises DataError if a split is too small.
+    new one is complete. pieces: iterable of (split, ids of type token_dtype(), bytes of text), each of which
+    goes to the end of train.bin or val.bin; source: one line that says what the text is; more: for meta.json.
+    Raises DataError if a split is too small.
     """
-    folder, splits = Path(folder), {'train': train, 'val': val}
-    ids = {split: encode_documents(encoding, spec, documents) for split, documents in splits.items()}
-    meta = make_meta(encoding, spec, source, {split: len(ids[split]) for split in splits},
-                     {split: utf8_bytes(encoding, spec, documents) for split, documents in splits.items()})
+    folder, splits = Path(folder), ('train', 'val')
     folder.mkdir(parents=True, exist_ok=True)
+    tokens, size = dict.fromkeys(splits, 0), dict.fromkeys(splits, 0)
+    parts = {split: open(folder / f'{split}.bin.part', 'wb') for split in splits}
     try:
+        for split, ids, count in pieces:
+            parts[split].write(ids)
+            tokens[split] += len(ids)
+            size[split] += count
         for split in splits:
-            write_atomically(folder / f'{split}.bin.part', lambda file: file.write(ids[split]))
-        publish(folder, meta)
+            if tokens[split] < MIN_TOKENS:
+                raise DataError(f'too little text: {tokens[split]} {split} tokens, and at least {MIN_TOKENS} '
+                                'are needed; add text')
+            parts[split].flush()
+            os.fsync(parts[split].fileno())
+        # if meta.json is there, it describes the files beside it, whenever a kill comes
+        (folder / 'meta.json').unlink(missing_ok=True)
+        for split in splits:
+            os.replace(folder / f'{split}.bin.part', folder / f'{split}.bin')
     finally:
-        for name in ('train.bin', 'val.bin', 'meta.json'):
-            (folder / f'{name}.part').unlink(missing_ok=True)
+        for split in splits:
+            parts[split].close()
+            (folder / f'{split}.bin.part').unlink(missing_ok=True)
+    meta = {'tokenizer': spec, 'vocab_size': encoding.n_vocab, 'source': source, **more}
+    for split in splits:
+        meta.update({f'{split}_tokens': tokens[split], f'{split}_bytes': size[split]})
+    write_atomically(folder / 'meta.json', lambda file: file.write(json.dumps(meta).encode('ascii')))
+    print(f"{source}: {size['train'] / 1e6:,.2f} + {size['val'] / 1e6:,.2f} MB (train + val)\n"
+          f"{folder}: {tokens['train']:,} + {tokens['val']:,} tokens of {encoding.n_vocab:,} kinds, "
+          f"{size['train'] / tokens['train']:.2f} bytes per token")
+
+
+def until_stopped(pieces):
+    """
+    Yields pieces, for write_dataset, until there are no more, or Ctrl-C or a DataError stops them: hours of
+    work must not be lost, so the pieces so far make the data set.
+    """
+    some = False
+    try:
+        for piece in pieces:
+            yield piece
+            some = True
+    except (KeyboardInterrupt, DataError) as e:
+        if not some:
+            raise
+        print(f'stopped early ({str(e) or "Ctrl-C"}): the text so far makes the data set')
 
 
 # -----------------------------------------------------------------------------
@@ -217,30 +179,16 @@ def write_dataset(folder, encoding, spec, train, val, source):
 
 def prepare(name):
     """Makes data/python, which needs nothing. For any other data set, raises DataError with the command."""
-    script = DATA / name / 'prepare.py'
     if name == 'python':
-        if subprocess.run([sys.executable, script]).returncode:
+        if subprocess.run([sys.executable, DATA / 'python' / 'prepare.py']).returncode:
             raise DataError('data/python could not be prepared: see the line above')
         return
-    command = 'python data/text/prepare.py FILE... and then train with --data text'
-    if name == 'packages':
-        command = 'python data/python/prepare.py --packages'
-    elif name == 'heldout':         # it comes with the repository
-        command = 'git checkout data/heldout'
-    elif script.exists():
-        command = f'python data/{name}/prepare.py'
+    commands = {'packages': 'python data/python/prepare.py --packages',
+                'heldout': 'git checkout data/heldout'}
+    if (DATA / name / 'prepare.py').exists():
+        commands[name] = f'python data/{name}/prepare.py'
+    command = commands.get(name, 'python data/text/prepare.py FILE... and then train with --data text')
     raise DataError(f'data/{name} is not there, or not prepared; run: {command}')
-
-
-def check_tokens(ids, split, meta):
-    """Raises ValueError if ids (tokens,) do not fit what meta says of them."""
-    if len(ids) != meta[f'{split}_tokens'] or len(ids) % meta.get('window', 1):
-        raise ValueError(f'{split}.bin has {len(ids):,} tokens, and meta.json says otherwise')
-    # every token, or in a file of more than 64M pieces that are spread out: a fraction of a second
-    for start in np.linspace(0, max(len(ids) - PIECE, 0), PIECES).astype(np.int64):
-        largest = int(ids[start:start + PIECE].max())
-        if largest >= meta['vocab_size']:
-            raise ValueError(f'{split}.bin has the id {largest:,} in a vocabulary of {meta["vocab_size"]:,}')
 
 
 def load_dataset(name, block_size):
@@ -255,17 +203,13 @@ def load_dataset(name, block_size):
         prepare(name)
     try:
         meta = read_json(folder / 'meta.json')
-        for key, kind in META.items():
-            value = meta.get(key, 1 if key == 'window' else None)
-            if type(value) is not kind or kind is int and value < 1:
-                raise ValueError(f'meta.json has no valid {key}')
-        dtype = token_dtype(meta['vocab_size'])
-        train, val = (np.memmap(folder / f'{split}.bin', dtype, 'r') for split in ('train', 'val'))
-        check_tokens(train, 'train', meta)
-        check_tokens(val, 'val', meta)
-    except (OSError, ValueError, AttributeError, RecursionError) as e:
+        train, val = (np.memmap(folder / f'{split}.bin', token_dtype(meta['vocab_size']), 'r')
+                      for split in ('train', 'val'))
+        if (len(train), len(val)) != (meta['train_tokens'], meta['val_tokens']):
+            raise ValueError(f'{len(train):,} and {len(val):,} tokens, and meta.json says otherwise')
+    except (OSError, *DAMAGED) as e:
         remedy = 'git checkout data/heldout' if name == 'heldout' else 'prepare it again'
-        raise DataError(f'data/{name} is damaged ({e}); {remedy}') from e
+        raise DataError(f'data/{name} is damaged ({one_line(e)}); {remedy}') from e
     if min(len(train), len(val)) < block_size + 1:
         raise DataError(f'data/{name}: {len(train):,} and {len(val):,} tokens are too few for '
                         f'--block_size {block_size}')

@@ -169,7 +169,7 @@ def test_all_processes_use_the_dtype_of_the_first(data, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize('args, words', [
-    (['--resume'], 'cannot resume'),                        # before anything is shared
+    (['--resume'], 'no such checkpoint'),                        # before anything is shared
     (['--batch_size', 1], 'too small to be shared by 2 processes'),
     (['--data', 'nowhere'], 'data/nowhere is not there'),
     (['--init_from', 'nowhere.safetensors'], 'no such checkpoint'),
@@ -187,16 +187,15 @@ def test_a_file_that_the_first_process_cannot_write_ends_all(data, tmp_path):
     (tmp_path / 'log.csv').unlink()
     (tmp_path / 'log.csv' / 'in the way').mkdir(parents=True)
     first, second = two_processes('--resume', '--out', tmp_path)
-    assert 'log.csv cannot be written' in one_line(first, 1) and load(tmp_path)['step'] == 6
+    assert str(tmp_path / 'log.csv') in one_line(first, 1) and load(tmp_path)['step'] == 6
     assert 'another process has ended' in one_line(second, 1)
 
 
-@pytest.mark.parametrize('rank, number, words', [
-    (0, signal.SIGINT, 'interrupted'), (1, signal.SIGTERM, 'interrupted'), (0, signal.SIGHUP, 'terminal gone')])
-def test_a_signal_to_one_process_stops_all_at_the_same_step(alone, data, tmp_path, rank, number, words):
+@pytest.mark.parametrize('rank, number', [(0, signal.SIGINT), (1, signal.SIGTERM), (0, signal.SIGHUP)])
+def test_a_signal_to_one_process_stops_all_at_the_same_step(alone, data, tmp_path, rank, number):
     """The step that has begun is finished and saved, and one process alone can continue from it."""
     first, second = two_processes(*OPTIONS, '--data', data, '--out', tmp_path, signalled=(rank, 7, number))
-    assert f'{words} at step 8, which is saved' in first.stderr and first.returncode == 130, first
+    assert 'stopped at step 8, which is saved' in first.stdout and first.returncode == 130, first
     assert second == (130, '', '') and load(tmp_path)['step'] == 8
     assert resume(tmp_path).returncode == 0
     close(load(alone)['model'], load(tmp_path)['model'], 1e-3)
@@ -220,10 +219,9 @@ def test_ctrl_c_in_torchrun_saves(data, tmp_path):
     try:
         seen = next(line for line in torchrun.stdout if line.startswith('step'))
         torchrun.send_signal(signal.SIGINT)
-        _, err = torchrun.communicate(timeout=60)
+        printed, _ = torchrun.communicate(timeout=60)
     finally:
         torchrun.terminate()
-    line, = (line for line in err.splitlines() if ' at step ' in line)
     step = load(tmp_path)['step']
-    assert f'interrupted at step {step}, which is saved' in line and step >= int(seen[4:].split('/')[0])
+    assert f'stopped at step {step}, which is saved' in printed and step >= int(seen[4:].split('/')[0])
     assert resume(tmp_path, '--max_steps', step + 1).returncode == 0 and load(tmp_path)['step'] == step + 1

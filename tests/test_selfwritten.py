@@ -99,7 +99,7 @@ def test_dialogues_follow_the_template_and_documents_have_no_template_tokens(wri
 
 
 def test_text_of_a_seed_does_not_change_between_versions(chat_model, monkeypatch):
-    """As it was before the states of a window had names; so a run that was stopped then goes on the same."""
+    """As it was before a script said what stands at each place of a window."""
     script = imported(monkeypatch)
     model, _ = load_checkpoint(chat_model)
     config = script.SelfWrittenConfig(window=48, dialogues=0.6)
@@ -182,22 +182,6 @@ def test_questions_are_drawn_anew_with_another_seed(asked, monkeypatch, tmp_path
     assert not np.array_equal(batches[0][:6, :60], batches[4][:6, :60])
 
 
-def test_a_stopped_run_does_not_go_on_with_other_questions(asked, monkeypatch, tmp_path):
-    script, record = asked[1], asked[1].save_progress
-    monkeypatch.setattr(sys, 'argv', [*sys.argv, '--out', str(tmp_path / 'out')])
-
-    def save_progress(folder, progress):
-        record(folder, progress)
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(script, 'save_progress', save_progress)
-    with pytest.raises(KeyboardInterrupt):
-        script.main()
-    (tmp_path / 'questions').write_text('why not?\n', encoding='utf-8')
-    with pytest.raises(script.DataError, match='progress.json belongs to a run with'):
-        script.main()
-
-
 @pytest.mark.parametrize('options, said', [
     (['--asked', '1'], '--asked has no use without --questions'),
     (['--questions', 'no such file'], 'no such file: cannot be read'),
@@ -254,42 +238,14 @@ def test_answers_and_half_of_the_windows_are_sampled_with_min_p(chat_model, monk
     assert answered > 100
 
 
-def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(written, chat_model, tmp_path, monkeypatch):
-    """Progress is recorded after the windows; what a kill leaves behind the last record is cut off again."""
-    script = imported(monkeypatch)
-    argv = ['prepare.py', '--model', chat_model, '--out', str(tmp_path), *OPTIONS]
-    monkeypatch.setattr(sys, 'argv', argv)
-    record, killed = script.save_progress, []
-
-    def save_progress(folder, progress):
-        if progress['batches'] == 2 and not killed:
-            killed.append(True)
-            raise KeyboardInterrupt         # the second batch is written, the record of it is not
-        record(folder, progress)
-
-    monkeypatch.setattr(script, 'save_progress', save_progress)
-    with pytest.raises(KeyboardInterrupt):
-        script.main()
-    assert os.path.getsize(tmp_path / 'train.bin.part') == 2 * 2 * 96 * 2
-    assert not (tmp_path / 'meta.json').exists()
-    script.main()
-    for name in ('train.bin', 'val.bin', 'meta.json'):
-        assert (tmp_path / name).read_bytes() == (written / name).read_bytes()
-    assert not (tmp_path / 'progress.json').exists()
-
-
-def test_wrong_options_of_selfwritten_are_one_line(chat_model, written, tmp_path, monkeypatch, capsys):
+def test_wrong_options_of_selfwritten_are_one_line(chat_model, tmp_path, monkeypatch, capsys):
     script = imported(monkeypatch)
     torch.manual_seed(0)
     plain = cwic.GPT(cwic.CWICConfig(vocab_size=257, block_size=96, n_layer=1, n_head=1, n_embd=8))
     save_checkpoint(str(tmp_path / 'plain.safetensors'), plain, tokenizer={'kind': 'bytes'})
-    (tmp_path / 'd').mkdir()            # this one ended in a traceback
-    (tmp_path / 'd' / 'progress.json').write_text('{"batches"', encoding='utf-8')
-    for out, model, more, said in ((written, chat_model, [], 'prepared already'),
-                                   (tmp_path / 'a', str(tmp_path / 'none.safetensors'), [], 'none.safetensors'),
+    for out, model, more, said in ((tmp_path / 'a', str(tmp_path / 'none.safetensors'), [], 'none.safetensors'),
                                    (tmp_path / 'b', chat_model, ['--window', '20'], 'window'),
-                                   (tmp_path / 'c', str(tmp_path / 'plain.safetensors'), [], 'chat template'),
-                                   (tmp_path / 'd', chat_model, [], 'progress.json is damaged')):
+                                   (tmp_path / 'c', str(tmp_path / 'plain.safetensors'), [], 'chat template')):
         monkeypatch.setattr(sys, 'argv', ['prepare.py', '--model', model, '--out', str(out), *OPTIONS, *more])
         with pytest.raises(SystemExit) as ended:
             script.run(script.main)

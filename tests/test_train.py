@@ -351,17 +351,15 @@ def test_evaluation_does_not_change_the_model(dense):
     assert abs(measured['reduction'] - model.n_weights() / float(active.sum(0).mean())) < 1e-9
 
 
-def test_masks_are_compiled_only_if_that_pays_and_works(monkeypatch):
-    """Not in a run of a minute, not with --compile, and not without a compiler: each would only be slower."""
-    def fuses(why='', **options):
+def test_masks_are_compiled_only_if_that_pays():
+    """Not in a run of a minute, and not with --compile: each would only be slower."""
+    def fuses(**options):
         run = new_run(small_model(), dense_steps=100, ramp_steps=100, hold_steps=100, **options)
-        monkeypatch.setattr(train, 'why_no_compile', lambda device: why)
         train.fuse_masks(run)
         return run.model.head.functions is not cwic.Thresholds.functions
 
     assert fuses(batch_size=8, block_size=256) and not fuses(batch_size=8, block_size=16)
     assert not fuses(batch_size=8, block_size=256, compile=True)
-    assert not fuses(batch_size=8, block_size=256, why='no C++ compiler')
 
 
 # -----------------------------------------------------------------------------
@@ -540,9 +538,8 @@ def test_resume_after_a_signal_equals_the_uninterrupted_run(finished, data, tmp_
         if line.startswith(f'step     {stop_after}/'):
             process.send_signal(number)
             break
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == 130 and f'--resume --out {tmp_path}' in errors, errors
-    assert errors.strip().count('\n') == 0
+    printed, errors = process.communicate(timeout=60)
+    assert process.returncode == 130 and f'--resume --out {tmp_path}' in printed and not errors, errors
     assert stop_after <= load(tmp_path)['step'] < 12
     ended = resume(tmp_path)
     assert ended.returncode == 0, ended
@@ -566,7 +563,8 @@ def test_hangup_saves_and_nohup_goes_on(nohup, data, tmp_path, monkeypatch):
     finally:
         signal.signal(signal.SIGHUP, before)
     assert ended.returncode == (0 if nohup else 130), ended
-    assert load(tmp_path)['step'] == (8 if nohup else 7) and ('terminal' in ended.stderr) != nohup
+    step = 8 if nohup else 7
+    assert load(tmp_path)['step'] == step and f'stopped at step {step}, which is saved' in ended.stdout
 
 
 def test_a_stopped_run_keeps_its_results(finished, data, tmp_path):
@@ -581,8 +579,7 @@ def test_a_stopped_run_keeps_its_results(finished, data, tmp_path):
         assert after[name] == before[name]
     assert (tmp_path / 'log.csv').read_text(encoding='utf-8').count('\n') == 2
     # asked to stop at a step that is behind it, a run does nothing
-    for step in (3, 0):
-        assert 'stopped at step 6' in resume(tmp_path, '--max_steps', step).stdout
+    assert 'stopped at step 6' in resume(tmp_path, '--max_steps', 3).stdout
     assert list(files(tmp_path)) == ['last.safetensors', 'log.csv']
     assert resume(tmp_path).returncode == 0 and equal(trained(tmp_path), trained(finished[0]))
 
@@ -598,23 +595,6 @@ def test_resuming_a_finished_run_draws_its_picture_again(finished, again):
     assert {name: files(again)[name] for name in before} == before
 
 
-def test_an_overwritten_run_is_gone_even_if_the_new_one_is_killed(again, data):
-    """
-    The old checkpoints once stayed until the first evaluation, and --resume continued from those. A kill while
-    a file is written leaves a part of it, which the next run removes.
-    """
-    (again / 'last.safetensors.4194305.partial').write_bytes(b'half a fi')        # above any process's number
-    process = start('train.py', *TINY, '--data', data, '--out', again, '--overwrite', '--log_every', 0,
-                    '--eval_every', 9)
-    next(line for line in process.stdout if line.startswith('step'))
-    process.kill()
-    process.communicate(timeout=60)
-    assert set(files(again)) <= {'last.safetensors.4194305.partial'}
-    assert 'cannot resume' in one_line(resume(again), 1)
-    assert tiny(data, again).returncode == 0        # and no --overwrite: nothing is there
-    assert list(files(again)) == ['best.safetensors', 'last.safetensors', 'log.csv', 'training.png']
-
-
 def test_ctrl_c_during_imports_is_quiet(tmp_path):
     """Importing torch takes seconds, and Ctrl-C meanwhile once printed a traceback of forty lines."""
     process = start('train.py', cwd=tmp_path)
@@ -625,15 +605,13 @@ def test_ctrl_c_during_imports_is_quiet(tmp_path):
     assert process.returncode in (-signal.SIGINT, 130) and errors.count('\n') <= 1, errors
 
 
-def test_a_closed_pipe_stops_and_saves(data, tmp_path):
+def test_a_closed_pipe_loses_nothing(data, tmp_path):
     """`train.py | head -1` once died of a broken pipe and lost all steps since the last evaluation."""
-    process = start('train.py', *TINY, '--data', data, '--out', tmp_path, '--log_every', 0,
-                    '--hold_steps', 9 ** 9, env={'PYTHONUNBUFFERED': ''})
+    process = start('train.py', *TINY, '--data', data, '--out', tmp_path, '--log_every', 0, env={'PYTHONUNBUFFERED': ''})
     assert process.stdout.readline().startswith('model')
     process.stdout.close()
     errors = process.stderr.read()
-    assert process.wait(60) == 130 and 'Traceback' not in errors
-    assert f'stdout failed (Broken pipe) at step {load(tmp_path)["step"]}, which is saved' in errors
+    assert process.wait(60) == 141 and not errors and load(tmp_path)['step'] == 12
 
 
 @pytest.mark.parametrize('closed', [True, False])
@@ -652,47 +630,17 @@ def test_no_stdout_is_fine_and_a_full_one_is_one_line(data, tmp_path, closed):
 # an --out is one run's
 
 
-def test_a_used_out_is_refused_unless_overwrite(again, data):
-    """
-    A new run in a used --out once left the old best.safetensors beside its own last.safetensors. And whatever
-    can go wrong must go wrong before the old run is deleted.
-    """
+def test_a_used_out_is_refused(again, data):
+    """A new run in a used --out once left the old best.safetensors beside its own last.safetensors."""
     before = files(again)
-    options = [*TINY, '--data', data, '--out', again]
-    assert 'continue it (--resume)' in one_line(call(*options), 2) and files(again) == before
-    options.append('--overwrite')
-    for code, words, *args in (
-            (1, 'nowhere.safetensors', '--init_from', 'nowhere.safetensors'), (1, 'nowhere', '--data', 'nowhere'),
-            (2, '--n_embd', '--n_head', 7), (2, 'float8', '--dtype', 'float8'),
-            (2, 'lies in --out', '--init_from', again / 'best.safetensors')):
-        assert words in one_line(call(*options, *args), code) and files(again) == before
-    assert call(*options, '--max_steps', 2).returncode == 0
-    assert list(files(again)) == ['last.safetensors', 'log.csv'] and load(again)['step'] == 2
-    assert resume(again, '--max_steps', 3).returncode == 0 and load(again)['step'] == 3
-
-
-def test_a_second_run_in_the_same_out_is_refused(again, data):
-    """Two runs once overwrote each other's files."""
-    before = files(again)
-    lock = starting.claim_folder(train.TrainConfig(out=str(again), resume=True))
-    for args in (['--resume'], [*TINY, '--data', data, '--overwrite']):
-        assert 'another run is at work there' in one_line(call(*args, '--out', again), 2)
-    lock.close()
-    assert files(again) == before and resume(again).returncode == 0
+    assert 'continue it (--resume)' in one_line(tiny(data, again), 2) and files(again) == before
 
 
 @pytest.mark.parametrize('below', [(), ('deep', 'er')])
 def test_an_out_inside_a_file_is_one_line(tmp_path, data, below):
     """It was a traceback."""
     (tmp_path / 'file').write_bytes(b'')
-    assert 'choose another' in one_line(tiny(data, tmp_path.joinpath('file', *below)), 1)
-
-
-def test_a_read_only_out_is_refused_before_any_work(tmp_path, data):
-    """Here a folder has the name of the lock file, which cannot be opened either."""
-    (tmp_path / '.lock').mkdir()
-    ended = tiny(data, tmp_path)
-    assert 'choose another' in one_line(ended, 1) and ended.stdout == ''
+    assert str(tmp_path / 'file') in one_line(tiny(data, tmp_path.joinpath('file', *below)), 1)
 
 
 def test_a_full_disk_leaves_the_earlier_checkpoint(finished, data, tmp_path):
@@ -714,7 +662,7 @@ def test_an_unwritable_file_is_one_line_and_resume_works(finished, data, tmp_pat
     assert call(*TINY, '--data', data, '--teacher', 0.5, '--out', tmp_path, '--max_steps', 5).returncode == 0
     (tmp_path / name).unlink(missing_ok=True)
     (tmp_path / name / 'in the way').mkdir(parents=True)
-    assert f'{name} cannot be written' in one_line(resume(tmp_path), 1)
+    assert str(tmp_path / name) in one_line(resume(tmp_path), 1)
     shutil.rmtree(tmp_path / name)
     assert resume(tmp_path).returncode == 0 and equal(trained(tmp_path), trained(finished[0]))
     assert list(files(tmp_path)) == list(files(finished[0]))
@@ -788,11 +736,11 @@ def test_an_empty_meta_json_is_one_line(tmp_path):
     """It was a KeyError."""
     folder = write_data(tmp_path, [0] * 1000)
     (tmp_path / 'meta.json').write_text('{}', encoding='utf-8')
-    assert 'meta.json has no valid' in one_line(tiny(folder, tmp_path / 'out'), 1)
+    assert 'is damaged (KeyError' in one_line(tiny(folder, tmp_path / 'out'), 1)
 
 
 def test_resuming_a_missing_or_damaged_file_is_one_line(tmp_path):
-    assert 'cannot resume' in one_line(resume(tmp_path), 1)
+    assert 'last.safetensors: no such checkpoint' in one_line(resume(tmp_path), 1)
     (tmp_path / 'last.safetensors').write_bytes(b'PK\x03\x04 half a file')
     assert 'git checkout 9a36bf1' in one_line(resume(tmp_path), 1)
     (tmp_path / 'last.safetensors').write_bytes(b'half a file')
@@ -800,20 +748,13 @@ def test_resuming_a_missing_or_damaged_file_is_one_line(tmp_path):
 
 
 def test_resuming_from_another_file_is_one_line(again):
-    """best.safetensors under the name of last.safetensors, or wrong types in it, raised KeyErrors."""
-    saved = load(again)
+    """best.safetensors under the name of last.safetensors raised a KeyError."""
     shutil.copy(again / 'best.safetensors', again / 'last.safetensors')
-    assert 'is it a best.safetensors?' in one_line(resume(again), 1)
-    for name in ('options', 'active', *train.CARRIED):
-        for wrong in (None, 'x', [1], {'a': 1}):
-            write_file(again / 'last.safetensors', {**saved, name: wrong})
-            assert 'last.safetensors' in one_line(resume(again), 1)
+    assert 'last.safetensors: truncated, damaged, or not a run to resume' in one_line(resume(again), 1)
 
 
 @pytest.mark.parametrize('name, value', [
-    ('eval_every', 0), ('micro_batch', 0), ('eval_windows', 10 ** 9), ('eval_windows', 0), ('beta2', 2.0),
-    ('seed', -5), ('batch_size', 10 ** 12), ('lr', 'x'), ('lr', True), ('lr', -1.0), ('n_layer', 2),
-    ('block_size', 999), ('bases', True), ('hold_steps', -1), ('arch', 'llama'), ('unheard_of', 1), ('lr', None)])
+    ('eval_every', 0), ('micro_batch', 0), ('eval_windows', 0), ('beta2', 2.0), ('seed', -5), ('lr', 'x'), ('lr', True), ('lr', -1.0), ('hold_steps', -1), ('lr', None)])
 def test_options_in_a_resumed_file_are_checked(again, name, value):
     """Only their types were checked: bad values ended in a traceback, or hung. None: the option is missing."""
     saved = load(again)
@@ -822,18 +763,16 @@ def test_options_in_a_resumed_file_are_checked(again, name, value):
         del saved['options'][name]
     write_file(again / 'last.safetensors', saved)
     line = one_line(resume(again), 1)
-    assert 'does not hold a run' in line and (name in line or 'another model' in line)
+    assert 'not a run to resume' in line and name in line
 
 
-@pytest.mark.parametrize('name, wrong', [
-    ('step', -1), ('step', 13), ('step', 2.0), ('step', True), ('seconds', -1), ('seconds', []),
-    ('active', [1.0] * 4), ('active', [-1.0] * 5), ('active', ['x'] * 5), ('best', {}), ('best', {'val_loss': 1.0}),
-    ('results', {'val_loss': 'x'}), ('log', [[1]]), ('log', [['x'] * 7]),
-    ('log', [[1, 2.0, None, None, 1.0, 1.0, 0.1]]), ('log', {})])
-def test_results_and_log_in_a_resumed_file_are_checked(again, name, wrong):
-    """Only types were checked: an empty best, or strings in the log, were a traceback after the last step."""
-    write_file(again / 'last.safetensors', {**load(again), name: wrong})
-    assert 'last.safetensors does not hold a run (' in one_line(resume(again), 1)
+def test_a_run_of_an_earlier_version_can_be_resumed(finished, data, tmp_path):
+    """It has options that are no more."""
+    assert call(*TINY, '--data', data, '--teacher', 0.5, '--out', tmp_path, '--max_steps', 5).returncode == 0
+    saved = load(tmp_path)
+    saved['options'].update(overwrite=False, recompute=False, max_steps=-1)
+    write_file(tmp_path / 'last.safetensors', saved)
+    assert resume(tmp_path).returncode == 0 and equal(trained(tmp_path), trained(finished[0]))
 
 
 def test_optimizer_and_teacher_in_a_resumed_file_are_checked(again):
@@ -847,19 +786,19 @@ def test_optimizer_and_teacher_in_a_resumed_file_are_checked(again):
     nan[3, 3], negative[3, 3] = math.nan, -1.0
     without = {key: x for key, x in state.items() if key != name}
     for wrong in ({**state, name: state[name][:1].clone()}, {**state, name: state[name].t().contiguous()},
-                  {**state, name: state[name].double()}, {**state, name: state[name][:, :0].clone()}, without, {},
+                  {**state, name: state[name].double()}, {**state, name: state[name][:, :0].clone()}, without,
                   {key: x for key, x in state.items() if 'head' not in key}, {**state, 'more.exp_avg': state[name]},
                   {**state, 'more': state[name]}, {**state, name: nan}, {**state, name: negative},
                   {**state, 'head.weight.step': torch.tensor(0.0)},
                   {**state, 'head.weight.step': torch.tensor([3.0])}):
         write_file(again / 'last.safetensors', {**saved, 'optimizer': wrong})
-        assert 'does not hold a run' in one_line(resume(again), 1)
+        assert 'not a run to resume' in one_line(resume(again), 1)
     teacher = saved['teacher']
     nan = teacher['head.weight'].clone()
     nan[3, 3] = math.nan
     for wrong in ({}, {**teacher, 'more': nan}, {**teacher, 'head.weight': nan}, {**teacher, 'head.weight': nan[:1]}):
         write_file(again / 'last.safetensors', {**saved, 'teacher': wrong})
-        assert 'does not hold a run' in one_line(resume(again), 1)
+        assert 'not a run to resume' in one_line(resume(again), 1)
 
 
 # -----------------------------------------------------------------------------
@@ -868,21 +807,20 @@ def test_optimizer_and_teacher_in_a_resumed_file_are_checked(again):
 
 def test_resuming_with_other_options_is_refused(finished):
     """An option given with its default value was once ignored, as if it had not been given."""
-    for args, shown in ((['--lr', '0.5'], '--lr 0.5'), (['--n-layer=2', '--log_every=1'], '--n_layer 2'),
-                        (['--overwrite'], '--overwrite True')):
+    for args, shown in ((['--lr', '0.5'], '--lr 0.5'), (['--n-layer=2', '--log_every=1'], '--n_layer 2')):
         assert f'{shown}: the run was started with' in one_line(resume(finished[0], *args), 2)
 
 
 def test_a_resumed_run_may_turn_off_what_its_preset_turned_on(again):
     """A preset with compile, resumed on a machine without a compiler: --compile no is the default, but given."""
     saved = load(again)
-    options = {**saved['options'], 'compile': True, 'recompute': True}
+    options = {**saved['options'], 'compile': True}
     write_file(again / 'last.safetensors', {**saved, 'options': options})
     argv = ['--resume', '--compile', 'no', f'--out={again}']
     config, given = parse_options(train.TrainConfig, 'train', argv=argv)
     _, _, config = starting.resumed_model(config, given)
-    assert (config.compile, config.recompute, config.resume) == (False, True, True)
-    assert (config.threshold_lr, config.max_steps, config.out) == (10, -1, str(again))
+    assert (config.compile, config.resume) == (False, True)
+    assert (config.threshold_lr, config.max_steps, config.out) == (10, 0, str(again))
 
 
 def test_a_preset_may_stand_anywhere_among_flags(data, tmp_path):

@@ -17,13 +17,11 @@ Not in the corpus:
     build settings and site hooks;
   - tables and generated text: encodings/ (character maps and a boilerplate page per codec), html/entities.py,
     pydoc_data/topics.py (the manual as 750 kB of string literals), and a package's largest files;
-  - files that do not decode or whose names do not, empty ones, and any file whose content came before;
-  - files that cannot be read, such as another user's, and links to nowhere: their number is printed.
+  - files that cannot be read or do not decode, empty ones, and any file whose content came before.
 """
 
 import os
 import platform
-import stat
 import sys
 import sysconfig
 import tokenize
@@ -32,7 +30,7 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))    # the repository, for the imports below
-from data.common import DataError, find_tokenizer, in_val, run, write_dataset
+from data.common import DataError, encoded, find_tokenizer, in_val, run, write_dataset
 from options import option, parse_options
 
 SITE = ('site-packages', 'dist-packages')       # names of folders with installed packages
@@ -55,37 +53,26 @@ class PythonConfig:
 def find_sources(library, packages=()):
     """
     library: Path of a standard library; packages: Paths of folders with installed packages -> list of (name,
-    text), by name within each folder. Prints each folder, and what could not be read. Raises DataError.
+    text), by name within each folder. Raises DataError.
     """
     sources, seen = [], set()
     for root in (library, *packages):
         print(f'reading the .py files in {root}', flush=True)
-        unreadable, paths = [], {}
-        for folder, subfolders, files in os.walk(root, onerror=lambda e: unreadable.append(e.filename)):
+        paths = []
+        for folder, subfolders, files in os.walk(root):
             subfolders[:] = [subfolder for subfolder in subfolders if subfolder not in SKIP_FOLDERS]
-            for path in (Path(folder, file) for file in files if file.endswith('.py')):
-                name = path.relative_to(root).as_posix()
-                if name not in SKIP_FILES and not name.startswith(SKIP_PREFIXES):
-                    paths[name] = path
-        for name in sorted(paths):
+            paths += [Path(folder, file) for file in files if file.endswith('.py')]
+        for name, path in sorted((path.relative_to(root).as_posix(), path) for path in paths):
+            if name in SKIP_FILES or name.startswith(SKIP_PREFIXES):
+                continue
             try:
-                name.encode('utf-8')
-                status = paths[name].stat()
-                if not stat.S_ISREG(status.st_mode) or root != library and status.st_size > MAX_BYTES:
-                    continue
-                with tokenize.open(paths[name]) as f:   # follows a file's own 'coding:' line
+                with tokenize.open(path) as f:      # follows a file's own 'coding:' line
                     text = f.read()
-            except (SyntaxError, UnicodeError, LookupError):    # an encoding that is unknown or wrong
+            except (OSError, SyntaxError, UnicodeError, LookupError):
                 continue
-            except OSError:
-                unreadable.append(paths[name])
-                continue
-            if text.strip() and text not in seen:
+            if text.strip() and text not in seen and (root == library or path.stat().st_size <= MAX_BYTES):
                 seen.add(text)
                 sources.append((name, text))
-        if unreadable:
-            print(f'left out, as they cannot be read: {len(unreadable):,} files or folders, the first of '
-                  f'them {unreadable[0]}')
     if sum(len(text) for _, text in sources) < MIN_BYTES:
         raise DataError(f'no Python sources to speak of in {library}: run this with a Python whose standard '
                         'library is there as .py files, or use text of your own: '
@@ -98,11 +85,13 @@ def main():
     spec, encoding = find_tokenizer('python4k')
     folders = [Path(folder) for folder in sys.path if Path(folder).name in SITE] if config.packages else []
     sources = find_sources(Path(sysconfig.get_path('stdlib')), folders)
-    train = [text for name, text in sources if not in_val(name, VAL_FRACTION)]
-    val = [text for name, text in sources if in_val(name, VAL_FRACTION)]
+    texts = {'train': [], 'val': []}
+    for name, text in sources:
+        texts['val' if in_val(name, VAL_FRACTION) else 'train'].append(text)
     source = f'standard library of Python {platform.python_version()}' + ' and packages' * config.packages
     out = config.out or (HERE.parent / 'packages' if config.packages else HERE)
-    write_dataset(out, encoding, spec, train, val, source)
+    pieces = [encoded(split, encoding, spec, texts[split]) for split in texts]
+    write_dataset(out, encoding, spec, pieces, source)
 
 
 if __name__ == '__main__':

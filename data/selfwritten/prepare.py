@@ -11,20 +11,19 @@ window. The other half are plain documents, each begun from a random token; if o
 There is no corpus, and no licence but the model's own.
 
 Users and documents are sampled at temperature 1, answers at 0.7. In half of the windows, min-p 0.05 leaves
-only likely tokens. In the others (--anything) users and documents are sampled from all tokens: people write
-things that surprise the model, and a copy that has only read likely text is lost there. Half of the document
-windows begin as if another document had just ended.
+only likely tokens. In the others users and documents are sampled from all tokens: people write things that
+surprise the model, and a copy that has only read likely text is lost there. Half of the document windows
+begin as if another document had just ended.
 
 People also ask what the model would not. With --questions, a share of the dialogues (--asked) begin with a
 line of that file as the user's first message; the model answers, and goes on as in the others.
 
-The text depends only on the seed, the options, the questions and the device. If a run stops, the same command
-goes on from there: finished windows wait in train.bin.part and val.bin.part, progress.json counts them.
+The text depends only on the seed, the options, the questions and the device. On Ctrl-C, the data set is made
+of what has been written.
 
-Not here: filtering. At these temperatures hardly any window comes twice.
+Not here: filtering, as at these temperatures hardly any window comes twice; going on with such a part.
 """
 
-import hashlib
 import math
 import sys
 import time
@@ -39,20 +38,18 @@ sys.path.insert(0, str(HERE.parents[1]))    # the repository, for the imports be
 import weights
 from checkpoint import CheckpointError
 from cwic import KVCache, sample
-from data.common import (DataError, append_tokens, load_progress, make_meta, publish, run, save_progress,
-                         token_dtype)
+from data.common import DataError, run, token_dtype, until_stopped, write_dataset
 from device import choose_device
 from evaluate import read_questions
 from options import option, parse_options
 from tokenizer import bos_ids, dialogue_ids, end_id, load_tokenizer, stop_ids
 
 VAL_EVERY = 64              # one window in 64 is for validation
+USER_TEMPERATURE, ANSWER_TEMPERATURE = 1.0, 0.7         # users write questions and documents
 MIN_P = 0.05
-# where the next token of a window comes from
-SAMPLED, RANDOM, TEMPLATE, OPENING = range(4)
-# the state of a window: the user speaks, the assistant speaks, a document goes on, a document begins; from
-# IN_TEMPLATE on, one for each token that always stands between two turns, or before a document: BOS
-USER, ASSISTANT, DOCUMENT, NEW_DOCUMENT, IN_TEMPLATE = range(5)
+# What a place in a script asks for, if not for one certain token, whose id it then is: words of one of three
+# speakers, up to a stop token; or any token at random
+USER, ASSISTANT, DOCUMENT, RANDOM = -1, -2, -3, -4
 
 
 @dataclass
@@ -61,15 +58,11 @@ class SelfWrittenConfig:
     model: str = option('smollm2', 'the chat model: smollm2, a Llama-family folder or GGUF file, ...')
     tokens: int = option(16_000_000, 'how many tokens to write, at least', at_least=1)
     dialogues: float = option(0.5, 'share of dialogues; the rest are documents', at_least=0, at_most=1)
-    anything: float = option(0.5, 'share of windows in which users and documents are sampled from all '
-                             'tokens, not only likely ones', at_least=0, at_most=1)
     questions: str = option('', "a file of people's questions, one on each line, \\n for a line break")
     asked: float = option(0.6, 'with --questions: share of dialogues that begin with one of them', at_least=0,
                           at_most=1)
     window: int = option(512, 'length of the independent windows, in tokens', at_least=32)
     batch: int = option(0, 'windows written at once; 0: 4096 on a GPU, 16 on a CPU', at_least=0)
-    user_temperature: float = option(1.0, 'of questions and documents', at_least=0.01)
-    answer_temperature: float = option(0.7, 'of answers', at_least=0.01)
     seed: int = option(1, 'of the random numbers', at_least=0)
     device: str = option('auto', 'auto, cpu, cuda or mps')
     out: str = option(str(HERE), 'folder for train.bin, val.bin and meta.json')
@@ -93,22 +86,15 @@ def template_pieces(spec, encoding):
     return opening, to_answer, to_question
 
 
-def transitions(to_answer, to_question, bos):
+def scripts(to_answer, to_question, bos):
     """
-    How a window goes on, by its state, in three lists: the next token if it is fixed (else 0), the state
-    after a stop token, and the state after any other.
+    What stands at each place of a dialogue, then of documents, and the place after each, as two lists. Both
+    go round: after the last place comes the first one again. Speakers say the stop token themselves.
     """
-    template = [0] * IN_TEMPLATE
-    after_stop, after_other = [None, None, None, DOCUMENT], [USER, ASSISTANT, DOCUMENT, DOCUMENT]
-    # the first token of the template's parts is the stop token, which the speaker says
-    for state, text, then in ((USER, to_answer[1:], ASSISTANT), (ASSISTANT, to_question[1:], USER),
-                              (DOCUMENT, bos, NEW_DOCUMENT)):
-        states = [*range(len(template), len(template) + len(text)), then]
-        template += text
-        after_stop[state] = states[0]
-        after_stop += states[1:]
-        after_other += states[1:]
-    return template, after_stop, after_other
+    dialogue = [USER, *to_answer[1:], ASSISTANT, *to_question[1:]]
+    documents = [DOCUMENT, *bos, RANDOM]
+    script, middle = dialogue + documents, len(dialogue)
+    return script, [*range(1, middle), 0, *range(middle + 1, len(script)), middle]
 
 
 def in_template(questions, spec, encoding, window):
@@ -132,10 +118,10 @@ def write_windows(model, spec, encoding, count, config, device, generator, promp
     dialogues, the first ones, each begin with one of them, chosen at random.
     """
     opening, to_answer, to_question = template_pieces(spec, encoding)
-    stops = torch.tensor(sorted(stop_ids(spec, encoding)), device=device)
     bos, end, special = bos_ids(spec), end_id(spec, encoding), sorted(encoding.special.values())
+    script, following = torch.tensor(scripts(to_answer, to_question, bos), device=device)
+    stops = torch.tensor(sorted(stop_ids(spec, encoding)), device=device)
     plain = torch.tensor([i for i in range(encoding.n_vocab) if i not in set(special)], device=device)
-    template, after_stop, after_other = torch.tensor(transitions(to_answer, to_question, bos), device=device)
     dialogues = round(count * config.dialogues)
     dialogue = torch.arange(count, device=device) < dialogues
     # a dialogue's turns end with the stop token, a document with the end token; no other special token is
@@ -144,7 +130,13 @@ def write_windows(model, spec, encoding, count, config, device, generator, promp
     forbidden[:, special] = -torch.inf
     forbidden[0, end], forbidden[1, to_answer[0]] = 0, 0
 
-    # what each window begins with, how long that is, and the state after it
+    def toss(share):
+        return (torch.rand(count, generator=generator) < share).to(device)
+
+    def random_token():
+        return plain[torch.randint(len(plain), (count,), generator=generator).to(device)]
+
+    # what each window begins with, how long that is, and the place after it
     asked = round(dialogues * config.asked) if prompts else 0
     drawn = torch.randint(len(prompts), (asked,), generator=generator).tolist() if asked else []
     openings = [prompts[i] for i in drawn] + [opening] * (dialogues - asked)
@@ -154,41 +146,32 @@ def write_windows(model, spec, encoding, count, config, device, generator, promp
     window = window.to(device)
     lengths = [len(ids) for ids in openings] + [len(bos) + 1] * (count - dialogues)
     given = torch.tensor(lengths, device=device)                    # (count,)
-    states = [ASSISTANT] * asked + [USER] * (dialogues - asked) + [DOCUMENT] * (count - dialogues)
-    state = torch.tensor(states, device=device)
-
-    def toss(share):
-        return (torch.rand(count, generator=generator) < share).to(device)
-
-    def random_token():
-        return plain[torch.randint(len(plain), (count,), generator=generator).to(device)]
-
+    places = [ASSISTANT] * asked + [USER] * (dialogues - asked) + [DOCUMENT] * (count - dialogues)
+    place = torch.tensor([script.tolist().index(speaker) for speaker in places], device=device)
     # a document begins with BOS, if there is one, and a random token; or after another's end, with BOS
     begin = torch.tensor([*bos, 0], device=device).repeat(count, 1)
     begin[:, -1] = random_token()
     after_another = ~dialogue & toss(0.5)
     begin[after_another] = torch.tensor([end, *bos], device=device)
     window[~dialogue, :len(bos) + 1] = begin[~dialogue]
-    state[after_another] = NEW_DOCUMENT
-    anything = toss(config.anything)
+    place[after_another] = len(script) - 1                          # RANDOM
+    anything = toss(0.5)
+
     cache = KVCache(replace(model.config, block_size=config.window), count, device, model.head.weight.dtype)
     for i in range(config.window - 1):
         logits, _ = model(window[:, i:i + 1], cache, dense=True)    # (count, 1, vocab)
-        answers = state == ASSISTANT
-        temperature = torch.where(answers, config.answer_temperature, config.user_temperature)
-        point = torch.rand(count, generator=generator).to(device)
-        logits = logits[:, 0] + forbidden[dialogue.long()]
+        due = script[place]                                         # (count,)
+        answers = due == ASSISTANT
+        temperature = torch.where(answers, ANSWER_TEMPERATURE, USER_TEMPERATURE)
         min_p = torch.where(anything & ~answers, 0.0, MIN_P)
-        sampled, _ = sample(logits, point, temperature[:, None], min_p=min_p[:, None])
-
-        source = torch.full_like(state, SAMPLED)
-        source[state == NEW_DOCUMENT] = RANDOM
-        source[state >= IN_TEMPLATE] = TEMPLATE
-        source[i + 1 < given] = OPENING
-        choices = torch.stack([sampled, random_token(), template[state], window[:, i + 1]])     # (4, count)
-        token = choices.gather(0, source[None])[0]
-        after = torch.where(torch.isin(token, stops), after_stop[state], after_other[state])
-        state = torch.where(source == OPENING, state, after)
+        point = torch.rand(count, generator=generator).to(device)
+        sampled, _ = sample(logits[:, 0] + forbidden[dialogue.long()], point, temperature[:, None],
+                            min_p=min_p[:, None])
+        token = torch.where(due >= 0, due, torch.where(due == RANDOM, random_token(), sampled))
+        opens = i + 1 < given
+        token = torch.where(opens, window[:, i + 1], token)
+        speaks = (due < 0) & (due != RANDOM) & ~torch.isin(token, stops)
+        place = torch.where(opens | speaks, place, following[place])
         window[:, i + 1] = token
     return window.cpu().numpy()
 
@@ -201,15 +184,7 @@ def main():
     batch = config.batch or (4096 if device == 'cuda' else 16)
     if batch == 1:
         raise DataError('--batch must be at least 2: a dialogue and a document')
-    folder = Path(config.out)
     questions = read_questions(config.questions) if config.questions else []
-    settings = {'model': config.model, 'window': config.window, 'batch': batch, 'seed': config.seed,
-                'temperatures': [config.user_temperature, config.answer_temperature],
-                'dialogues': config.dialogues, 'anything': config.anything}
-    if questions:
-        digest = hashlib.sha256('\n'.join(questions).encode()).hexdigest()
-        settings.update(questions=digest, asked=config.asked)
-    progress = load_progress(folder, {'settings': settings, 'batches': 0})
     try:
         model, saved = weights.load(config.model)
     except CheckpointError as error:
@@ -220,28 +195,21 @@ def main():
         raise DataError(f'{config.model} has no chat template: it cannot write dialogues')
     prompts = in_template(questions, spec, encoding, config.window)
     model = model.to(device, torch.bfloat16 if device == 'cuda' else torch.float32)
-    folder.mkdir(parents=True, exist_ok=True)
-    batches = math.ceil(config.tokens / (batch * config.window))
-    dtype = token_dtype(encoding.n_vocab)
     every = min(VAL_EVERY, batch // 2)      # at least one dialogue and one document
     val_rows = np.arange(batch) % every == every - 1
-    split_rows = {'train': ~val_rows, 'val': val_rows}
-    per_batch = {split: int(rows.sum()) * config.window for split, rows in split_rows.items()}      # tokens
-    for i in range(progress['batches'], batches):
-        start, generator = time.perf_counter(), torch.Generator().manual_seed(config.seed * 1_000_003 + i)
-        text = write_windows(model, spec, encoding, batch, config, device, generator, prompts).astype(dtype)
-        for split, rows in split_rows.items():
-            append_tokens(folder, split, text[rows].ravel(), i * per_batch[split])
-        progress['batches'] = i + 1
-        save_progress(folder, progress)
-        speed = batch * config.window / (time.perf_counter() - start)
-        print(f'{(i + 1) * batch * config.window:,} tokens written, {speed:,.0f}/s', flush=True)
-    tokens = {split: batches * count for split, count in per_batch.items()}
-    size = {split: len(encoding.decode_bytes(np.fromfile(folder / f'{split}.bin.part', dtype).tolist()))
-            for split in tokens}
-    meta = {**make_meta(encoding, spec, f'written by {config.model}', tokens, size), 'window': config.window}
-    publish(folder, meta)
-    (folder / 'progress.json').unlink()
+
+    def pieces():
+        for i in range(math.ceil(config.tokens / (batch * config.window))):
+            start, generator = time.perf_counter(), torch.Generator().manual_seed(config.seed * 1_000_003 + i)
+            text = write_windows(model, spec, encoding, batch, config, device, generator, prompts)
+            for split, rows in (('train', ~val_rows), ('val', val_rows)):
+                ids = text[rows].ravel().astype(token_dtype(encoding.n_vocab))
+                yield split, ids, len(encoding.decode_bytes(ids.tolist()))
+            speed = batch * config.window / (time.perf_counter() - start)
+            print(f'{(i + 1) * batch * config.window:,} tokens written, {speed:,.0f}/s', flush=True)
+
+    source = f'written by {config.model}'
+    write_dataset(config.out, encoding, spec, until_stopped(pieces()), source, window=config.window)
 
 
 if __name__ == '__main__':

@@ -2,14 +2,13 @@
 Text or dialogues of your own, UTF-8 -> train.bin, val.bin, meta.json in this folder.
 
     python data/text/prepare.py book.txt
-    python data/text/prepare.py notes/*.md --tokenizer bytes --out data/notes --val_fraction 0.1
+    python data/text/prepare.py notes/*.md --tokenizer bytes --out data/notes
     python data/text/prepare.py book.txt talks.jsonl --tokenizer smollm2
     python train.py --data text --init_from smollm2         # the model whose tokenizer that is
 
-Many files are split by file: no file is in both train and val. If that cannot come near the share asked for,
-as with one file or a few large ones, each file is cut in two near its end: between two documents if it marks
-them with <|endoftext|>, else after a line. Each file (or marked document) becomes a document; one that
-repeats an earlier one to the letter is dropped. Line ends become '\\n', a byte order mark goes.
+The last tenth of each file is for validation. A file is cut between two documents if it marks them with
+<|endoftext|>, else after a line. Each file (or marked document) becomes a document. Line ends become '\\n', a
+byte order mark goes.
 
 A file whose name ends in .jsonl holds dialogues, one on each line, such as
 
@@ -31,47 +30,42 @@ Not here: other encodings, cleaning, text larger than memory (see data/fineweb/p
 stream), learning from the assistant's messages alone.
 """
 
-import hashlib
 import json
 import sys
-from bisect import bisect_left
 from dataclasses import dataclass
-from itertools import accumulate
 from pathlib import Path
+
+import numpy as np
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))    # the repository, for the imports below
-from data.common import DataError, find_tokenizer, run, tokenizer_option, write_dataset
+from data.common import DataError, encoded, find_tokenizer, run, tokenizer_option, write_dataset
 from files import DAMAGED, one_line, read_text
 from options import fail, option, parse_options
 from tokenizer import ENDOFTEXT
 
+VAL_FRACTION = 0.1          # of each file
+
 
 @dataclass
 class TextConfig:
-    about = ('Text of your own, UTF-8: many files are split by file, few are each cut in two near the '
-             'end, between documents marked with <|endoftext|> or else after a line. Files called .jsonl'
-             ' hold dialogues, on each line {"messages": [{"role": "user", "content": "..."}, {"role": '
-             '"assistant", "content": "..."}]}, which are written in the chat template of the model '
-             'named as --tokenizer.')
+    about = ('Text of your own, UTF-8. The last tenth of each file is for validation. Files called .jsonl '
+             'hold dialogues, on each line {"messages": [{"role": "user", "content": "..."}, {"role": '
+             '"assistant", "content": "..."}]}, which are written in the chat template of the model named '
+             'as --tokenizer.')
     files: tuple = option((), 'text files, and .jsonl files of dialogues')
     tokenizer: str = tokenizer_option('python4k')
     out: str = option(str(HERE), 'folder for train.bin, val.bin and meta.json')
-    val_fraction: float = option(0.1, 'share of the text kept for validation', at_least=0, at_most=1)
 
 
 def dialogue(line):
     """A line of a .jsonl file -> its messages, a tuple of (role, text). Raises what DAMAGED names."""
-    messages = json.loads(line)['messages']
-    for i, message in enumerate(messages):
-        if message.keys() != {'role', 'content'} or type(message['content']) is not str:
-            raise ValueError('a message has a role and a content, both strings')
-        if message['role'] not in ('user', 'assistant') and (message['role'], i) != ('system', 0):
-            raise ValueError(f'the role {message["role"]!r:.40}: roles are user and assistant, and of the '
-                             'first message also system')
-    if not messages:
-        raise ValueError('no messages')
-    return tuple((message['role'], message['content']) for message in messages)
+    messages = tuple((message['role'], message['content']) for message in json.loads(line)['messages'])
+    for i, (role, text) in enumerate(messages):
+        if role not in ('user', 'assistant') and (role, i) != ('system', 0) or type(text) is not str:
+            raise ValueError('roles are user and assistant, and of the first message also system; a content '
+                             'is a string')
+    return messages
 
 
 def documents_in(path):
@@ -103,50 +97,16 @@ def text_of(document):
     return document if isinstance(document, str) else '\n'.join(text for _, text in document)
 
 
-def read_documents(paths):
-    """paths: list of Path -> list, one entry per file that has any, of its documents, none of them twice"""
-    files, seen = [], set()
-    for path in paths:
-        documents = []
-        for document in documents_in(path):
-            if text_of(document).strip() and document not in seen:
-                seen.add(document)
-                documents.append(document)
-        if documents:
-            files.append(documents)
-    if not files:
-        raise DataError('no text: the files named are empty')
-    return files
-
-
-def cut(documents, val_fraction):
-    """documents of one file -> (train, val) lists: val is about its last val_fraction"""
+def cut(documents):
+    """documents of one file -> those for training, those for validation: about the last tenth of the text"""
     if len(documents) == 1 and isinstance(documents[0], str):
         text = documents[0]
-        end = int(len(text) * (1 - val_fraction))
+        end = int(len(text) * (1 - VAL_FRACTION))
         end = text.find('\n', end, -1) + 1 or end       # the end of that line, unless it is the last one
         return [text[:end]], [text[end:]]
-    ends = list(accumulate(len(text_of(document)) for document in documents))
-    end = min(bisect_left(ends, ends[-1] * (1 - val_fraction)) + 1, len(documents) - 1)
+    ends = np.cumsum([len(text_of(document)) for document in documents])
+    end = min(np.searchsorted(ends, ends[-1] * (1 - VAL_FRACTION)) + 1, len(documents) - 1)
     return documents[:end], documents[end:]
-
-
-def split(files, val_fraction):
-    """files: lists of documents -> (train, val) lists of documents, in the order given"""
-    texts = [''.join(map(text_of, documents)) for documents in files]
-    size = [len(text) for text in texts]
-    # shuffled by content alone, not by names or the order given
-    digest = [hashlib.sha256(text.encode('utf-8')).hexdigest() for text in texts]
-    left, val = sum(size) * val_fraction, set()
-    for i in sorted(range(len(files)), key=lambda i: digest[i]):
-        if size[i] <= left:
-            left -= size[i]
-            val.add(i)
-    if left > sum(size) * val_fraction / 2:         # too few files to come near that share
-        pieces = [cut(documents, val_fraction) for documents in files]
-    else:
-        pieces = [([], documents) if i in val else (documents, []) for i, documents in enumerate(files)]
-    return tuple([document for piece in pieces for document in piece[side]] for side in (0, 1))
 
 
 def main():
@@ -155,15 +115,21 @@ def main():
         fail('name the text: python data/text/prepare.py FILE...')
     spec, encoding = find_tokenizer(config.tokenizer)
     paths = [Path(file) for file in config.files]
-    files = read_documents(paths)
-    if 'template' not in spec and not all(isinstance(document, str) for file in files for document in file):
+    train, val = [], []
+    for path in paths:
+        documents = [document for document in documents_in(path) if text_of(document).strip()]
+        if documents:
+            of_train, of_val = cut(documents)
+            train += of_train
+            val += of_val
+    if 'template' not in spec and not all(isinstance(document, str) for document in train + val):
         raise DataError(f'the tokenizer {config.tokenizer} has no chat template for dialogues: name a chat '
                         "model's, such as --tokenizer smollm2, or write them as plain text, in a file not "
                         'called .jsonl')
-    train, val = split(files, config.val_fraction)
-    names = [path.name for path in paths]
-    source = ', '.join(names[:3]) + (f' and {len(names) - 3} more' if len(names) > 3 else '')
-    write_dataset(config.out, encoding, spec, train, val, source)
+    names = ', '.join(path.name for path in paths[:3])
+    source = names + (f' and {len(paths) - 3} more' if len(paths) > 3 else '')
+    pieces = [encoded('train', encoding, spec, train), encoded('val', encoding, spec, val)]
+    write_dataset(config.out, encoding, spec, pieces, source)
 
 
 if __name__ == '__main__':
