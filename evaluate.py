@@ -330,7 +330,7 @@ def main():
     device, start = choose_device(config.device), time.time()
     try:
         results = evaluate(config, device)
-    except (CheckpointError, weights.WeightsError) as error:
+    except CheckpointError as error:
         fail(error, 1)
     if config.json:
         print(json.dumps(results))

@@ -302,7 +302,7 @@ def main():
     tune_malloc()
     try:
         compare(config)
-    except (CheckpointError, weights.WeightsError) as error:
+    except CheckpointError as error:
         fail(error, 1)
     except torch.OutOfMemoryError:
         fail('out of memory; a smaller micro_batch in the --recipe, or fewer --windows, take less', 1)

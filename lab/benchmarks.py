@@ -235,7 +235,7 @@ def main():
     pairs = read_blimp(config.blimp, config.limit) if config.blimp else {}
     try:
         model, saved = weights.load(config.model)
-    except (CheckpointError, weights.WeightsError) as error:
+    except CheckpointError as error:
         fail(error, 1)
     model, spec, encoding = model.to(device), saved['tokenizer'], load_tokenizer(saved['tokenizer'])
     if config.blimp:

@@ -208,7 +208,7 @@ def main():
     try:
         model, saved = weights.load(path)
         teacher = weights.load(saved['base'])[0] if saved.get('base') else model
-    except (CheckpointError, weights.WeightsError) as error:
+    except CheckpointError as error:
         fail(error, 1)
     options, spec = saved.get('options') or {}, saved['tokenizer']
     length = min(options.get('block_size', 512), model.config.block_size)
