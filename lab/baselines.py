@@ -87,14 +87,14 @@ class OwnTargets(Method):
 
 
 ABLATIONS = {
-    'CWIC: bases': Method(**LEARNED | {'options': {'bases': True}}),
-    'CWIC: shortlist': Method(**LEARNED | {'options': {'shortlist': True}}),
-    'CWIC: one stripe': Method(**LEARNED | {'options': ONE_STRIPE}),
-    'CWIC: stripes of 64': Method(**LEARNED | {'options': dict.fromkeys(STRIPES, 64)}),
-    'CWIC: no centre': Method(**LEARNED, layer=Uncentred),
-    'CWIC: one threshold': Method(**LEARNED, layer=OneThreshold, gpt2_only=True),
-    'CWIC: own targets': OwnTargets(**LEARNED, layer=OwnPrice, gpt2_only=True),
-    'CWIC: next token': Method(**LEARNED | {'options': {'teacher': 0.0}})}
+    'CWIC: bases': Method(**LEARNED, options={'bases': True}),
+    'CWIC: shortlist': Method(**LEARNED, options={'shortlist': True}),
+    'CWIC: one stripe': Method(**LEARNED, options=ONE_STRIPE),
+    'CWIC: stripes of 64': Method(**LEARNED, options=dict.fromkeys(STRIPES, 64)),
+    'CWIC: no centre': Method(**LEARNED, options={}, layer=Uncentred),
+    'CWIC: one threshold': Method(**LEARNED, options={}, layer=OneThreshold, gpt2_only=True),
+    'CWIC: own targets': OwnTargets(**LEARNED, options={}, layer=OwnPrice, gpt2_only=True),
+    'CWIC: next token': Method(**LEARNED, options={'teacher': 0.0})}
 ALL_METHODS = METHODS | ABLATIONS
 
 # -----------------------------------------------------------------------------

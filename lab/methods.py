@@ -564,5 +564,5 @@ METHODS['smaller dense'] = SmallerDense(is_dense=True, trained=True)
 
 # Learned thresholds, and one price for an active weight anywhere in the model. Breaks if steps are few: a
 # threshold moves by at most a twentieth of a sigma in each.
-LEARNED = {'trained': True, 'learned': True, 'apart': False, 'options': {}}
-METHODS['CWIC'] = Method(**LEARNED)
+LEARNED = {'trained': True, 'learned': True, 'apart': False}
+METHODS['CWIC'] = Method(**LEARNED, options={})
