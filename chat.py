@@ -8,7 +8,8 @@ Talk to a CWIC model and see where its compute goes.
 The model is your own out/best.safetensors if there is one, else the shipped adapter, which makes
 SmolLM2-135M-Instruct sparse. --ckpt takes everything that weights.py can load. --dense uses every weight; for
 an adapter it loads the dense model underneath. Each token's background shows how many weights were used to
-process it. If stdout is not a terminal, it gets only the replies, and remarks go to stderr.
+process it; NO_COLOR=1 turns colours off. If stdout is not a terminal, it gets only the replies, and remarks
+go to stderr.
 
 A model with a chat template answers. Any other continues the text: what you type is added on a new line. If
 it was trained on dialogues, give --turn_template 'User: {prompt}\\nAssistant:' --stop '\\nUser:';
@@ -21,20 +22,12 @@ Not here: a mouse, a full screen, switching models while it runs.
 """
 
 import os
-import signal
-
-if __name__ == '__main__':
-    signal.signal(signal.SIGINT, signal.SIG_DFL)            # nothing to lose yet: Ctrl-C just ends
-    os.environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE')     # torch's idle threads sleep, as in train.py
-
-import difflib
+import shutil
 import sys
-import textwrap
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import render
-from files import read_lines
 from options import SAMPLING, fail, option, parse_options, printable, read_value
 
 try:
@@ -43,23 +36,21 @@ except ImportError:     # Windows has none: no editing there, but typing works
     readline = None
 
 OWN = ('out/best.safetensors', 'out/last.safetensors')          # the first that exists
-ADAPTER = Path(__file__).resolve().parent / 'adapters' / 'smollm2.safetensors'
+ADAPTER = str(Path(__file__).resolve().parent / 'adapters' / 'smollm2.safetensors')
+DTYPES = ('auto', 'f32', 'bf16', 'int8')
 NEED_A_REPLY = ('retry', 'dense', 'layers', 'tokens', 'save', 'plot')
 SETTABLE = (*SAMPLING, 'seed', 'max_tokens', 'stop', 'system', 'turn_template')
-# data, not docstrings: python -OO drops those
 COMMANDS = {
     'help': 'show this list',
     'reset': 'forget the conversation, and start the random numbers again',
     'retry': 'reply to the last prompt again',
     'set': 'list the options that can change; /set KEY VALUE changes one',
-    'dense': 'answer the last prompt with every weight: both speeds, and the first token that differs',
+    'dense': 'answer the last prompt with every weight, and compare',
     'layers': 'show how much of each matrix the last reply used',
     'tokens': 'show the last prompt on its colours, and the reply as a table',
-    'save': 'save the conversation as a page, /save FILE.html, or as a picture, FILE.png or FILE.svg',
+    'save': 'save the conversation as a page or a picture: FILE.html, FILE.png',
     'plot': 'draw the compute of the last reply: /plot FILE.png',
     'quit': 'leave; Ctrl-D does too'}
-CHOICES = {'dtype': ('auto', 'f32', 'bf16', 'int8'), 'color': ('auto', 'truecolor', '256', 'none'),
-           'color_by': tuple(render.COUNTED)}
 
 
 @dataclass
@@ -72,8 +63,6 @@ class ChatConfig:
     json: bool = option(False, 'print one JSON object for each reply')
     dtype: str = option('auto', 'of the weights: f32, bf16, int8, or auto, which is int8 for large models')
     threads: int = option(None, 'of the kernel; else one for each core, up to 8', at_least=1, at_most=1024)
-    color: str = option('auto', 'truecolor, 256, none, or auto, which asks the terminal')
-    color_by: str = option('read', 'a token shows the compute of the pass that read it, or that predicted it')
     temperature: float = option(SAMPLING['temperature'], '0 always takes the likeliest token',
                                 at_least=0, at_most=1000)
     top_k: int = option(SAMPLING['top_k'], 'sample among this many likeliest tokens; 0: all', at_least=0)
@@ -91,25 +80,10 @@ class ChatConfig:
     turn_template: str = option('', 'replaces the chat template; {prompt} is what you type; takes \\n')
 
     def __post_init__(self):
-        for name, choices in CHOICES.items():
-            if getattr(self, name) not in choices:
-                raise ValueError(f'{name} must be one of {", ".join(choices)}')
-        if 0 < self.temperature < 1e-3:
-            raise ValueError('temperature must be 0, or at least 0.001')
+        if self.dtype not in DTYPES:
+            raise ValueError(f'dtype must be one of {", ".join(DTYPES)}')
         if self.turn_template and '{prompt}' not in self.turn_template:
             raise ValueError('turn_template must hold {prompt}')
-        if self.prompt == '':
-            raise ValueError('prompt is empty: give it some text')
-
-
-def columns():
-    return os.get_terminal_size(1).columns or 80
-
-
-def wrap(text, indent=''):
-    """text in the terminal's width, broken at blanks; lines after the first begin with indent."""
-    return textwrap.fill(text, columns(), subsequent_indent=indent, break_long_words=False,
-                         break_on_hyphens=False)
 
 
 class Chat:
@@ -121,18 +95,8 @@ class Chat:
     def __init__(self, conversation, palette, terminal, as_json):
         self.conversation, self.palette = conversation, palette
         self.terminal, self.as_json = terminal, as_json
-        self.painter = render.Painter(sys.stdout, palette, columns)
+        self.painter = render.Painter(sys.stdout, palette, lambda: shutil.get_terminal_size().columns)
         self.typing = False     # whether prompts are typed at the terminal
-        self.leaving = self.warned = False      # warned: the last key was Ctrl-C
-        for name in ('SIGTERM', 'SIGHUP'):
-            number = getattr(signal, name, None)        # Windows has no SIGHUP; nohup ignores it
-            if number and signal.getsignal(number) is not signal.SIG_IGN:
-                signal.signal(number, self.terminate)
-
-    def terminate(self, *_):
-        """SIGTERM and SIGHUP: like Ctrl-C, and then leave."""
-        self.leaving = True
-        raise KeyboardInterrupt
 
     def show(self, kind, text, token):
         # A typed prompt is on the screen already. Repainting it would take a guess at how the terminal has
@@ -143,15 +107,15 @@ class Chat:
             print(text, end='', flush=True)
 
     def remark(self, text):
+        text = printable(text)
         if not self.terminal:
-            print(printable(text), file=sys.stderr, flush=True)
-            return
-        on, off = ('', '') if self.palette.mode == 'none' else (render.DIM, render.RESET)
-        print(on + wrap(printable(text)) + off, flush=True)
+            print(text, file=sys.stderr, flush=True)
+        else:
+            print(render.DIM + text + render.RESET if self.palette.colored else text, flush=True)
 
     def legend(self):
-        if self.terminal and self.palette.mode != 'none':
-            for piece in self.palette.legend(self.conversation.config.color_by):
+        if self.palette.colored:
+            for piece in self.palette.legend():
                 self.painter.write(*piece)
             self.painter.end_line()
 
@@ -169,78 +133,56 @@ class Chat:
         if len(turn.new) > size:
             self.remark(f'the prompt has {len(turn.new)} tokens, of which the model saw the last {size}')
         self.remark(render.summary(turn))
-        self.warned = turn.ended == 'interrupt'
         return turn
 
     def answer(self, prompts):
         """Replies to each prompt on its own; returns the exit code."""
         turn = None
-        for prompt in prompts:
+        for prompt in filter(str.strip, prompts):
             self.conversation.reset()
             turn = self.run(lambda show: self.conversation.say(prompt, show))
-            if self.warned:
+            if turn.ended == 'interrupt':
                 return 130
         self.legend()
-        return 0 if turn else fail('no prompt: nothing but blank lines on stdin')
+        return 0 if turn else fail('no prompt: there is nothing but blanks')
 
     def converse(self):
-        """Reads lines until Ctrl-D, /quit, or Ctrl-C twice in a row; returns the exit code."""
+        """Reads lines until Ctrl-D or /quit; returns the exit code."""
         if readline:
-            readline.set_completer_delims(' ')
-            readline.set_completer(self.complete)
-            libedit = 'libedit' in (readline.__doc__ or '')
-            readline.parse_and_bind('bind ^I rl_complete' if libedit else 'tab: complete')
-            if not libedit:         # pasted lines make one prompt
-                readline.parse_and_bind('set enable-bracketed-paste on')
+            readline.parse_and_bind('set enable-bracketed-paste on')        # pasted lines make one prompt
         if not self.conversation.has_template and not self.conversation.config.turn_template:
             self.remark('This model has no chat template: it does not answer, it continues what you type.')
         self.remark('/help lists the commands; Ctrl-C stops a reply; Ctrl-D leaves.')
         self.legend()
         self.typing = True
-        while not self.leaving:
+        while True:
             try:
                 line = input('> ')
                 while line.endswith('\\'):
                     line = line[:-1] + '\n' + input('. ')
-                self.warned = False
                 if line.startswith('/'):
                     self.command(*line[1:].partition(' ')[::2])
                 elif line or self.conversation.can_go_on:
                     self.run(lambda show: self.conversation.say(line, show))
-                else:
-                    self.remark('nothing to go on from: type something')
             except EOFError:
                 print()
-                break
+                return 0
             except KeyboardInterrupt:
                 print()
-                self.leaving |= self.warned
-                self.warned = True
-                if not self.leaving:
-                    self.remark('Ctrl-C once more, or Ctrl-D, leaves')
-        return 130 if self.warned else 0
+                self.remark('Ctrl-D leaves')
 
     def command(self, name, rest):
         if name not in COMMANDS:
-            near = difflib.get_close_matches(name, COMMANDS, n=1)
-            hint = f'did you mean /{near[0]}?' if near else '/help lists them'
-            self.remark(f'no command /{name}; {hint}')
+            self.remark(f'no command /{name}; /help lists them')
         elif name in NEED_A_REPLY and not (self.conversation.turns and self.conversation.turns[-1].reply):
             self.remark(f'/{name} needs a reply first')
         else:
             getattr(self, f'command_{name}')(rest.strip())
 
-    def complete(self, text, state):
-        """readline's completer: commands, then the keys of /set."""
-        line, words = readline.get_line_buffer(), []
-        if line.startswith('/'):
-            words = SETTABLE if line.startswith('/set ') else [f'/{name}' for name in COMMANDS]
-        return ([f'{word} ' for word in words if word.startswith(text)] + [None])[state]
-
     def command_help(self, _):
         for name, text in COMMANDS.items():
-            print(wrap(f'  /{name:<8}{text}', indent=' ' * 11))
-        print(wrap('Enter alone lets the model go on. A line that ends in \\ continues on the next one.'))
+            print(f'  /{name:<8}{text}')
+        print('Enter alone lets the model go on. A line that ends in \\ continues on the next.')
         self.legend()
 
     def command_reset(self, _):
@@ -273,7 +215,7 @@ class Chat:
         i = next((i for i, (a, b) in enumerate(pairs) if a.id != b.id), None)
         if i is not None:
             a, b = (render.quoted(token.piece) for token in pairs[i])
-            self.remark(f"they differ from token {i + 1} on: '{a}' (sparse), '{b}' (dense)")
+            self.remark(f'they differ from token {i + 1} on: {a} (sparse), {b} (dense)')
         else:
             self.remark(f'the same {len(pairs)} tokens as with {100 * sparse.share:.1f}% of the weights')
         if sparse.speed and dense.speed:
@@ -281,7 +223,7 @@ class Chat:
                         f'{dense.speed:.0f} dense: {sparse.speed / dense.speed:.2f} times as fast')
 
     def command_layers(self, _):
-        print(render.layer_map(self.conversation.turns[-1], self.palette.mode))
+        print(render.layer_map(self.conversation.turns[-1], self.palette.colored))
 
     def command_tokens(self, _):
         turn = self.conversation.turns[-1]
@@ -292,8 +234,7 @@ class Chat:
         print(render.token_table(turn, self.palette))
 
     def command_save(self, path):
-        writers = {'.html': render.save_page, '.png': render.save_picture, '.svg': render.save_picture}
-        self.write(writers, self.conversation.turns, path)
+        self.write({'.html': render.save_page, '.png': render.save_picture}, self.conversation.turns, path)
 
     def command_plot(self, path):
         self.write({'.png': render.plot_reply}, self.conversation.turns[-1], path)
@@ -311,7 +252,7 @@ class Chat:
             self.remark(f'{path}: {error.strerror}')
 
     def command_quit(self, _):
-        self.leaving = True
+        raise EOFError
 
 
 # -----------------------------------------------------------------------------
@@ -319,6 +260,7 @@ class Chat:
 
 def load(config):
     """-> a conversation with the chosen model, the model's name, and its checkpoint's metadata"""
+    os.environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE')     # torch's idle threads sleep, as in train.py
     # torch takes a second to import: --help and bad options need not wait for it
     import torch
 
@@ -326,13 +268,8 @@ def load(config):
     from conversation import Conversation
     from tokenizer import TokenizerError
     from weights import WeightsError, load
-    path = name = config.ckpt or next((path for path in OWN if os.path.exists(path)), str(ADAPTER))
-    if path in OWN and not config.ckpt:
-        name = f'{path} (yours; for the shipped model: --ckpt {ADAPTER})'
-    elif path == str(ADAPTER):
-        name = 'SmolLM2-135M-Instruct (Apache-2.0)'
-        if not ADAPTER.exists():
-            fail(f'the shipped adapter, {path}, is missing: restore it, or choose a model with --ckpt', 1)
+    path = config.ckpt or next((path for path in OWN if os.path.exists(path)), ADAPTER)
+    name = 'SmolLM2-135M-Instruct (Apache-2.0)' if path == ADAPTER else path
     try:
         model, saved = load(path)
         base = saved.get('base')
@@ -341,32 +278,9 @@ def load(config):
         conversation = Conversation(model, saved.get('tokenizer'), config, base)
     except (CheckpointError, TokenizerError, WeightsError, MemoryError) as error:
         fail(error, 1)
-    ids, known = conversation.encoding.n_vocab, model.config.vocab_size
-    if ids > known:
-        fail(f'{path}: its tokenizer has {ids} ids, its model knows {known}: use another checkpoint', 1)
     if not conversation.no_kernel:
         torch.set_num_threads(1)        # torch only samples here; more threads would slow the kernel down
     return conversation, f'{name}, {"sparse" if conversation.sparse else "dense"}', saved
-
-
-def prompts(stream):
-    """Yields the lines of a binary stream that are not blank. Ends the program if it is not text."""
-    try:
-        yield from (line for line in read_lines(stream) if line.strip())
-    except ValueError as error:
-        fail(error)
-
-
-def scale_ends(saved):
-    """
-    The shares at the ends of the colour scale, from a checkpoint's metadata: nine tenths of the validation
-    tokens (of a chat model's replies) lie between them. 0 and 1 if it has none.
-    """
-    try:
-        low, high = (float(saved['compute_percentiles'][p]) for p in ('5', '95'))
-        return (low, high) if 0 <= low < high - 1e-3 < 1 else (0.0, 1.0)
-    except (KeyError, TypeError, ValueError):
-        return 0.0, 1.0
 
 
 def main():
@@ -374,20 +288,15 @@ def main():
         config, _ = parse_options(ChatConfig, 'python chat.py')
     except ValueError as error:
         fail(f'--{error}')
-    if sys.stdout is None:
-        fail('stdout is closed: there is nowhere to write a reply', 1)
-    if sys.stdin is None and config.prompt is None:
-        fail('stdin is closed: use --prompt')
+    sys.stdin.reconfigure(encoding='utf-8-sig', errors='replace')       # -sig: without a byte order mark
+    sys.stdout.reconfigure(encoding='utf-8', errors='replace')
     conversation, name, saved = load(config)
 
     terminal = sys.stdout.isatty() and not config.json
-    mode = render.color_mode(sys.stdout, os.environ) if config.color == 'auto' else config.color
-    low, high = scale_ends(saved) if conversation.sparse else (None, None)
-    chat = Chat(conversation, render.Palette(mode, low, high), terminal, config.json)
-    if sys.stdout.isatty():
-        sys.stdout.reconfigure(errors='replace')
-    else:
-        sys.stdout.reconfigure(encoding='utf-8', errors='replace')
+    colored = terminal and not os.environ.get('NO_COLOR') and os.environ.get('TERM', 'dumb') != 'dumb'
+    # nine tenths of the validation tokens (of a chat model's replies) lie between the ends of the scale
+    ends = saved.get('compute_percentiles', {'5': 0.0, '95': 1.0})
+    chat = Chat(conversation, render.Palette(ends['5'], ends['95'], colored), terminal, config.json)
     size = sum(p.numel() for key, p in conversation.model.named_parameters() if not key.endswith('theta'))
     chat.remark(f'{name}: {size / 1e6:.1f}M parameters; {conversation.engine}')
     if conversation.no_kernel:
@@ -395,15 +304,11 @@ def main():
     if config.prompt is not None:
         return chat.answer([config.prompt])
     if terminal and sys.stdin.isatty():
-        sys.stdin.reconfigure(encoding='utf-8', errors='replace')
         return chat.converse()
-    return chat.answer(prompts(sys.stdin.buffer))
+    return chat.answer(line.rstrip('\r\n') for line in sys.stdin)
 
 
 if __name__ == '__main__':
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    if sys.stderr is None:
-        sys.stderr = open(os.devnull, 'w', encoding='utf-8')        # print() would take stdout in its place
     try:
         code = main()
         sys.stdout.flush()

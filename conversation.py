@@ -5,8 +5,8 @@ A conversation with a CWIC model: what is said, and what it costs. render.py sho
     turn = conversation.say('Why is the sky blue?', show=lambda kind, text, token: print(text, end=''))
     turn.reply[0].active        # weights that each matrix used in the pass over the reply's first token
 
-A pass reads one token and predicts the next. Its compute is counted in that pass, never in a second one. It
-is shown at the token that was read or, with color_by = 'predicted', at the token that was predicted.
+A pass reads one token and predicts the next. Its compute is counted in that pass, never in a second one, and
+belongs to the token that was read.
 
 A model whose tokenizer has a chat template is spoken to in it; any other continues the text so far.
 
@@ -25,9 +25,9 @@ import torch
 
 import weights
 from build_kernel import KernelUnavailable
-from cwic import REPEAT_WINDOW, sample
 from decoder import Decoder, TorchDecoder
 from options import SAMPLING
+from sampling import REPEAT_WINDOW, sample
 from tokenizer import bos_ids, dialogue_ids, load_tokenizer, stop_ids
 
 LARGE = 20_000_000      # --dtype auto is int8 for models with more weights
@@ -38,8 +38,8 @@ class Token:
     id: int
     piece: bytes            # not always whole characters
     special: bool           # not text; it ends a message, for example
-    active: np.ndarray      # np.int64 (M), the weights each matrix used; None if no pass predicted the token
-    share: float            # active weights / dense weights, or None
+    active: np.ndarray      # np.int64 (M), the weights each matrix used
+    share: float            # active weights / dense weights
     probability: float      # by the model, before penalty and temperature; None in a prompt
 
 
@@ -49,7 +49,6 @@ class Turn:
     typed: str
     before: list            # ids of the text so far
     new: list               # ids that what was typed became
-    config: object          # the chat.ChatConfig in force
     random_state: object    # of the generator, before the reply
     decoder: object         # .names and .n_weights (M) belong to every active count
     engine: str             # the decoder's dtype and threads, for people
@@ -145,7 +144,7 @@ class Conversation:
     def reset(self):
         """Forgets everything, the random numbers included."""
         self.turns, self.tokens = [], []
-        self.last = None        # (logits, active) of the pass over the last token; None: read them all again
+        self.logits = None      # of the pass over the last token; None: read them all again
         self.generator = torch.Generator().manual_seed(self.config.seed)
 
     @property
@@ -178,57 +177,57 @@ class Conversation:
 
     def say(self, typed, show):
         """Adds a turn, and returns it."""
-        turn = Turn(typed, self.tokens, self.encode(typed), self.config, self.generator.get_state(),
-                    self.decoder, self.engine)
-        last, self.last = self.last, None
+        turn = Turn(typed, self.tokens, self.encode(typed), self.generator.get_state(), self.decoder,
+                    self.engine)
+        logits, self.logits = self.logits, None
         stream = StreamDecoder([unescape(stop) for stop in self.config.stop.split('|') if stop])
         try:
-            last = self.read(turn, last, show)
+            logits = self.read(turn, logits, show)
             while turn.ended == 'length' and len(turn.reply) < self.config.max_tokens:
-                last = self.add_token(turn, *last)
+                logits = self.add_token(turn, logits)
                 turn.emit('reply', stream.feed(turn.reply[-1]), show)
                 if stream.stopped:
                     turn.ended = 'stop'
                 elif turn.reply[-1].id in self.stop_ids:
                     turn.ended = 'end'
-            self.last = last
+            self.logits = logits
         except KeyboardInterrupt:
             turn.ended = 'interrupt'
         turn.emit('reply', stream.end(), show)
         said = [token.id for token in turn.reply]
         if turn.ended == 'stop':        # perhaps in the middle of a token: encode the text before it again
-            said, self.last = self.encoding.encode_ordinary(turn.text), None
+            said, self.logits = self.encoding.encode_ordinary(turn.text), None
         self.tokens = turn.before + turn.new + said
         self.turns.append(turn)
         return turn
 
-    def read(self, turn, last, show):
+    def read(self, turn, logits, show):
         """
-        Reads the turn's prompt. last: (logits, active) of the pass over the token before it, or None if the
-        decoder has not read that one. Returns the same for the last pass.
+        Reads the turn's prompt. logits: those after the text before it, or None if the decoder must read that
+        text too. Returns the logits after the prompt.
         """
         start = time.perf_counter()
-        if last:
-            steps = [last] + [self.decoder.step(id) for id in turn.new]
-            logits, passes = steps[-1][0], [active for _, active in steps]
-        else:
+        if logits is None:
             logits, passes = self.decoder.prefill(turn.before + turn.new)
+        else:
+            passes = []
+            for id in turn.new:
+                logits, active = self.decoder.step(id)
+                passes.append(active)
         turn.seconds.append(time.perf_counter() - start)
-        stream, chars = StreamDecoder(), []
-        predictions = [None, *passes[:-1]]          # for each pass, the one before, which predicted its token
-        count = min(len(turn.new), len(passes))     # a long prompt: only its end fits the context
-        for id, read, predicted in zip(turn.new[-count:], passes[-count:], predictions[-count:]):
-            turn.prompt.append(self.token(id, read, predicted, None))
-            chars += stream.feed(turn.prompt[-1])
+        # paired from the end: of a long prompt only that fits the context, and text before it is not shown
+        turn.prompt = [self.token(id, active) for id, active in zip(turn.new[::-1], passes[::-1])][::-1]
+        stream = StreamDecoder()
+        chars = [char for token in turn.prompt for char in stream.feed(token)]
         if self.has_template and turn.new:      # show what was typed without the template around it
             typed = turn.typed.strip()
             begin = ''.join(char for char, _ in chars).rfind(typed)
             chars = (chars if begin < 0 else chars[begin:begin + len(typed)]) + [('\n', None)]
         turn.emit('prompt', chars, show)
-        return logits, passes[-1]
+        return logits
 
-    def add_token(self, turn, logits, predicted):
-        """Draws a token and reads it, so that its own pass can colour it. Returns the same as read()."""
+    def add_token(self, turn, logits):
+        """Draws a token and reads it, so that its own pass can colour it. Returns the logits after it."""
         start = time.perf_counter()
         said = torch.tensor([[token.id for token in turn.reply[-REPEAT_WINDOW:]]], dtype=torch.long)
         ids, probability = sample(torch.from_numpy(logits[None, :self.encoding.n_vocab]),
@@ -236,20 +235,18 @@ class Conversation:
                                   **{name: getattr(self.config, name) for name in SAMPLING})
         logits, active = self.decoder.step(int(ids))
         turn.seconds.append(time.perf_counter() - start)
-        turn.reply.append(self.token(int(ids), active, predicted, float(probability)))
-        return logits, active
+        turn.reply.append(self.token(int(ids), active, float(probability)))
+        return logits
 
-    def token(self, id, read, predicted, probability):
-        """read, predicted: the counts of the pass over the token, and of the pass before."""
-        active = read if self.config.color_by == 'read' else predicted
-        share = None if active is None else float(active.sum() / self.decoder.n_weights.sum())
+    def token(self, id, active, probability=None):
+        share = float(active.sum() / self.decoder.n_weights.sum())
         piece, special = self.encoding.decode_single_token_bytes(id), self.encoding.is_special_token(id)
         return Token(id, piece, special, active, share, probability)
 
     def retry(self, show):
         """The last turn once more, with other random numbers."""
         turn = self.turns.pop()
-        self.tokens, self.last = turn.before, None
+        self.tokens, self.logits = turn.before, None
         return self.say(turn.typed, show)
 
     def dense(self, show):
@@ -258,7 +255,7 @@ class Conversation:
             model = weights.load(self.base)[0] if self.base else self.model
             self.dense_decoder = make_decoder(model, self.config, dense=True)[0]
         turn, other = self.turns[-1], copy(self)
-        other.config, other.decoder, other.generator = turn.config, self.dense_decoder, torch.Generator()
+        other.decoder, other.generator = self.dense_decoder, torch.Generator()
         other.generator.set_state(turn.random_state)
-        other.tokens, other.turns, other.last = turn.before, [], None
+        other.tokens, other.turns, other.logits = turn.before, [], None
         return other.say(turn.typed, show)

@@ -26,18 +26,17 @@ of 2:
 
 First comes the method, then the GPT around it. To train a model run train.py; to talk to one, chat.py.
 
-Not here: two refinements that are not the paper's (refinements.py), files (checkpoint.py), dropout, padding,
-beam search, and speed. Here masked weights are multiplied all the same; sparse_kernel.c skips them.
+Not here: two refinements that are not the paper's (refinements.py), ways to sample (sampling.py), files
+(checkpoint.py), dropout, padding, and speed. Here masked weights are multiplied all the same; sparse_kernel.c
+skips them.
 
 The method is that of "Compute Where It Counts: High Quality Sparsely Activated LLMs" (Crystal AI, 2025,
 github.com/crystal-ai-org/cwic). The blocks are GPT-2's (Radford et al., 2019) and Llama's (Touvron et al.,
 2023).
 """
 
-import copy
-import itertools
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import torch
 import torch.nn as nn
@@ -45,7 +44,7 @@ import torch.nn.functional as F
 
 BANDWIDTH = 0.1         # sigmas: how wide the range around a threshold is from which it learns
 FLOOR = 1e-3            # sigmas: thresholds never fall below this
-OBSERVE_EVERY = 7       # statistics need only one token in seven, or a few more
+OBSERVE_EVERY = 7       # statistics need one token in 7; as 7 divides no usual context, of every position
 
 
 def reference(x, mu, t, W, stripe):
@@ -116,12 +115,6 @@ def side_by_side(stripes, n_out):
     return stripes.transpose(0, 1).reshape(stripes.shape[1], -1)[:, :n_out]
 
 
-def product_dtype(weight):
-    """The dtype of matrix products: autocast's if it is on, else that of the weights."""
-    device = weight.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
-
-
 def as_count(active):
     """Counts as floats, to which gradients can flow: exact in f64. Apple's GPUs have only f32."""
     return active.to(torch.float32 if active.device.type == 'mps' else torch.float64)
@@ -139,9 +132,10 @@ class GatedProduct(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, mu, t, bw, W, stripe, functions):
         ctx.save_for_backward(x, mu, t, bw, W)
-        ctx.stripe, ctx.dtype = stripe, product_dtype(W)
         ctx.mask_inputs, ctx.step_backward = functions
-        with torch.autocast(x.device.type, enabled=False):
+        device, ctx.stripe = x.device.type, stripe
+        ctx.dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else W.dtype
+        with torch.autocast(device, enabled=False):
             inputs, count = ctx.mask_inputs(x - mu, mu, t, ctx.dtype)               # (n, N, in), (n, N)
             y = torch.bmm(inputs, by_stripe(W.to(ctx.dtype), stripe))               # (n, N, stripe)
             widths = by_stripe(x.new_ones(1, W.shape[1]), stripe).sum(2)            # (n, 1)
@@ -305,10 +299,7 @@ def statistics(x, centred):
     Once observed, on dense tokens, they stay. Masked inputs still get a gradient and may drift; a running
     sigma would follow them and never unmask them.
     """
-    # a stride coprime to T, so that every position is sampled equally: the first, an attention sink, is
-    # unlike all others
-    stride = next(n for n in itertools.count(OBSERVE_EVERY) if math.gcd(n, x.shape[1]) == 1)
-    x = x.flatten(0, 1)[::stride].float()                                       # (tokens, in)
+    x = x.flatten(0, 1)[::OBSERVE_EVERY].float()                                # (tokens, in)
     mu = torch.zeros_like(x[0])
     if centred:
         distance = (x - x.median(0).values).abs()
@@ -373,7 +364,7 @@ class CWICConfig:
     block_size: int = 256       # context, in tokens
     n_layer: int = 6
     n_head: int = 6
-    n_kv_head: int = 0          # Llama: heads of keys and values, each for a group of queries; 0: n_head
+    n_kv_head: int = 0          # heads of keys and values, each for a group of query heads; 0: n_head
     n_embd: int = 192
     n_hidden: int = 0           # width of the MLP; 0: 4 * n_embd
     bias: bool = True           # GPT-2: in linear layers and norms; the head never has one, nor has Llama
@@ -392,20 +383,13 @@ class CWICConfig:
         if self.arch not in ('gpt2', 'llama'):
             raise ValueError(f'arch must be gpt2 or llama, not {self.arch!r}')
         self.n_kv_head, self.n_hidden = self.n_kv_head or self.n_head, self.n_hidden or 4 * self.n_embd
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if type(value) is not field.type and not (field.type is float and type(value) is int):
-                raise ValueError(f'{field.name} must be of type {field.type.__name__}, not {value!r}')
-            if field.type in (int, float) and not 0 < value < 2 ** 40:          # nor nan
-                raise ValueError(f'{field.name} must be a number above 0, not {value}')
-        if self.rope_scaling and [type(value) in (int, float) for value in self.rope_scaling] != [True] * 4:
-            raise ValueError(f'rope_scaling must be 4 numbers, not {self.rope_scaling}')
+        for name, value in vars(self).items():
+            if type(value) in (int, float) and not value > 0:       # nor nan
+                raise ValueError(f'{name} must be a number above 0, not {value}')
         self.bias = self.bias and self.arch == 'gpt2'
         if self.n_embd % self.n_head or self.n_head % self.n_kv_head:
             raise ValueError(f'n_embd ({self.n_embd}) must be a multiple of n_head ({self.n_head}), '
                              f'and that of n_kv_head ({self.n_kv_head})')
-        if self.arch == 'gpt2' and self.n_kv_head != self.n_head:
-            raise ValueError('n_kv_head is an option of --arch llama')
         if self.arch == 'llama' and self.head_dim % 2:
             raise ValueError(f'n_embd / n_head ({self.head_dim}) must be even, for rotary positions')
 
@@ -419,10 +403,10 @@ class CWICConfig:
         return ('qkv', 'out', 'up', 'down') if self.arch == 'gpt2' else ('qkv', 'out', 'gate', 'neurons')
 
 
-def random_weights(*shape):
-    """GPT-2's initial weights. Skipped on the meta device, where the first normal_() costs a second."""
+def random_weights(*shape, std=0.02):
+    """Initial weights. Left out on the meta device, where the first normal_() costs a second."""
     weights = torch.empty(shape)
-    return weights if weights.is_meta else weights.normal_(std=0.02)
+    return weights if weights.is_meta else weights.normal_(std=std)
 
 
 def norm(config):
@@ -620,22 +604,17 @@ class GPT(nn.Module):
         AdamW's parameter groups: [matrices, which are decayed; biases and norms; thresholds]. Frozen
         parameters are left out.
         """
-        trained = [(is_threshold(name), p) for name, p in self.named_parameters() if p.requires_grad]
-        thresholds = [p for threshold, p in trained if threshold]
-        matrices = [p for threshold, p in trained if p.dim() > 1 and not threshold]
-        others = [p for threshold, p in trained if p.dim() <= 1 and not threshold]
+        trained = [(name, p) for name, p in self.named_parameters() if p.requires_grad]
+        thresholds = [p for name, p in trained if is_threshold(name)]
+        matrices = [p for name, p in trained if not is_threshold(name) and p.dim() > 1]
+        others = [p for name, p in trained if not is_threshold(name) and p.dim() <= 1]
         return [{'params': matrices, 'lr': lr, 'weight_decay': weight_decay},
                 {'params': others, 'lr': lr, 'weight_decay': 0.0},
                 {'params': thresholds, 'lr': threshold_lr, 'weight_decay': 0.0}]
 
 
 # -----------------------------------------------------------------------------
-# losses of a language model
-
-
-def next_token_loss(logits, targets):
-    """Mean cross-entropy in nats. logits (N, vocab), targets (N,)."""
-    return F.cross_entropy(logits.float(), targets)
+# distillation
 
 
 def kl_loss(logits, teacher_logits, reverse):
@@ -658,10 +637,8 @@ class LoRA(nn.Module):
     def __init__(self, weight, rank):
         super().__init__()
         n_in, n_out = weight.shape
-        self.A = nn.Parameter(torch.empty(n_in, rank, device=weight.device))
-        self.B = nn.Parameter(torch.zeros(rank, n_out, device=weight.device))
-        if not weight.is_meta:
-            nn.init.normal_(self.A, std=1 / math.sqrt(n_in))
+        self.A = nn.Parameter(random_weights(n_in, rank, std=1 / math.sqrt(n_in)))
+        self.B = nn.Parameter(torch.zeros(rank, n_out))
 
     def forward(self, weight):
         return weight + self.A @ self.B
@@ -691,92 +668,27 @@ def merge_lora(model):
         setattr(layer, adapter, nn.Identity())
 
 
-def dense_copy(model):
-    """A frozen copy without LoRA, in eval mode, to learn from: run it with dense=True."""
-    teacher = copy.deepcopy(model).eval().requires_grad_(False)
-    for layer, adapter, _ in adapters(teacher):
-        setattr(layer, adapter, nn.Identity())
-    return teacher
-
-
 # -----------------------------------------------------------------------------
 # generation, the plain way: the reference for the decoder
 
 
-REPEAT_WINDOW = 64      # tokens
-
-
-def likeliest(q, top_k, top_p):
-    """
-    The tokens that top_k and top_p keep. q (B, vocab): probabilities -> theirs in falling order, then 0; and
-    their ids. Both are (B, n). Of equally likely tokens the lower id comes first.
-    """
-    n = top_k
-    if not top_k:
-        # all tokens below the floor hold less than 1 - top_p together, so none of them is kept and needs
-        # sorting: to sort a whole vocabulary takes longer than the model
-        floor = (1 - top_p) / q.shape[-1]
-        n = int((q >= floor).sum(-1).max())
-    ids = q.topk(min(max(n, 1), q.shape[-1])).indices.sort().values                 # (B, n)
-    kept, order = q.gather(-1, ids).sort(dim=-1, descending=True, stable=True)
-    total = (kept if top_k else q).sum(-1, keepdim=True)
-    return torch.where(kept.cumsum(-1) - kept < top_p * total, kept, 0.0), ids.gather(-1, order)
-
-
-def sample(logits, point, temperature=0.0, top_k=0, top_p=1.0, min_p=0.0, repeat_penalty=1.0, said=None):
-    """
-    Draws a token for each row. logits (B, vocab) -> ids (B,), and their probability (B,) under the model, as
-    it was before everything below.
-
-    point (B,): uniform random numbers from 0 to 1, one for each row even if it is greedy, so that two models
-    can be given the same ones and compared token by token. temperature: 0 for greedy; or (B, 1), all above 0.
-    Kept are the top_k likeliest tokens (0: all), of these the fewest that hold top_p of the probability, and
-    of these all with at least min_p, a number or (B, 1), times the probability of the likeliest. said (B, n):
-    ids of the text so far. The last REPEAT_WINDOW become less likely: their logits are divided by
-    repeat_penalty if positive, else multiplied.
-    """
-    logits = logits.float()
-    p = logits.softmax(-1)                                                          # (B, vocab)
-    if repeat_penalty != 1 and said is not None:
-        said = said[:, -REPEAT_WINDOW:]
-        old = logits.gather(-1, said)                                               # (B, n)
-        logits = logits.scatter(-1, said, torch.where(old > 0, old / repeat_penalty, old * repeat_penalty))
-    if isinstance(temperature, (int, float)) and temperature == 0:
-        ids = logits.argmax(-1)
-    else:
-        q, order = (logits / temperature).softmax(-1), None
-        if top_k or top_p < 1:
-            q, order = likeliest(q, top_k, top_p)                                   # (B, n)
-        if torch.is_tensor(min_p) or min_p:
-            q = torch.where(q >= min_p * q.amax(-1, keepdim=True), q, 0.0)
-        mass = q.cumsum(-1)
-        ids = torch.searchsorted(mass, point[:, None].to(mass) * mass[:, -1:], right=True)[:, 0]
-        ids = ids.clamp_max(q.shape[-1] - 1)
-        # rounding may lead past the last token that was kept
-        ids = torch.where(q.gather(-1, ids[:, None])[:, 0] > 0, ids, q.argmax(-1))
-        ids = ids if order is None else order.gather(-1, ids[:, None])[:, 0]
-    return ids, p.gather(-1, ids[:, None])[:, 0]
-
-
 @torch.no_grad()
-def generate(model, tokens, max_new_tokens, temperature=0.0, generator=None, cached=True):
+def generate(model, tokens, max_new_tokens, temperature=0.0, generator=None):
     """
     Continues a list of token ids, yielding (token, active (matrices,)) one at a time; active belongs to the
     pass that produced the token. When the context is full, its last half becomes the new context and is read
-    again from position 0. cached=False reads the whole context for every token: the same tokens, slowly.
-    Raises ValueError for an empty list.
+    again from position 0. temperature 0 takes the likeliest token.
     """
-    if not tokens:
-        raise ValueError('there must be at least one token to continue from')
     block_size, device = model.config.block_size, model.head.weight.device
-    context = list(tokens)[-block_size:]
-    cache = KVCache(model.config, device=device)
+    context, cache = list(tokens)[-block_size:], KVCache(model.config, device=device)
     for _ in range(max_new_tokens):
         if len(context) > block_size:
             context, cache.length = context[-max(block_size // 2, 1):], 0
-        if not cached:
-            cache.length = 0
         logits, active = model(torch.tensor([context[cache.length:]], device=device), cache)
-        token = int(sample(logits[:, -1], torch.rand(1, generator=generator).to(device), temperature)[0])
+        logits = logits[0, -1].cpu()
+        token = int(logits.argmax())
+        if temperature > 0:
+            mass = (logits / temperature).softmax(0).cumsum(0)
+            token = int(torch.searchsorted(mass, torch.rand(1, generator=generator) * mass[-1], right=True))
         context.append(token)
         yield token, active[:, 0, -1]

@@ -28,11 +28,12 @@ import torch
 
 import weights
 from checkpoint import CheckpointError
-from cwic import KVCache, sample
+from cwic import KVCache
 from data.common import DataError, load_dataset, load_mix, run
 from device import choose_device
 from files import read_text
 from options import SAMPLING, counted, fail, option, parse_options, progress
+from sampling import sample
 from tokenizer import bos_ids, dialogue_ids, load_tokenizer, stop_ids
 
 # logits computed at once, at most: few enough for a CPU's cache, many enough to keep a GPU busy

@@ -31,7 +31,7 @@ from dataclasses import field, fields
 
 from files import LONGEST_JSON, read_text
 
-# How chat.py samples replies, and evaluate.py the answers on which it compares models (see cwic.sample): a
+# How chat.py samples replies, and evaluate.py the answers on which it compares models (see sampling.py): a
 # low temperature and nucleus sampling, as SmolLM2's makers advise, and a penalty that keeps small models out
 # of loops.
 SAMPLING = {'temperature': 0.2, 'top_k': 0, 'top_p': 0.9, 'min_p': 0.0, 'repeat_penalty': 1.15}

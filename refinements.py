@@ -24,8 +24,6 @@ Not here: bases for the other layers. Their inputs come straight from the residu
 from one basis to another would cost d * d weights.
 """
 
-import sys
-
 import torch
 import torch.nn as nn
 
@@ -106,8 +104,7 @@ class Head(StripedLinear):
 def identity(*shape):
     """Bases that change nothing, (..., d, d). In bf16, which makes files smaller."""
     basis = torch.zeros(shape, dtype=torch.bfloat16)
-    if not basis.is_meta:       # there eye() and repeat() would import sympy, which takes seconds
-        basis.diagonal(dim1=-2, dim2=-1).fill_(1)
+    basis.diagonal(dim1=-2, dim2=-1).fill_(1)       # on the meta device eye() would import sympy: seconds
     return basis
 
 
@@ -207,24 +204,10 @@ def find_bases(model, tokens, dense=True):
 def fuse_masks(model):
     """
     Compiles mask_inputs and step_backward, which then pass over memory once, not a dozen times: on a CPU they
-    take half the time, after some seconds. If the compiler fails, now or later, for want of memory say, the
-    plain functions are called instead.
+    take half the time, after some seconds. If the compiler fails later, for want of memory say, torch warns,
+    and calls the plain functions.
     """
-    def with_fallback(function):
-        compiled = torch.compile(function, dynamic=True)
-
-        def call(*args):
-            if model.masks_fused:
-                try:
-                    return compiled(*args)
-                except torch._dynamo.exc.TorchDynamoException as error:     # of any compiler behind it
-                    model.masks_fused = False
-                    reason = str(error).strip().splitlines()[0]
-                    print(f'masks are no longer compiled, so training is slower: {reason}', file=sys.stderr)
-            return function(*args)
-        return call
-
-    model.masks_fused = True
-    functions = tuple(map(with_fallback, Thresholds.functions))
+    torch._dynamo.config.suppress_errors = True
+    functions = tuple(torch.compile(function, dynamic=True) for function in Thresholds.functions)
     for _, layer in model.sparse_layers():
         layer.functions = functions

@@ -34,6 +34,7 @@ if __name__ == '__main__':
     # torch's idle threads sleep instead of spinning: ten times as fast if other programs need the cores
     os.environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE')
 
+import copy
 import math
 import sys
 import time
@@ -43,6 +44,7 @@ from dataclasses import asdict, dataclass, field, replace
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 
 import cwic
 import plots
@@ -82,7 +84,7 @@ class TrainConfig:
     arch: str = option('gpt2', 'gpt2; or llama: RMSNorm, rotary positions, grouped queries, a gated MLP')
     n_layer: int = option(2, 'number of blocks')
     n_head: int = option(5, 'attention heads per block')
-    n_kv_head: int = option(0, 'llama: heads for keys and values; 0: as many as --n_head')
+    n_kv_head: int = option(0, 'heads for keys and values; 0: as many as --n_head')
     n_embd: int = option(320, 'width of the model')
     n_hidden: int = option(0, 'width of the MLP; 0: 4 times --n_embd')
     block_size: int = option(256, "tokens in a training sequence, and in a new model's context", at_least=1)
@@ -218,7 +220,7 @@ def head_loss(model, teacher, hidden, teacher_hidden, targets, dense, teacher_sh
     logits, active = model.head(hidden, dense)
     logits, loss = logits.flatten(0, 1), 0.0                            # (B * T, vocab)
     if teacher_share < 1:
-        loss = (1 - teacher_share) * cwic.next_token_loss(logits, targets.flatten())
+        loss = (1 - teacher_share) * F.cross_entropy(logits.float(), targets.flatten())
     if teacher_share > 0:
         with torch.no_grad():
             teacher_logits = teacher.head(teacher_hidden, dense=True)[0].flatten(0, 1)
@@ -364,7 +366,9 @@ def fuse_masks(run):
 
 def frozen_teacher(run):
     """The dense model that the student starts from: a copy of the student, without its LoRA."""
-    teacher = cwic.dense_copy(run.model)
+    teacher = copy.deepcopy(run.model).eval().requires_grad_(False)
+    for layer, adapter, _ in cwic.adapters(teacher):
+        setattr(layer, adapter, torch.nn.Identity())
     for block in teacher.blocks if run.config.compile else ():
         block.compile()
     return teacher
@@ -456,12 +460,15 @@ def save_last(run):
 
 
 def save_best(run):
-    """Writes best.safetensors after the best evaluation that met the target, or the last one if none did."""
+    """
+    Writes best.safetensors after the best evaluation that met the target; until one has met it, after each
+    one from the end of the ramp on, so that a run that is lost leaves something.
+    """
     config, results = run.config, run.results
-    score = 'kl' if 'kl' in results else 'val_loss'
-    met = (run.step >= config.dense_steps + config.ramp_steps
-           and results['reduction'] >= MET * config.target_reduction)
-    if met and results[score] < run.best.get(score, math.inf) or run.step == config.steps() and not run.best:
+    score, goal = 'kl' if 'kl' in results else 'val_loss', MET * config.target_reduction
+    had_met, met = run.best.get('reduction', 0.0) >= goal, results['reduction'] >= goal
+    better = met and results[score] < run.best.get(score, math.inf)
+    if run.step >= config.dense_steps + config.ramp_steps and (better or not had_met):
         run.best = {**results, 'step': run.step}
         save(run, BEST)
 

@@ -503,7 +503,7 @@ class DejaVu(Method):
                   for _, pairs in places for _, rows, _ in pairs]
         with run.uncompiled(), run.autocast(), hooked(hooks):
             logits, _ = model(tokens, dense=True)
-            loss = cwic.next_token_loss(logits.flatten(0, 1), targets.flatten())
+            loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
         slopes = dict(zip(outputs, torch.autograd.grad(loss, list(outputs.values()))))
         for (place, pairs), predictor in zip(places, model.predictors):
             for (_, rows, count), scores in zip(pairs, predictor(read[place])):

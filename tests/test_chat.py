@@ -47,9 +47,8 @@ from tokenizer import PATTERNS, bpe_spec, dialogue_ids, load_tokenizer, stop_ids
 class Screen:
     """
     As much of a terminal as our output needs: colours, newlines, wrapping at the right margin, wide
-    characters, erasing to the end of a line, scrolling. As xterm does, it fills lines that scroll into view
-    with the current background. cells: lines of [character, background]; the background is None, (r, g, b),
-    or an index of 256.
+    characters, scrolling. As xterm does, it fills lines that scroll into view with the current background.
+    cells: lines of [character, background]; the background is None, or an index of 256.
     """
 
     def __init__(self, columns, rows):
@@ -80,19 +79,15 @@ class Screen:
                 self.put(char)
 
     def control(self, code):
-        if code == '\x1b[K':
-            # a cursor that waits to wrap stands on the last column, which is then erased
-            for x in range(min(self.x, self.columns - 1), self.columns):
-                self.cells[self.y][x] = [' ', self.back]
+        if code == '\x1b[K':        # from options.progress(), on a line that is empty
             return
         assert code[-1] == 'm', f'unexpected {code!r}'
         numbers = [int(n or 0) for n in code[2:-1].split(';')]
         if numbers[0] == 0:
             self.back = None
         elif numbers[0] == 38:
-            length = 5 if numbers[1] == 2 else 3
-            assert numbers[length] == 48
-            self.back = tuple(numbers[length + 2:]) if numbers[1] == 2 else numbers[length + 2]
+            assert [numbers[i] for i in (1, 3, 4)] == [5, 48, 5]
+            self.back = numbers[5]
         else:
             assert numbers == [2]
 
@@ -111,9 +106,9 @@ class Screen:
         return self.gone + self.cells
 
 
-def drawn(pieces, columns, mode='truecolor', rows=3):
+def drawn(pieces, columns, rows=3):
     """[(text, share)] painted on a Screen -> the Screen and the palette."""
-    screen, palette = Screen(columns, rows), render.Palette(mode, 0.2, 0.8)
+    screen, palette = Screen(columns, rows), render.Palette(0.2, 0.8)
     out = io.StringIO()
     painter = render.Painter(out, palette, lambda: columns)
     for text, share in pieces:
@@ -121,10 +116,12 @@ def drawn(pieces, columns, mode='truecolor', rows=3):
         painter.write(text, share)
         screen.feed(out.getvalue())
         assert screen.back is None, 'a colour outlived its piece: an interrupt here would leave it on'
-    out.seek(0), out.truncate()
-    painter.end_line()
-    screen.feed(out.getvalue())
     return screen, palette
+
+
+def background(palette, share):
+    """The background that a terminal shows for a share: an index of 256, or None."""
+    return None if share is None else int(re.search(r'48;5;(\d+)', palette.paint('x', share))[1])
 
 
 PIECES = [('def', None), (' f(é', 0.25), ('日本語', 0.7), (')\n    ', 0.4), ('\tx', 0.6),
@@ -133,42 +130,29 @@ PIECES = [('def', None), (' f(é', 0.25), ('日本語', 0.7), (')\n    ', 0.4), 
 
 
 @pytest.mark.parametrize('columns', [10, 11, 80])
-@pytest.mark.parametrize('mode', ['truecolor', '256'])
-def test_painter_colors_each_character_and_nothing_else(columns, mode):
+def test_painter_colors_each_character_and_nothing_else(columns):
     """
     A terminal that scrolls as a line wraps fills the new line with the current background: a coloured reply
     left bars to the right margin. And a tab leaves the cells it skips unpainted.
     """
-    screen, palette = drawn(PIECES, columns, mode)
-
-    def back(share):
-        if share is None:
-            return None
-        coarse = re.search(r'48;5;(\d+)', palette.codes(share))
-        return int(coarse[1]) if mode == '256' else palette.rgb(share)
-
+    screen, palette = drawn(PIECES, columns)
     # the same text laid out by hand: a list of lines of [character, background]
     want, line = [], []
-    text, shares = ''.join(text for text, _ in PIECES), [share for text, share in PIECES for _ in text]
-    for word in re.finditer('[日本語🎉]|\\s?[^\\s日本語🎉]+|\\s', text):
-        length = len(word[0]) - word[0].count('\u0301')
-        moved = word[0][0] == ' ' != word[0] and len(line) + length > columns >= length
-        for place, char in enumerate('\n' + word[0][1:] if moved else word[0], word.start()):
-            share = shares[place]
-            if char == '\n':
-                want.append(line)
-                line = []
-            elif char == '\t':
-                line += [[' ', back(share)] for _ in range(min(8 - len(line) % 8, columns - len(line)))]
-            elif unicodedata.combining(char):
-                line[-1][0] += char
-            else:
-                wide = unicodedata.east_asian_width(char) == 'W'
-                cells = [[char, back(share)]] + [['', back(share)]] * wide
-                if len(line) + len(cells) > columns:
+    for piece, share in PIECES:
+        back = background(palette, share)
+        for word in re.findall(' ?[^ \n]+|[ \n]', piece.replace('\t', '    ')):
+            length = sum(2 if unicodedata.east_asian_width(char) == 'W' else char != '\u0301' for char in word)
+            if word[0] == ' ' and len(line) + length > columns:
+                word = '\n' + word[1:]
+            for char in word:
+                if char == '\u0301':
+                    line[-1][0] += char
+                    continue
+                cells = [[char, back]] + [['', back]] * (unicodedata.east_asian_width(char) == 'W')
+                if char == '\n' or len(line) + len(cells) > columns:
                     want.append(line)
                     line = []
-                line += cells
+                line += cells if char != '\n' else []
     want.append(line)
     want = [line + [[' ', None]] * (columns - len(line)) for line in want]
     got = screen.lines()
@@ -183,12 +167,12 @@ def test_control_characters_in_a_reply_do_not_reach_the_terminal():
     """
     screen, _ = drawn([('a\x1b[2J\x07\r\x7f\x9b1mb\u202ec\u2066', 0.5)], 40)
     shown = ''.join(char for char, _ in screen.lines()[0]).rstrip()
-    assert shown == 'a\u241b[2J\u2407\u240d\u2421\ufffd1mb\ufffdc\ufffd'
+    assert shown == 'a\ufffd[2J' + 4 * '\ufffd' + '1mb\ufffdc\ufffd'
 
 
-def test_color_none_writes_no_escape_codes():
+def test_without_colors_there_are_no_escape_codes():
     out = io.StringIO()
-    painter = render.Painter(out, render.Palette('none', 0, 1), lambda: 4)
+    painter = render.Painter(out, render.Palette(0, 1, colored=False), lambda: 4)
     painter.write('plain\ttext\n日本語', 0.5)
     painter.end_line()
     assert '\x1b' not in out.getvalue()
@@ -217,13 +201,13 @@ def xterm(index):
 def test_the_scale_grows_darker_evenly_and_text_stays_readable():
     """
     Lightness, measured in another space than the scale was made in, falls all the way, by steps within a
-    third of the mean; and text has a contrast of at least 4.5 on what a terminal of either kind shows.
+    third of the mean; and text has a contrast of at least 4.5, on pages and on a terminal.
     """
     scale = [plots.scale_color(i / 20) for i in range(21)]
     steps = -np.diff([lightness(color) for color in scale])
     assert (steps > 0).all() and steps.max() < 1.34 * steps.mean() and steps.min() > 0.66 * steps.mean()
     pairs = [(plots.text_color(color), color) for color in scale]
-    codes = [render.Palette('256', 0, 1).codes(i / 20) for i in range(21)]
+    codes = [render.Palette(0, 1).paint('x', i / 20) for i in range(21)]
     coarse = [[xterm(int(n)) for n in re.search(r'38;5;(\d+);48;5;(\d+)', code).groups()] for code in codes]
     steps = [luminance(xterm(index)) for index in render.RAMP_256]
     assert (np.diff(steps) < 0).all() and len({back for _, back in coarse}) == len(steps)
@@ -231,18 +215,6 @@ def test_the_scale_grows_darker_evenly_and_text_stays_readable():
     for text, back in pairs + coarse:
         light, dark = sorted((luminance(text), luminance(back)), reverse=True)
         assert (light + 0.05) / (dark + 0.05) >= 4.5
-
-
-@pytest.mark.parametrize('environ, mode', [
-    ('TERM=xterm-256color COLORTERM=truecolor', 'truecolor'), ('TERM=xterm-256color', '256'),
-    ('TERM=tmux', '256'), ('TERM=xterm-256color COLORTERM=truecolor NO_COLOR=1', 'none'),
-    ('TERM=dumb COLORTERM=truecolor', 'none'),
-    ('TERM=vt100', 'none'), ('', 'none')])
-def test_color_mode_follows_the_environment(environ, mode):
-    stream, environ = io.StringIO(), dict(word.split('=') for word in environ.split())
-    assert render.color_mode(stream, environ) == 'none'
-    stream.isatty = lambda: True
-    assert render.color_mode(stream, environ) == mode
 
 
 # -----------------------------------------------------------------------------
@@ -347,34 +319,28 @@ def say_this(monkeypatch, tokens):
     monkeypatch.setattr('conversation.sample', lambda *_, **__: next(drawn))
 
 
-@pytest.mark.parametrize('color_by', ['read', 'predicted'])
-def test_compute_of_each_token_matches_generate(conversation, color_by):
+def test_compute_of_each_token_matches_generate(conversation):
     """
     Compute was counted by a second forward after generation, which cost as much again and saw another context.
     And it was shown at the token that was predicted, although it follows the surprise of the token that is read.
     """
-    conversation.config = chat.ChatConfig(temperature=0, repeat_penalty=1, max_tokens=100, threads=1,
-                                          color_by=color_by)
+    conversation.config = chat.ChatConfig(temperature=0, repeat_penalty=1, max_tokens=100, threads=1)
     turn = conversation.say('Kraków 日本', silent)       # and 100 tokens: the context, of 48, slides twice
     prompt = list('Kraków 日本'.encode())
     want = list(cwic.generate(conversation.model, prompt, 101))         # each with the pass that predicted it
     assert [token.id for token in turn.reply] == [token for token, _ in want[:100]]
-    passes = [active for _, active in want[color_by == 'read':]]
-    for token, active in zip(turn.reply, passes):
+    for token, (_, active) in zip(turn.reply, want[1:]):
         assert token.active.tolist() == active.tolist()
         assert token.share == pytest.approx(active.sum().item() / conversation.model.n_weights())
-    _, active = conversation.model(torch.tensor([prompt]))          # (M, 1, T)
-    passes = active[:, 0].t().tolist()
-    assert [token.active if token.active is None else token.active.tolist() for token in turn.prompt] == (
-        passes if color_by == 'read' else [None] + passes[:-1])
-    logits, _ = conversation.model(torch.tensor([prompt]))
+    logits, active = conversation.model(torch.tensor([prompt]))         # active (M, 1, T)
+    assert [token.active.tolist() for token in turn.prompt] == active[:, 0].t().tolist()
     assert turn.reply[0].probability == pytest.approx(logits[0, -1].softmax(-1).max().item(), rel=1e-3)
 
 
 def test_split_and_wide_characters_get_the_colors_of_their_tokens(conversation):
     """Every character, prompt and reply, stands on the colour of the token that completed it."""
     conversation.config.max_tokens = 40
-    screen, palette, out = Screen(16, 30), render.Palette('truecolor', 0.3, 0.7), io.StringIO()
+    screen, palette, out = Screen(16, 30), render.Palette(0.3, 0.7), io.StringIO()
     painter = render.Painter(out, palette, lambda: 16)
     show = lambda kind, text, token: painter.write(text, token.share)
     turn = conversation.say('x = "日本語 🎉"\n\té', show)
@@ -391,7 +357,7 @@ def test_split_and_wide_characters_get_the_colors_of_their_tokens(conversation):
     assert [(text, token.share) for kind, text, token in turn.shown if kind == 'prompt'] == want
     want += [(text, token.share) for kind, text, token in turn.shown if kind == 'reply']
     assert turn.text == b''.join(token.piece for token in turn.reply).decode('utf-8', 'replace')
-    want = [(render.visible(char), palette.rgb(share)) for text, share in want for char in text
+    want = [(render.visible(char), background(palette, share)) for text, share in want for char in text
             if char not in ' \n\t' and not unicodedata.combining(char)]
     cells = [cell for line in screen.lines() for cell in line]
     assert [(char[0], back) for char, back in cells if char not in ('', ' ')] == want
@@ -415,11 +381,11 @@ def test_decoder_context_matches_the_text_shown(conversation):
     conversation.config.stop = 'qqqq'
 
     def check():
-        if conversation.last:
+        if conversation.logits is not None:
             context = conversation.decoder.window
             assert conversation.tokens[-len(context):] == context
-            logits, active = conversation.decoder.prefill(context)
-            assert np.abs(conversation.last[0] - logits).max() < 1e-3
+            logits, _ = conversation.decoder.prefill(context)
+            assert np.abs(conversation.logits - logits).max() < 1e-3
         shown = ''.join(text for turn in conversation.turns for _, text, _ in turn.shown)
         assert bytes(conversation.tokens).decode('utf-8', 'replace') == shown
 
@@ -434,10 +400,10 @@ def test_decoder_context_matches_the_text_shown(conversation):
     conversation.retry(silent)
     check()
     # stop at what it will say: the same text again, cut where that begins
-    state, conversation.last = conversation.generator.get_state(), None
+    state, conversation.logits = conversation.generator.get_state(), None
     free = conversation.say('six', silent)
     conversation.turns.pop()
-    conversation.tokens, conversation.last = free.before, None
+    conversation.tokens, conversation.logits = free.before, None
     conversation.generator.set_state(state)
     stop = next(free.text[i:i + 2] for i in range(4, 18) if '\ufffd' not in free.text[i:i + 2])
     conversation.config = replace(conversation.config, stop=f'never|{stop}')
@@ -463,7 +429,6 @@ def test_a_long_prompt_keeps_tokens_only_for_the_context(conversation):
     """A prompt of 1 MB kept a Token for each of its million ids; the model sees the last block_size of them."""
     turn = conversation.say('a' * 100_000 + 'b' * 48, silent)
     assert len(turn.new) == 100_048 and bytes(token.id for token in turn.prompt) == b'b' * 48
-    assert all(token.active is not None for token in turn.prompt)
 
 
 def prompt_of(turn):
@@ -542,14 +507,14 @@ def test_dense_uses_every_weight_and_the_same_random_numbers(conversation):
     """Against a loop over the model's own dense mode; the conversation itself is left as it was."""
     conversation.config.temperature, conversation.config.repeat_penalty = 0, 1
     conversation.say('def', silent)
-    before = list(conversation.tokens), conversation.last, conversation.generator.get_state().tolist()
+    before = list(conversation.tokens), conversation.logits.tolist(), conversation.generator.get_state().tolist()
     turn = conversation.dense(silent)
     tokens = list(b'def')
     for token in turn.reply:
         logits, _ = conversation.model(torch.tensor([tokens]), dense=True)
         assert token.id == int(logits[0, -1].argmax()) and token.share == 1
         tokens.append(token.id)
-    assert before == (conversation.tokens, conversation.last, conversation.generator.get_state().tolist())
+    assert before == (conversation.tokens, conversation.logits.tolist(), conversation.generator.get_state().tolist())
     # a model without thresholds skips nothing, not even zeros, and the same random numbers give the same text
     for _, layer in conversation.model.sparse_layers():
         layer.theta.data.zero_()
@@ -561,17 +526,16 @@ def test_dense_uses_every_weight_and_the_same_random_numbers(conversation):
 def test_page_shows_counts_and_colors(conversation, tmp_path):
     conversation.say('if a < b & c:\n\t"日本"', silent)
     conversation.say('\x1b[31m\u202e', silent)
-    palette, path = render.Palette('none', 0.3, 0.7), tmp_path / 'page.html'
+    palette, path = render.Palette(0.3, 0.7), tmp_path / 'page.html'
     render.save_page(conversation.turns, palette, path)
     page = path.read_text(encoding='utf-8')
     shown = [(text, token) for turn in conversation.turns for _, text, token in turn.shown]
     assert [int(n.replace(',', '')) for n in re.findall(r'([\d,]+) active weights', page)] == [
         token.active.sum() for _, token in shown]
     spans = re.findall(r'<span class="(?:prompt|reply)"[^>]*>([^<]*)</span>', page)
-    assert [html.unescape(text) for text in spans] == [
-        ''.join(c if c in '\n\t' else render.visible(c) for c in text) for text, _ in shown]
+    assert [html.unescape(text) for text in spans] == [render.visible(text) for text, _ in shown]
     colors = [tuple(map(int, color)) for color in re.findall(r'background:rgb\((\d+), (\d+), (\d+)\)', page)]
-    assert colors[9:] == [palette.rgb(token.share) for _, token in shown]      # after the legend's
+    assert colors[7:] == [palette.rgb(token.share) for _, token in shown]      # after the legend's
     assert 'http' not in page and '<script' not in page and not re.search('[\x1b\u202e]', page)
 
 
@@ -579,48 +543,35 @@ def test_pictures_have_the_colors_of_the_terminal(dialogue, tmp_path):
     """The picture of a conversation: some pixels of every token's colour, and a line of the legend's."""
     from matplotlib.image import imread
     dialogue.say('plain words', silent)
-    palette = render.Palette('truecolor', 0.3, 0.7)
+    palette = render.Palette(0.3, 0.7)
     render.save_picture(dialogue.turns, palette, tmp_path / 'talk.png')
     pixels = (imread(tmp_path / 'talk.png')[:, :, :3] * 255).round().astype(int)
     seen = {tuple(color) for color in pixels.reshape(-1, 3)}
     shares = [token.share for _, text, token in dialogue.turns[0].shown if token]
     for share in shares + [0.3, 0.7]:
         assert any(max(abs(a - b) for a, b in zip(palette.rgb(share), color)) <= 1 for color in seen)
-    render.save_picture(dialogue.turns, palette, tmp_path / 'talk.svg')
-    drawn = (tmp_path / 'talk.svg').read_text(encoding='utf-8')
-    assert all('#%02x%02x%02x' % palette.rgb(share) in drawn for share in shares)
     render.plot_reply(dialogue.turns[0], palette, tmp_path / 'reply.png')
     assert imread(tmp_path / 'reply.png').shape[2] == 4
 
 
-@pytest.mark.parametrize('color_by', render.COUNTED)
-def test_legend_shows_the_ends_of_the_scale(color_by):
+def test_legend_shows_the_ends_of_the_scale():
     """
     It said 'used 30.0%' and '70.0%', although shares beyond these have the same colours. It fits 80 columns.
     """
-    legend = render.Palette('truecolor', 0.3, 0.7).legend(color_by)
+    legend = render.Palette(0.3, 0.7).legend()
     text = ''.join(piece for piece, _ in legend)
-    assert '<30.0 ' in text and text.endswith(' >70.0') and render.COUNTED[color_by] in text and len(text) < 80
+    assert '<30.0 ' in text and text.endswith(' >70.0') and len(text) < 80
     shares = [share for _, share in legend if share is not None]
     assert np.allclose(shares, np.linspace(0.3, 0.7, len(shares))) and len(shares) > 2
 
 
-def test_json_escapes_control_characters_and_nan(conversation, monkeypatch):
-    """
-    U+009B, which begins an escape code, passed through; and a probability of nan was written as NaN, which
-    is not JSON.
-    """
-    drawn = torch.tensor([7]), torch.tensor([float('nan')])
-    monkeypatch.setattr('conversation.sample', lambda *_, **__: drawn)
+def test_json_escapes_control_characters(conversation):
+    """U+009B, which begins an escape code, passed through."""
     turn = conversation.say('\x9b31m \u202e \x7f é', silent)
     line = render.as_json(turn)
-    assert not re.search('[\x00-\x1f\x7f-\x9f\u202e]', line) and 'é' in line
-
-    def refuse(name):
-        raise AssertionError(name)
-    reply = json.loads(line, parse_constant=refuse)
+    assert not re.search('[\x00-\x1f\x80-\x9f\u202e]', line)
+    reply = json.loads(line)
     assert reply['prompt'] == turn.typed and reply['text'] == turn.text
-    assert reply['probabilities'] == [None] * 20
 
 
 # -----------------------------------------------------------------------------
@@ -638,7 +589,7 @@ def program(*words, stdin=b'', shell=False):
 
 
 def endless(checkpoint, *words):
-    options = '--ckpt', checkpoint, '--prompt', 'x', '--max-tokens', '1000000', *words
+    options = '--ckpt', checkpoint, '--prompt', 'x', '--max_tokens', '1000000', *words
     return subprocess.Popen([sys.executable, str(ROOT / 'chat.py'), *options],
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=ENVIRONMENT)
 
@@ -648,8 +599,7 @@ def test_piped_replies_match_generate(checkpoint):
     Plain text is the reply and nothing else; JSON has the same text, and the model's counts; neither has
     escape codes.
     """
-    options = ('--ckpt', checkpoint, '--temperature=0', '--repeat-penalty', '1', '--max-tokens', '12', '--threads=1',
-               '--color', '256')
+    options = '--ckpt', checkpoint, '--temperature=0', '--repeat_penalty', '1', '--max_tokens', '12', '--threads=1'
     plain = program(*options, '--prompt', 'def é')
     assert plain.returncode == 0 and b'\x1b' not in plain.stdout + plain.stderr
     remarks = plain.stderr.decode().splitlines()
@@ -663,7 +613,6 @@ def test_piped_replies_match_generate(checkpoint):
         want = list(cwic.generate(model, list(reply['prompt'].encode()), 13))
         passes = [active for _, active in want[1:]]
         assert reply['tokens'] == [token for token, _ in want[:12]]
-        assert reply['counted'] == 'the pass over each token'
         assert reply['active'] == [active.tolist() for active in passes]
         assert reply['matrices'] == [name for name, _ in model.sparse_layers()]
         assert sum(reply['dense']) == model.n_weights() and reply['ended'] == 'length'
@@ -681,22 +630,17 @@ def test_a_closed_pipe_ends_quietly(checkpoint):
     assert run.wait(60) == 141 and len(errors.splitlines()) == 1 and 'Traceback' not in errors
 
 
-@pytest.mark.parametrize('redirected, code, told', [
-    (' > /dev/full', 1, 'No space left'), (' >&-', 1, 'stdout is closed'), (' <&- 2>&-', 0, '')])
-def test_full_or_closed_streams_end_in_one_line(redirected, code, told, checkpoint):
-    """A full disk and a closed stdout gave a traceback; a closed stderr put the header among the replies."""
-    run = program('--ckpt', checkpoint, '--max_tokens', '3', '--prompt', 'x', redirected, shell=True)
-    assert run.returncode == code and told in run.stderr.decode() and len(run.stderr.splitlines()) <= 2
-    assert b'parameters' not in run.stdout and b'Traceback' not in run.stderr
+def test_a_full_disk_ends_in_one_line(checkpoint):
+    """It gave a traceback."""
+    run = program('--ckpt', checkpoint, '--max_tokens', '3', '--prompt', 'x', ' > /dev/full', shell=True)
+    assert run.returncode == 1 and b'No space left' in run.stderr and len(run.stderr.splitlines()) <= 2
 
 
-@pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_signals_keep_the_partial_reply(checkpoint, number):
-    """SIGTERM, which a time limit sends, and SIGHUP, of a lost connection, used to lose the reply."""
+def test_ctrl_c_keeps_the_partial_reply(checkpoint):
     run = endless(checkpoint, '--json')
     run.stderr.readline()
     time.sleep(0.5)
-    run.send_signal(number)
+    run.send_signal(signal.SIGINT)
     out, errors = run.communicate(timeout=60)
     assert run.returncode == 130 and json.loads(out)['ended'] == 'interrupt' and b'Traceback' not in errors
 
@@ -704,7 +648,7 @@ def test_signals_keep_the_partial_reply(checkpoint, number):
 def main(monkeypatch, capsys, *words, stdin=b'a\n'):
     """chat.main() in this process -> its exit code, stdout, and the lines of stderr."""
     monkeypatch.setattr(sys, 'argv', ['chat.py', *map(str, words)])
-    monkeypatch.setattr(sys, 'stdin', io.TextIOWrapper(io.BufferedReader(io.BytesIO(stdin))))
+    monkeypatch.setattr(sys, 'stdin', io.TextIOWrapper(io.BytesIO(stdin), newline='\n'))
     try:
         code = chat.main()
     except SystemExit as stopped:
@@ -715,11 +659,9 @@ def main(monkeypatch, capsys, *words, stdin=b'a\n'):
 
 @pytest.mark.parametrize('words, code, told', [
     (['--ckpt', 'missing.safetensors'], 1, 'missing.safetensors'), (['--ckpt', 'text.safetensors'], 1, 'not a CWIC checkpoint'),
-    (['--temprature', '1'], 2, 'did you mean temperature'), (['--temperature', 'nan'], 2, 'temperature'),
-    (['--temperature', '1e-9'], 2, '0.001'), (['--top-p', '2'], 2, 'top_p'), (['--prompt', ''], 2, 'empty'),
-    (['--turn-template', 'User:'], 2, '{prompt}'), (['--color', 'red'], 2, 'color must be one of'),
-    (['--color_by', 'x'], 2, 'read, predicted'), (['--max-tokens=0'], 2, 'max_tokens'),
-    (['--dtype', 'f16'], 2, 'dtype'), (['--threads', '0'], 2, 'threads'),
+    (['--temprature', '1'], 2, 'temprature'), (['--temperature', 'nan'], 2, 'temperature'),
+    (['--top_p', '2'], 2, 'top_p'), (['--prompt', ''], 2, 'no prompt'), (['--turn_template', 'User:'], 2, '{prompt}'),
+    (['--max_tokens=0'], 2, 'max_tokens'), (['--dtype', 'f16'], 2, 'dtype'), (['--threads', '0'], 2, 'threads'),
     (['--threads', '99999'], 2, 'threads'), ([], 2, 'no prompt')])
 def test_user_errors_are_one_line(words, code, told, checkpoint, tmp_path, monkeypatch, capsys):
     (tmp_path / 'text.safetensors').write_text('not a checkpoint', encoding='utf-8')
@@ -729,37 +671,21 @@ def test_user_errors_are_one_line(words, code, told, checkpoint, tmp_path, monke
     assert run == [code, ''] and told in lines[-1] and len(lines) <= 2
 
 
-def test_odd_checkpoint_metadata_is_no_traceback(checkpoint, tmp_path, monkeypatch, capsys):
-    """
-    A string or None for val_loss or a percentile ended in a traceback, and so did a model with no active
-    weights.
-    """
+def test_a_model_that_uses_no_weights_or_has_no_percentiles_can_speak(checkpoint, tmp_path, monkeypatch, capsys):
     model, saved = load_checkpoint(checkpoint)
     path = tmp_path / 'odd.safetensors'
-    for odd in ('3', None, {}, [1], True):
-        spec = saved['tokenizer']
-        percentiles = {'compute_percentiles': {'5': odd, '95': odd}}
-        save_checkpoint(path, model, tokenizer=spec, val_loss=odd, reduction=odd, **percentiles)
-        code, _, lines = main(monkeypatch, capsys, '--ckpt', path, '--max_tokens', '2', '--threads', '1')
-        assert code == 0
-        assert chat.scale_ends(percentiles) == (0, 1)
-        save_checkpoint(path, model, tokenizer=spec, compute_percentiles=odd)
-        assert main(monkeypatch, capsys, '--ckpt', path, '--max_tokens', '2', '--threads', '1')[0] == 0
     for p in model.parameters():
         p.data.zero_()
     for _, layer in model.sparse_layers():
         layer.theta.data.fill_(1)
-    save_checkpoint(path, model, tokenizer=spec)
+    save_checkpoint(path, model, tokenizer=saved['tokenizer'])
     code, out, _ = main(monkeypatch, capsys, '--ckpt', path, '--max_tokens', '2', '--json')
     assert code == 0 and json.loads(out)['share_of_dense'] == 0 and json.loads(out)['reduction'] is None
     assert main(monkeypatch, capsys, '--ckpt', path, '--max_tokens', '2')[2][-1].startswith('2 tokens')
 
 
-def test_a_tokenizer_may_be_smaller_than_its_model_but_not_larger(tmp_path, monkeypatch, capsys):
-    """
-    Ids beyond the model's vocabulary were looked up in its embedding. Ids beyond the tokenizer's must never be
-    drawn.
-    """
+def test_a_tokenizer_may_be_smaller_than_its_model(tmp_path, monkeypatch, capsys):
+    """Ids beyond the tokenizer's must never be drawn."""
     path = make_checkpoint(tmp_path / 'odd.safetensors', tokenizer_spec('bytes'), 300)
     model, _ = load_checkpoint(path)
     with torch.no_grad():
@@ -767,39 +693,26 @@ def test_a_tokenizer_may_be_smaller_than_its_model_but_not_larger(tmp_path, monk
     save_checkpoint(path, model, tokenizer=tokenizer_spec('bytes'))
     code, out, _ = main(monkeypatch, capsys, '--ckpt', path, '--json', '--max_tokens', '50')
     assert code == 0 and max(json.loads(out)['tokens']) < 257
-    tokens = [bytes([b]) for b in range(256)] + [bytes([97, b]) for b in range(100)]
-    large = bpe_spec('large', PATTERNS['gpt2'], tokens)
-    for more, told in ({'tokenizer': large}, '357 ids'), ({}, 'tokenizer'):
-        save_checkpoint(path, model, **more)
-        code, out, lines = main(monkeypatch, capsys, '--ckpt', path)
-        assert (code, out, len(lines)) == (1, '', 1) and told in lines[0]
+    save_checkpoint(path, model)
+    code, out, lines = main(monkeypatch, capsys, '--ckpt', path)
+    assert (code, out, len(lines)) == (1, '', 1) and 'tokenizer' in lines[0]
 
 
 def test_a_name_is_the_dense_model_and_a_file_the_adapter(checkpoint, chat_checkpoint, tmp_path, monkeypatch,
                                                           capsys):
     """smollm2 was the sparse model here and the dense one in evaluate.py. The first line says which it is."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(chat, 'ADAPTER', Path(chat_checkpoint))
-    shipped = 'SmolLM2-135M-Instruct (Apache-2.0), sparse: 0.0M parameters'
+    monkeypatch.setattr(chat, 'ADAPTER', chat_checkpoint)
     code, _, lines = main(monkeypatch, capsys, '--max_tokens', '2', '--threads', '1')
-    assert code == 0 and lines[0] == f'{shipped}; f32, 1 thread'
+    assert code == 0 and lines[0] == 'SmolLM2-135M-Instruct (Apache-2.0), sparse: 0.0M parameters; f32, 1 thread'
     os.mkdir('out')
     shutil.copy(checkpoint, 'out/best.safetensors')
     code, _, lines = main(monkeypatch, capsys, '--max_tokens', '2')
-    assert code == 0 and lines[0].startswith(
-        f'out/best.safetensors (yours; for the shipped model: --ckpt {chat_checkpoint}), sparse')
-    assert main(monkeypatch, capsys, '--max_tokens', '2', '--ckpt', chat_checkpoint)[2][0].startswith(shipped)
+    assert code == 0 and lines[0].startswith('out/best.safetensors, sparse')
     asked = []
     monkeypatch.setattr('weights.load', lambda source: asked.append(source) or load_checkpoint(checkpoint))
     lines = main(monkeypatch, capsys, '--max_tokens', '2', '--ckpt', 'smollm2')[2]
     assert asked == ['smollm2'] and lines[0].startswith('smollm2, ')
-
-
-def test_a_missing_adapter_is_an_error(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(chat, 'ADAPTER', tmp_path / 'gone.safetensors')
-    code, out, lines = main(monkeypatch, capsys)
-    assert (code, out, len(lines)) == (1, '', 1) and 'gone.safetensors, is missing' in lines[0]
 
 
 def test_a_symlink_to_the_program_finds_the_adapter(tmp_path):
@@ -808,7 +721,7 @@ def test_a_symlink_to_the_program_finds_the_adapter(tmp_path):
     code = 'import chat; print(chat.ADAPTER)'
     run = subprocess.run([sys.executable, '-c', code], cwd=tmp_path, capture_output=True, text=True,
                          env={**ENVIRONMENT, 'PYTHONPATH': f'{tmp_path}{os.pathsep}{ROOT}'})
-    assert run.stdout == f'{chat.ADAPTER}\n' and str(chat.ADAPTER).startswith(str(ROOT.resolve()))
+    assert run.stdout == f'{chat.ADAPTER}\n' and chat.ADAPTER.startswith(str(ROOT.resolve()))
 
 
 def test_dense_option_uses_every_weight(checkpoint, tmp_path, monkeypatch, capsys):
@@ -853,21 +766,15 @@ def test_repeat_penalty_covers_the_last_64_tokens_of_the_reply(conversation):
     assert [token.id for token in conversation.say('ab', silent).reply] != said
 
 
-def test_piped_prompts_may_be_utf8_or_utf16_but_not_binary(checkpoint, monkeypatch, capsys):
-    """A BOM became part of the prompt, UTF-16 a row of odd characters, and a NUL was typed to the model."""
+def test_a_byte_order_mark_is_no_part_of_a_piped_prompt(checkpoint, monkeypatch, capsys):
     words = '--ckpt', checkpoint, '--max_tokens', '1', '--threads', '1', '--json'
-    for stdin in ('\ufeffé 1\r\nb\r\n'.encode(), '\ufeffé 1\nb'.encode('utf-16-le')):
-        code, out, _ = main(monkeypatch, capsys, *words, stdin=stdin)
-        assert code == 0 and [json.loads(line)['prompt'] for line in out.splitlines()] == ['é 1', 'b']
-    code, out, lines = main(monkeypatch, capsys, *words, stdin=b'a\nb\0c\n')
-    assert code == 2 and len(out.splitlines()) <= 1 and 'NUL' in lines[-1] and 'Traceback' not in str(lines)
+    code, out, _ = main(monkeypatch, capsys, *words, stdin='\ufeffé 1\r\nb\r\n'.encode())
+    assert code == 0 and [json.loads(line)['prompt'] for line in out.splitlines()] == ['é 1', 'b']
 
 
-def test_help_needs_neither_torch_nor_docstrings():
-    """Under python -OO, --help showed the signature of a dataclass in place of a description."""
-    words = [sys.executable, '-OO', '-X', 'importtime', str(ROOT / 'chat.py'), '--help']
+def test_help_does_not_wait_for_torch():
+    words = [sys.executable, '-X', 'importtime', str(ROOT / 'chat.py'), '--help']
     run = subprocess.run(words, capture_output=True, text=True)
-    assert run.stdout.splitlines()[2] == chat.ChatConfig.about
     assert '--turn_template' in run.stdout and not re.search(r'\| +(torch|matplotlib|tiktoken)\n', run.stderr)
 
 
@@ -876,16 +783,15 @@ def test_without_a_compiler_it_says_so_once_and_goes_on(checkpoint, monkeypatch,
     def none(*_):
         raise build_kernel.KernelUnavailable('no C compiler found: install gcc')
     monkeypatch.setattr('build_kernel.load', none)
-    words = '--ckpt', checkpoint, '--max-tokens', '3', '--temperature', '0'
+    words = '--ckpt', checkpoint, '--max_tokens', '3', '--temperature', '0'
     code, out, lines = main(monkeypatch, capsys, *words, stdin=b'a\nb\n')
     assert code == 0 and out and sum('no C compiler' in line for line in lines) == 1
     assert sum(line.startswith('3 tokens') for line in lines) == 2
 
 
-def command(monkeypatch, capsys, conversation, line):
-    """-> the output of a command on a terminal of 200 columns, without colours"""
-    monkeypatch.setattr(chat, 'columns', lambda: 200)
-    at_terminal = chat.Chat(conversation, render.Palette('none', 0.3, 0.7), terminal=True, as_json=False)
+def command(capsys, conversation, line):
+    """-> the output of a command on a terminal, without colours"""
+    at_terminal = chat.Chat(conversation, render.Palette(0.3, 0.7, colored=False), terminal=True, as_json=False)
     capsys.readouterr()
     at_terminal.command(line, '')
     return capsys.readouterr().out
@@ -896,17 +802,17 @@ def test_dense_command_shows_the_first_token_that_differs(conversation, monkeypa
     conversation.config.max_tokens = 3
     say_this(monkeypatch, b'a\nb' + b'a\xf0b' + b'a\nb')
     conversation.say('x', silent)
-    shown = command(monkeypatch, capsys, conversation, 'dense').splitlines()
-    assert r"they differ from token 2 on: '\n' (sparse), '\xf0' (dense)" in shown
+    shown = command(capsys, conversation, 'dense').splitlines()
+    assert "they differ from token 2 on: '\\n' (sparse), '\ufffd' (dense)" in shown
     assert ' dense: ' in shown[-1] and shown[-1].endswith(' times as fast')
-    shown = command(monkeypatch, capsys, conversation, 'dense')
+    shown = command(capsys, conversation, 'dense')
     assert f'the same 3 tokens as with {100 * conversation.turns[0].share:.1f}% of the weights\n' in shown
 
 
 def test_dense_command_on_a_dense_model_does_not_run_it_again(conversation, monkeypatch, capsys):
     dense = Conversation(conversation.model, conversation.spec, chat.ChatConfig(dense=True, max_tokens=2, threads=1))
     dense.say('x', silent)
-    assert command(monkeypatch, capsys, dense, 'dense') == 'this model is dense: the reply above used every weight\n'
+    assert command(capsys, dense, 'dense') == 'this model is dense: the reply above used every weight\n'
 
 
 class Session:
@@ -959,15 +865,15 @@ def test_every_command_in_a_terminal_session(checkpoint, tmp_path):
     A prompt, the commands, Ctrl-C in the middle of a reply, and Ctrl-D. If matplotlib's backend was missing, /save
     ended in a traceback, and the conversation was lost.
     """
-    session = Session('--ckpt', checkpoint, '--max-tokens', '30', '--threads', '1', COLORTERM='truecolor',
+    session = Session('--ckpt', checkpoint, '--max_tokens', '30', '--threads', '1',
                       MPLBACKEND='module://matplotlib_inline.backend_inline')
     session.keys('', r' >\d+\.\d\r\n.*> ')
     summary = r'30 tokens, \d+/s, first \d+ ms; used [\d.]+%,\s+reduction\s+[\d.]+;\s+f32, 1\s+thread[\s\S]*> '
     shown = session.keys('def f(n):\r', summary)
-    assert '\x1b[38;2;' in shown
+    assert '\x1b[38;5;' in shown
     assert shown.count('def f(n):') == 1            # the terminal's own echo: the prompt is not painted again
     assert re.search(r'layer 1.*head', session.keys('/layers\r', r'head[^\n]*\n[^\n]*> '), re.S)
-    assert len(re.findall(r'\d\.\d{4} ', session.keys('/tokens\r', r' 30  [\s\S]*\n[^\n]*> '))) >= 30
+    assert len(re.findall(r' +[\d.,]+ +[\d.]+ +\d\.\d\d\r', session.keys('/tokens\r', r' 30  [\s\S]*\n[^\n]*> '))) >= 30
     assert re.search(r'tokens/s\s+with[\s\S]*\sdense:[\s\S]*\stimes\s', session.keys('/dense\r', r'as\s+fast[\s\S]*> '))
     session.keys(f'/save {tmp_path}/a.html\r', r'wrote\s[\s\S]*> ')
     session.keys(f'/plot {tmp_path}/a.png\r', r'wrote\s[\s\S]*> ')
@@ -977,76 +883,50 @@ def test_every_command_in_a_terminal_session(checkpoint, tmp_path):
     session.keys('/save /nowhere/a.html\r', r'No such file[\s\S]*> ')
     session.keys('/plot /nowhere/a.png\r', r'No such file[\s\S]*> ')
     session.keys('/plot\r', r'FILE.png[\s\S]*> ')
-    session.keys('/ret\t\r', r'/retry[\s\S]*30 tokens[\s\S]*> ')
+    session.keys('/retry\r', r'30 tokens[\s\S]*> ')
     session.keys('/help\r', r'/quit[\s\S]*> ')
-    session.keys('/rest\r', r'did you mean /reset[\s\S]*> ')
+    session.keys('/rest\r', r'no command /rest[\s\S]*> ')
     session.keys('/set temperature hot\r', r'temperature must be a [\s\S]*> ')
     session.keys('/set threads 2\r', r'threads cannot be set[\s\S]*> ')
     session.keys('/set top_p 3\r', r'top_p must be at most 1[\s\S]*> ')
     session.keys('/set turn_template x\r', r'turn_template must hold {prompt}[\s\S]*> ')
     session.keys('/set max_tokens 1000000\r', '> ')
     assert '1000000' in session.keys('/set\r', r'turn_template[^\n]*\n[^\n]*> ')
-    session.keys('long\r', r'(48;2[\s\S]*?){20}')          # well into the reply
+    session.keys('long\r', r'(48;5[\s\S]*?){20}')          # well into the reply
     shown = session.keys('\x03', r'\d+ tokens, [\s\S]*> ')
     last = re.findall(r'\x1b\[[0-9;]*m', shown)[-1]
     assert last == '\x1b[0m'
     session.keys('/reset\r', '> ')
-    session.keys('\r', r'nothing to go on from[\s\S]*> ')
+    session.keys('\r', '> ')
     session.keys('/layers\r', r'needs a reply first[\s\S]*> ')
     os.write(session.ours, b'\x04')
     assert session.leave() == 0 and 'Traceback' not in session.seen
     assert termios.tcgetattr(session.ours) == session.before
 
 
-def test_narrow_terminal_help_without_docstrings_and_pasted_lines(checkpoint, tmp_path):
-    """
-    At 40 columns the line after a reply broke within a number. python -OO drops docstrings, on which /help must
-    not depend. And each line of a paste was a prompt of its own.
-    """
-    session = Session('--ckpt', checkpoint, '--max-tokens', '30', '--threads', '1', columns=40, NO_COLOR='1',
-                      PYTHONOPTIMIZE='2')
+def test_pasted_lines_make_one_prompt(checkpoint, tmp_path):
+    """Each line of a paste was a prompt of its own."""
+    session = Session('--ckpt', checkpoint, '--max_tokens', '30', '--threads', '1', NO_COLOR='1')
     session.keys('', 'leaves[^\n]*\n[^\n]*> ')
-    shown = session.keys('/help\r', r'the next[\s\S]*> ')
-    assert all(f'/{name}' in shown and text.split()[0] in shown for name, text in chat.COMMANDS.items())
-    assert max(map(len, shown.splitlines())) <= 40
     shown = session.keys('\x1b[200~first\rsecond\x1b[201~\r', r'1 thread\r\n[\s\S]*> ')
     assert shown.count('30 tokens') == 1
-    line = re.search(r'30 tokens[\s\S]*thread', shown)[0]
-    assert re.fullmatch(r'30 tokens, \d+/s, first \d+ ms; used [\d.]+%, reduction [\d.]+; f32, 1 thread',
-                        ' '.join(line.split()))
-    assert max(map(len, line.splitlines())) <= 40 < len(line)
     session.keys(f'/save {tmp_path}/page.html\r', r'wrote\s[\s\S]*> ')
     page = (tmp_path / 'page.html').read_text(encoding='utf-8')
     assert 'first\nsecond' in re.sub('<[^>]*>', '', page)
-    os.write(session.ours, b'\x04')
+    os.write(session.ours, b'/quit\r')
     assert session.leave() == 0
+    assert not re.search(r'\x1b\[(38|2m)', session.seen)
 
 
-def test_ctrl_c_twice_leaves(checkpoint):
-    session = Session('--ckpt', checkpoint, '--threads', '1', NO_COLOR='1')
+def test_ctrl_c_at_the_prompt_drops_the_line(checkpoint):
+    session = Session('--ckpt', checkpoint, '--max_tokens', '3', '--threads', '1')
     session.keys('', '> ')
     time.sleep(1)       # Python notices a Ctrl-C before it waits for keys only at the next key
-    session.keys('\x03', 'once more[^\n]*\n[^\n]*> ')
-    time.sleep(1)
-    os.write(session.ours, b'\x03')
-    assert session.leave() == 130 and 'Traceback' not in session.seen
+    session.keys('half a line\x03', 'Ctrl-D leaves[^\n]*\n[^\n]*> ')
+    assert session.keys('x\r', r'3 tokens[\s\S]*> ').count('half') == 0
+    os.write(session.ours, b'\x04')
+    assert session.leave() == 0 and 'Traceback' not in session.seen
     assert termios.tcgetattr(session.ours) == session.before
-    assert not re.search(r'\x1b\[[0-9;]*m', session.seen)
-
-
-@pytest.mark.parametrize('busy', [False, True])
-def test_sigterm_leaves_and_restores_the_terminal(checkpoint, busy):
-    """At the prompt, and in the middle of a reply, whose summary is still shown."""
-    words = '--ckpt', checkpoint, '--threads', '1', '--max_tokens', '1000000'
-    session = Session(*words, COLORTERM='truecolor')
-    session.keys('', '> ')
-    if busy:
-        session.keys('long\r', r'(48;2[\s\S]*?){20}')
-    time.sleep(1)
-    session.run.terminate()
-    assert session.leave() in (0, 130) and 'Traceback' not in session.seen
-    assert termios.tcgetattr(session.ours) == session.before
-    assert (' ms; used ' in session.seen) == busy
 
 
 def test_a_dialogue_on_a_terminal_is_drawn_on_its_colors(chat_checkpoint):
@@ -1054,8 +934,8 @@ def test_a_dialogue_on_a_terminal_is_drawn_on_its_colors(chat_checkpoint):
     The prompt is shown without its template. A wide character takes two cells of one colour, which is that of
     the pass over the token that completes it.
     """
-    words = '--ckpt', chat_checkpoint, '--prompt', 'a日本b', '--max-tokens', '50', '--threads', '1'
-    session = Session(*words, COLORTERM='truecolor')
+    words = '--ckpt', chat_checkpoint, '--prompt', 'a日本b', '--max_tokens', '50', '--threads', '1'
+    session = Session(*words)
     assert session.leave() == 0
     screen = Screen(60, 24)
     screen.feed(session.seen)
@@ -1067,6 +947,6 @@ def test_a_dialogue_on_a_terminal_is_drawn_on_its_colors(chat_checkpoint):
         active = model(torch.tensor([ids]))[1]          # (M, 1, T)
     shares = active[:, 0].sum(0) / model.n_weights()        # of the pass over each id; the typed bytes begin at
     first = next(i for i in range(len(ids)) if ids[i:i + 8] == [b + 3 for b in 'a日本b'.encode()])
-    palette = render.Palette('truecolor', *(saved['compute_percentiles'][p] for p in ('5', '95')))
-    want = [palette.rgb(float(shares[first + i])) for i in (0, 3, 3, 6, 6, 7)]
+    palette = render.Palette(*(saved['compute_percentiles'][p] for p in ('5', '95')))
+    want = [background(palette, float(shares[first + i])) for i in (0, 3, 3, 6, 6, 7)]
     assert [back for _, back in line[:6]] == want

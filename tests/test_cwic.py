@@ -289,15 +289,15 @@ def test_statistics_against_numpy():
     assert abs(mu[0] - 3.0) < 0.1 and abs(sigma[0] - 2.0) < 0.05
 
 
-@pytest.mark.parametrize('T, every', [(16, 7), (17, 7), (18, 7), (14, 9), (56, 9), (30, 7), (210, 11)])
-def test_statistics_sample_every_position_equally(T, every):
+@pytest.mark.parametrize('T', [16, 17, 64, 256])
+def test_statistics_sample_every_position_equally(T):
     """
     Every fourth position was looked at, always from 0, so a model's attention sink weighed four times; then
     offsets were spread over the flattened batch, which for 17 positions looked at 0, 4, 8, ... of every
-    sequence all the same; then every seventh token, which for 14 positions are 0 and 7.
+    sequence all the same.
     """
     layer = Neurons(1, T)
-    layer.observe(torch.eye(T).expand(every, T, T))     # input i is 1 at position i only: its mean counts the looks
+    layer.observe(torch.eye(T).expand(7, T, T))     # input i is 1 at position i only: its mean counts the looks
     torch.testing.assert_close(layer.sigma, torch.full((T,), math.sqrt(math.pi / 2) / T))
 
 
@@ -445,7 +445,7 @@ def check_forward(model, dense):
 
 @pytest.mark.parametrize('dense', [False, True])
 @pytest.mark.parametrize('arch, changes', [
-    ('gpt2', {}), ('gpt2', {'bias': False}), ('llama', {}), ('llama', {'n_kv_head': 4}),
+    ('gpt2', {}), ('gpt2', {'bias': False, 'n_kv_head': 2}), ('llama', {}), ('llama', {'n_kv_head': 4}),
     ('llama', {'n_kv_head': 1, 'rope_scaling': (8.0, 1.0, 4.0, 16), 'norm_eps': 1e-2})])
 def test_forward_against_numpy(arch, changes, dense):
     """
@@ -515,23 +515,27 @@ def test_every_layer_starts_at_the_same_threshold(arch):
 @pytest.mark.parametrize('block_size', [16, 1])
 def test_cached_generation_equals_uncached(arch, block_size):
     """
-    Token for token, compute for compute, also past the context, where the window slides twice and more. With
-    a context of one token the window slides at every step, to its own half: that was no token at all.
+    Token for token, compute for compute, also past the context, which slides twice and more: against a loop
+    that reads the whole context for each token, and draws with numpy. With a context of one token it slides at
+    every step, to its own half: that was no token at all.
     """
     model = small_model(arch, block_size=block_size)
     for seed in range(2):
-        prompt = random_tokens(5, seed=seed).tolist()
-        runs = []
-        for cached in (True, False):
-            generator = torch.Generator().manual_seed(seed)
-            runs.append(list(cwic.generate(model, prompt, 30, 1.0, generator, cached)))
-        assert len(runs[0]) == 30 and [token for token, _ in runs[0]] == [token for token, _ in runs[1]]
-        for (_, a), (_, b) in zip(*runs):
-            assert torch.allclose(a, b, atol=28)        # an input at its threshold, by rounding
+        context = random_tokens(5, seed=seed).tolist()
+        said = list(cwic.generate(model, context, 30, 0.7, torch.Generator().manual_seed(seed)))
+        context, generator = context[-block_size:], torch.Generator().manual_seed(seed)
+        assert len(said) == 30
+        for token, active in said:
+            if len(context) > block_size:
+                context = context[-max(block_size // 2, 1):]
+            logits, expected = model(torch.tensor([context]))
+            p = np.exp(logits[0, -1].detach().double().numpy() / 0.7)
+            assert token == np.searchsorted(p.cumsum() / p.sum(), torch.rand(1, generator=generator).item())
+            assert torch.allclose(active, expected[:, 0, -1], atol=28)      # an input at its threshold, by rounding
+            context.append(token)
 
 
-def test_generate_is_greedy_by_default_and_needs_a_token():
-    """Each token is read once. An empty prompt was an obscure error inside of the model."""
+def test_generate_is_greedy_by_default_and_reads_each_token_once():
     model, prompt, read = small_model(), random_tokens(6).tolist(), []
     hook = model.register_forward_pre_hook(lambda module, args: read.append(args[0].shape[1]))
     generated = list(cwic.generate(model, prompt, 8))
@@ -541,8 +545,6 @@ def test_generate_is_greedy_by_default_and_needs_a_token():
         logits, expected = model(torch.tensor([prompt]))
         assert token == int(logits[0, -1].argmax()) and torch.equal(active, expected[:, 0, -1])
         prompt.append(token)
-    with pytest.raises(ValueError, match='at least one token'):
-        next(cwic.generate(model, [], 1))
 
 
 @BOTH
@@ -560,10 +562,9 @@ def test_cache_in_pieces_equals_one_pass(arch):
 
 
 @pytest.mark.parametrize('changes', [
-    {'n_layer': 0}, {'n_head': 3}, {'n_kv_head': 3}, {'n_kv_head': -1}, {'n_kv_head': 2}, {'stripe_head': 0},
-    {'vocab_size': 2.5}, {'block_size': True}, {'norm_eps': 0.0}, {'norm_eps': math.nan}, {'arch': 'bert'},
-    {'arch': 'llama', 'n_embd': 12}, {'arch': 'llama', 'rope_theta': -1.0},
-    {'arch': 'llama', 'rope_scaling': (8.0, 1.0)}, {'arch': 'llama', 'rope_scaling': '1234'}])
+    {'n_layer': 0}, {'n_head': 3}, {'n_kv_head': 3}, {'n_kv_head': -1}, {'stripe_head': 0}, {'norm_eps': 0.0},
+    {'norm_eps': math.nan}, {'arch': 'bert'}, {'arch': 'llama', 'n_embd': 12},
+    {'arch': 'llama', 'rope_theta': -1.0}])
 def test_impossible_sizes_are_refused(changes):
     with pytest.raises(ValueError, match=next(reversed(changes))):
         CWICConfig(**{**SIZES, **changes})
@@ -573,15 +574,13 @@ def test_impossible_sizes_are_refused(changes):
 # losses and the optimiser's groups
 
 
-def test_losses_against_their_definitions():
+def test_kl_loss_against_its_definition():
     a, b = torch.randn(2, 6, 11, dtype=torch.float64)
-    targets = torch.arange(6)
     q, p = a.softmax(-1), b.softmax(-1)         # student, teacher
     forward, backward = ((x * (x / y).log()).sum(-1).mean() for x, y in ((p, q), (q, p)))
     for reverse, expected in ((0.5, (forward + backward) / 2), (0, forward), (1, backward)):
         assert abs(float(cwic.kl_loss(a, b, reverse)) - float(expected)) < 1e-5
         assert float(cwic.kl_loss(a, a, reverse)) == 0
-    assert abs(float(cwic.next_token_loss(a, targets)) + float(q[targets, targets].log().mean())) < 1e-5
 
 
 def test_price_is_the_slope_of_the_flop_loss():
@@ -638,7 +637,7 @@ def train_a_little(model):
     for seed in range(3):
         tokens = random_tokens(2, 16, seed=seed)
         logits, active = model(tokens)
-        loss = cwic.next_token_loss(logits.flatten(0, 1), tokens.flatten()) + 1e-4 * active.mean()
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens.flatten()) + 1e-4 * active.mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -656,107 +655,3 @@ def test_lora_trains_and_its_base_does_not(arch):
     changed = {name for name in old if not torch.equal(state[name], old[name])}
     assert changed == {name for name in old if name.endswith('theta')}
     assert all(state[name].abs().max() > 0 for name in state if name.endswith('.B'))
-    # a teacher made of it is the base again, whatever was learned
-    teacher = cwic.dense_copy(model)
-    assert torch.equal(teacher(tokens, dense=True)[0], base(tokens, dense=True)[0])
-    assert not any(p.requires_grad for p in teacher.parameters())
-
-
-# -----------------------------------------------------------------------------
-# sampling
-
-
-def exact_distribution(logits, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0):
-    """The probability of each token, one step after the other as in the docstring."""
-    p = np.exp(logits / temperature - np.max(logits / temperature))
-    p /= p.sum()
-    kept = sorted(range(len(p)), key=lambda i: -p[i])[:top_k or None]
-    total, enough = sum(p[i] for i in kept), []
-    for i in kept:
-        if not enough or sum(p[j] for j in enough) < top_p * total:
-            enough.append(i)
-    chances = np.array([p[i] if i in enough and p[i] >= min_p * p.max() else 0.0 for i in range(len(p))])
-    return chances / chances.sum()
-
-
-@pytest.mark.parametrize('options', [
-    {}, {'temperature': 0.5}, {'temperature': 3.0}, {'top_k': 1}, {'top_k': 4}, {'top_k': 100},
-    {'top_p': 0.7}, {'top_p': 0.0}, {'min_p': 0.1}, {'min_p': 1.0},
-    {'top_k': 8, 'top_p': 0.9, 'min_p': 0.05, 'temperature': 1.5}])
-def test_sampled_frequencies_are_the_exact_ones(options):
-    """
-    Points at equal distances instead of random ones: tokens come as often as they should, to 1 in 20,000.
-    """
-    logits = torch.randn(12, generator=torch.Generator().manual_seed(3)) * 2
-    options = {'temperature': 1.0, **options}
-    points = (torch.arange(20000) + 0.5) / 20000
-    ids, p = cwic.sample(logits.expand(20000, 12), points, **options)
-    frequencies = np.bincount(ids, minlength=12) / 20000
-    exact = exact_distribution(logits.double().numpy(), **options)
-    np.testing.assert_allclose(frequencies, exact, atol=1.1 / 20000)
-    np.testing.assert_allclose(p, logits.softmax(-1)[ids], rtol=1e-6)      # whatever the options
-
-
-def test_temperature_and_min_p_for_each_row_and_greedy():
-    logits, points = torch.arange(12.) / 4, (torch.arange(10) + 0.5) / 10
-    apart = [cwic.sample(logits.expand(10, 12), points, t, top_k=5)[0] for t in (0.5, 2.0)]
-    temperatures = torch.tensor([0.5] * 10 + [2.0] * 10)[:, None]
-    together, _ = cwic.sample(logits.expand(20, 12), points.repeat(2), temperatures, top_k=5)
-    assert together.tolist() == torch.cat(apart).tolist() and not apart[0].equal(apart[1])
-    floors = torch.tensor([0.0, 0.5]).repeat_interleave(10)[:, None]
-    apart = [cwic.sample(logits.expand(10, 12), points, 1.0, min_p=min_p)[0] for min_p in (0.0, 0.5)]
-    together, _ = cwic.sample(logits.expand(20, 12), points.repeat(2), 1.0, min_p=floors)
-    assert together.tolist() == torch.cat(apart).tolist() and not apart[0].equal(apart[1])
-    # a point is a place between 0 and 1, where each token has its stretch, the lower end included
-    stretches = torch.tensor([-math.inf, 0.0, -math.inf, 0.0, -math.inf]).expand(3, 5)
-    assert cwic.sample(stretches, torch.tensor([0.0, 0.5, 1 - 2 ** -24]), 1.0)[0].tolist() == [1, 3, 3]
-    ids, p = cwic.sample(torch.tensor([[1.0, 3.0, 3.0, 2.0]]), torch.tensor([0.999]))       # greedy
-    assert ids.tolist() == [1] and abs(float(p) - 1 / (2 + math.exp(-1) + math.exp(-2))) < 1e-6
-
-
-@pytest.mark.parametrize('options', [{}, {'top_k': 40}, {'top_p': .99}, {'min_p': .01}, {'temperature': .1}])
-def test_tokens_of_probability_0_are_never_drawn(options):
-    """
-    They are the first, the last and some between, and 50,000 probabilities in f32 do not quite sum to 1.
-    """
-    logits = torch.randn(50000, generator=torch.Generator().manual_seed(0))
-    logits[:100], logits[20000:20100], logits[-100:] = -math.inf, -math.inf, -math.inf
-    points = torch.cat([torch.tensor([0.0, 1e-45, 1e-8, 0.5, 1 - 2 ** -24, 1 - 1e-6]), torch.rand(20)])
-    for points in (points, torch.tensor([0.0, 1 - 2 ** -53], dtype=torch.float64)):
-        _, p = cwic.sample(logits.expand(len(points), -1), points, **{'temperature': 1.0, **options})
-        assert (p > 0).all()
-
-
-@pytest.mark.parametrize('temperature', [0.2, 1.0, 5.0])
-def test_nucleus_sampling_of_a_large_vocabulary_equals_a_full_sort(temperature):
-    """Only tokens that may be kept are sorted: a full sort took twice as long as the model."""
-    logits = torch.randn(50000, generator=torch.Generator().manual_seed(0)) * 3
-    q = (logits.double() / temperature).softmax(-1)
-    order = q.argsort(descending=True)
-    nucleus = order[:int((q[order].cumsum(0) < 0.9).sum()) + 1]
-    points = (torch.arange(50, dtype=torch.float64) + 0.5) / 50
-    mass = q[nucleus].cumsum(0)
-    want = nucleus[torch.searchsorted(mass, points * mass[-1])]
-    ids, _ = cwic.sample(logits.expand(50, -1), points, temperature, top_p=0.9)
-    assert (ids == want).double().mean() > 0.97         # sums in f32 shift a border now and then
-
-
-def test_repeat_penalty_is_for_the_last_tokens_of_each_row():
-    """Greedy, against a loop: positive logits are divided, negative ones multiplied, once however often said."""
-    logits, said = torch.randn(40, 30), torch.randint(30, (40, 70))
-    said[:, :6] = 29                # too long ago
-    ids, p = cwic.sample(logits, torch.rand(40), repeat_penalty=1.7, said=said)
-    for row, lately, id in zip(logits.tolist(), said[:, 6:].tolist(), ids.tolist()):
-        new = [x if i not in lately else x / 1.7 if x > 0 else x * 1.7 for i, x in enumerate(row)]
-        assert id == int(np.argmax(new))
-    assert p.equal(logits.softmax(-1).gather(-1, ids[:, None])[:, 0])
-    none = torch.zeros(40, 0, dtype=torch.long)
-    assert cwic.sample(logits, torch.rand(40), repeat_penalty=1.7, said=none)[0].equal(logits.argmax(-1))
-
-
-def test_the_same_random_number_gives_the_same_token():
-    """Sampled one row at a time or all at once, with the same points: this is how two models are compared."""
-    logits, points = torch.randn(30, 20), torch.rand(30)
-    ids, _ = cwic.sample(logits, points, temperature=0.8, top_p=0.9)
-    for row, point, token in zip(logits, points, ids):
-        assert cwic.sample(row[None], point[None], temperature=0.8, top_p=0.9)[0].item() == token

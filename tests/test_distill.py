@@ -72,6 +72,7 @@ def test_distillation_starts_at_the_exact_dense_model(arch, rank):
         cwic.add_lora(model, rank)
     run = new_run(model, batch_size=4, teacher=1.0)
     run.teacher = train.frozen_teacher(run)
+    assert not any(x.requires_grad for x in run.teacher.parameters())
     before = {name: x.clone() for name, x in model.state_dict().items()}
     model.observe(batch(64, vocab=257)[0])
     assert all(float(layer.sigma.min()) > 0 for _, layer in model.sparse_layers())
@@ -80,9 +81,8 @@ def test_distillation_starts_at_the_exact_dense_model(arch, rank):
     loss, active = train.gradients(run, *batch(vocab=257), dense=False, price=0.0)
     assert abs(float(loss)) < 1e-9 and abs(float(active.sum()) / model.n_weights() - 1) < 1e-6
     # far from what a wrong start would give
-    run.teacher = cwic.dense_copy(small_model(arch, vocab_size=257))
+    run.teacher = small_model(arch, vocab_size=257)
     assert float(train.gradients(run, *batch(vocab=257), dense=False, price=0.0)[0]) > 0.1
-    assert not any(x.requires_grad for x in run.teacher.parameters())
 
 
 def test_the_first_step_of_a_run_is_dense_and_moves_thresholds_a_little(dense, data, tmp_path):
@@ -106,7 +106,7 @@ def test_a_sparse_step_leaves_the_statistics():
     Masked inputs still get gradient and may drift: some neurons of SmolLM2 grew a hundredfold. Running statistics
     followed them, thresholds too, so they were never used again, and from step 1,400 on the KL rose.
     """
-    run = new_run(small_model(), cwic.dense_copy(small_model(seed=3)), batch_size=4)
+    run = new_run(small_model(), small_model(seed=3), batch_size=4)
     run.model.observe(batch()[0])
     before = [x.clone() for _, layer in run.model.sparse_layers() for x in (layer.mu, layer.sigma)]
     train.train_step(run, *batch(), target=3.0)
@@ -123,7 +123,7 @@ def test_a_sparse_step_leaves_the_statistics():
 def test_loss_in_pieces_equals_the_plain_one(monkeypatch, teacher_share, reverse, logits_at_once):
     """The logits of a batch never exist all at once; here they do: the loss and every gradient are the same."""
     monkeypatch.setitem(evaluate.LOGITS_AT_ONCE, 'cpu', logits_at_once)
-    (tokens, targets), teacher, sizes = batch(5), cwic.dense_copy(small_model(seed=3)), []
+    (tokens, targets), teacher, sizes = batch(5), small_model(seed=3), []
     run = new_run(small_model(), teacher, batch_size=5, teacher=teacher_share, reverse_kl=reverse)
     plain, price = small_model().train(), 1e-4
     run.model.head.register_forward_hook(lambda module, args, out: sizes.append(out[0].shape[:2].numel()))
@@ -385,7 +385,7 @@ def test_compiling_changes_nothing(arch, dense, rank, one_stripe):
     results = []
     for compiled in (False, True):
         torch._dynamo.reset()
-        model, frozen = small_model(arch, shortlist=bool(rank), **stripes), cwic.dense_copy(small_model(arch, seed=3))
+        model, frozen = small_model(arch, shortlist=bool(rank), **stripes), small_model(arch, seed=3)
         run = new_run(model, frozen, batch_size=8, teacher=0.5)
         if rank:
             cwic.add_lora(model, rank)

@@ -1,5 +1,6 @@
 """evaluate.py: every number against a count made one token at a time."""
 
+import copy
 import sys
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import evaluate
 import weights
 from checkpoint import save_checkpoint
 from data.common import DataError, Part, load_dataset
+from sampling import sample
 from tokenizer import PATTERNS, bpe_spec, load_tokenizer, tokenizer_spec
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -32,7 +34,7 @@ def model():
 
 def test_measure_equals_counting_token_by_token(model):
     tokens = np.random.default_rng(0).integers(0, 257, (3, 13))
-    teacher = cwic.dense_copy(model)
+    teacher = copy.deepcopy(model)
     results = evaluate.measure(model, tokens, teacher)
     losses, shares, surprises, entropies, kls, same = [], [], [], [], [], []
     for row in torch.from_numpy(tokens):
@@ -92,7 +94,7 @@ def test_replies_found_in_ids_equal_replies_found_in_the_text():
 
 def test_a_dense_model_agrees_with_itself(model):
     tokens = np.random.default_rng(1).integers(0, 257, (2, 9))
-    results = evaluate.measure(model, tokens, cwic.dense_copy(model), dense=True)
+    results = evaluate.measure(model, tokens, copy.deepcopy(model), dense=True)
     assert results['kl'] == pytest.approx(0, abs=1e-7)
     assert results['agreement'] == results['reduction'] == 1
     assert set(results['active_share']) == {1.0} and results['surprise_correlation'] == 0
@@ -135,8 +137,8 @@ def test_compare_answers_equals_one_pass_per_token():
             active.append(float(used[:, 0, -1].sum()))
             point = torch.rand(1, generator=generator)
             said = torch.tensor([answer], dtype=torch.long)
-            answer.append(int(cwic.sample(logits[None], point, temperature=0.2, top_p=0.9, repeat_penalty=1.15,
-                                          said=said)[0]))
+            answer.append(int(sample(logits[None], point, temperature=0.2, top_p=0.9, repeat_penalty=1.15,
+                                     said=said)[0]))
             ids.append(answer[-1])
             if ids[-1] == 2:
                 break

@@ -37,11 +37,12 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))    # the repository, for the imports below
 import weights
 from checkpoint import CheckpointError
-from cwic import KVCache, sample
+from cwic import KVCache
 from data.common import DataError, run, token_dtype, until_stopped, write_dataset
 from device import choose_device
 from evaluate import read_questions
 from options import option, parse_options
+from sampling import sample
 from tokenizer import bos_ids, dialogue_ids, end_id, load_tokenizer, stop_ids
 
 VAL_EVERY = 64              # one window in 64 is for validation
