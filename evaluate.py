@@ -4,28 +4,21 @@ Measures a model: how good it is, how many of its weights it uses, and how close
     python evaluate.py out/best.safetensors                 # on the validation split it was trained with
     python evaluate.py out/best.safetensors --dense         # the same model with every weight in use
     python evaluate.py adapters/smollm2.safetensors --text FILE     # on a text file of yours
-    python evaluate.py adapters/smollm2.safetensors --blimp FILE    # grammar: 67 paradigms of 1,000 pairs
     python evaluate.py adapters/smollm2.safetensors --questions FILE    # on its base's answers to questions
 
 An adapter is also compared with its base, the dense model that taught it. Each token is as sparse as in
 decoding, and the LM head's weights count. Everything is computed in f32.
 
-BLiMP (Warstadt et al., 2020, github.com/alexwarstadt/blimp) tests grammar with pairs of sentences: a pair is
-right if the model finds the good sentence likelier than the bad one, as half of all guesses would be.
---blimp takes the files of its data/ folder joined into one, compressed with xz or not. Each line is a JSON
-object with 'sentence_good', 'sentence_bad' and 'UID', the paradigm.
-
-Not here: other benchmarks (see lab/benchmarks.py), and judging the text that a model writes.
+Not here: benchmarks (lab/benchmarks.py), and judging the text that a model writes.
 """
 
 import json
-import lzma
 import math
 import os
 import sys
 import time
-from collections import Counter
 from dataclasses import dataclass
+from typing import NamedTuple
 
 if __name__ == '__main__':
     os.environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE')     # for torch's threads, as in train.py
@@ -38,24 +31,20 @@ from checkpoint import CheckpointError
 from cwic import KVCache
 from data.common import DataError, load_dataset, load_mix, run
 from device import choose_device
-from files import LONGEST_JSON, decode_text, open_regular, read_text
+from files import read_text
 from options import SAMPLING, counted, fail, option, parse_options, progress
 from sampling import sample
-from tokenizer import bos_ids, dialogue_ids, load_tokenizer, start_ids, stop_ids
+from tokenizer import bos_ids, dialogue_ids, load_tokenizer, stop_ids
 
 # logits computed at once, at most: few enough for a CPU's cache, many enough to keep a GPU busy
 LOGITS_AT_ONCE = {'cpu': 2 ** 22, 'cuda': 2 ** 28, 'mps': 2 ** 26}
 PERCENTILES = (1, 5, 25, 50, 75, 95, 99)
 LONGEST_ANSWER = 90     # tokens
-# --questions, --blimp and --text each replace the validation split; these options then mean nothing
-UNUSED = {'questions': {'blimp', 'text', 'data', 'only', 'windows', 'dense'},
-          'blimp': {'text', 'data', 'only', 'windows'},
-          'text': {'data', 'only'}}
 
 
 @dataclass
 class EvaluateConfig:
-    about = 'Validation loss, reduction, spread of compute, distance to the dense teacher, BLiMP.'
+    about = 'Validation loss, reduction, spread of compute, and distance to the dense teacher.'
     checkpoint: tuple = option((), 'a checkpoint, an adapter, a folder of weights, or the name of a model '
                                '(out/best.safetensors)')
     json: bool = option(False, 'print one JSON object')
@@ -66,10 +55,12 @@ class EvaluateConfig:
     text: str = option('', 'read this UTF-8 text file instead')
     questions: str = option('', 'a file with one question on each line: compare an adapter with its base on '
                             'the answers that the base gives')
-    blimp: str = option('', 'BLiMP as JSON lines, compressed with xz or not')
-    blimp_pairs: int = option(1000, 'pairs to read of each paradigm, at most', at_least=1)
     windows: int = option(64, 'windows of text to read, each as long as a training sequence', at_least=1)
     device: str = option('auto', 'auto, cpu, cuda or mps')
+
+
+# -----------------------------------------------------------------------------
+# measuring
 
 
 def rows_at_once(model, length):
@@ -98,22 +89,40 @@ def in_replies(tokens, spec):
     return replies
 
 
+class Passes(NamedTuple):
+    """What passes over B rows of T tokens show, as tensors; all but the first are (B, T)."""
+    active: torch.Tensor            # (matrices, B, T): the weights that each matrix used
+    surprise: torch.Tensor          # -log p of the token that follows, nats
+    entropy: torch.Tensor           # of the prediction, nats
+    gain: torch.Tensor = None       # with a teacher: by how much its surprise is lower, nats
+    kl: torch.Tensor = None         # KL(teacher || model), nats
+    agrees: torch.Tensor = None     # 1.0 if both find the same token likeliest, else 0.0
+
+
+@torch.no_grad()
+def read_rows(model, tokens, teacher=None, dense=False):
+    """Passes over all but the last of tokens (B, T + 1), on the model's device. The teacher runs dense."""
+    logits, active = model(tokens[:, :-1], dense=dense)                             # (B, T, vocab)
+    logp, follows = logits.log_softmax(-1), tokens[:, 1:, None]
+    surprise = -logp.gather(-1, follows)[:, :, 0]
+    entropy = -(logp.exp() * logp).sum(-1)
+    if teacher is None:
+        return Passes(active, surprise, entropy)
+    teacher_logp = teacher(tokens[:, :-1], dense=True)[0].log_softmax(-1)
+    gain = surprise + teacher_logp.gather(-1, follows)[:, :, 0]
+    kl = (teacher_logp.exp() * (teacher_logp - logp)).sum(-1)
+    agrees = (teacher_logp.argmax(-1) == logp.argmax(-1)).float()
+    return Passes(active, surprise, entropy, gain, kl, agrees)
+
+
 def percentiles(shares):
     """shares (N,) of all weights, one for each token -> a dict, {'1': the 1st percentile, ...}"""
     return {str(p): float(x) for p, x in zip(PERCENTILES, np.percentile(shares, PERCENTILES))}
 
 
-def distance(logp, teacher_logp):
-    """log p (..., vocab), both -> KL(teacher || student) in nats and top-1 agreement, summed over tokens."""
-    kl = (teacher_logp.exp() * (teacher_logp - logp)).sum()
-    agreement = (teacher_logp.argmax(-1) == logp.argmax(-1)).sum()
-    return float(kl), float(agreement)
-
-
-@torch.no_grad()
 def measure(model, tokens, teacher=None, dense=False, replies=None):
     """
-    Reads windows of text, tokens np.int64 (windows, T + 1), in eval mode. Returns a dict:
+    Reads windows of text, tokens np.int64 (windows, T + 1). Returns a dict:
 
     val_loss                nats per token
     reduction               the model's weights / the weights that a token uses, on average
@@ -123,77 +132,37 @@ def measure(model, tokens, teacher=None, dense=False, replies=None):
     entropy_correlation     of the weights that a token uses with the entropy of the prediction that follows
     compute_percentiles     of a token's share of all weights; of the tokens for which replies, bool
                             (windows, T + 1), is True, if it is given and any are
-    kl, agreement           with a teacher: KL(teacher || student) in nats per token, and top-1 agreement
+    kl, agreement           with a teacher: KL(teacher || model) in nats per token, and top-1 agreement
     """
-    device, training = model.head.weight.device, model.training
-    model.eval()
-    loss, active_sum, distances = 0.0, 0.0, np.zeros(2)
-    shares, surprises, entropies = [], [], []
+    loss, active_sum, kl, agreement, used = 0.0, 0.0, 0.0, 0.0, []
     batches = np.array_split(tokens, math.ceil(len(tokens) / rows_at_once(model, tokens.shape[1])))
     for batch in counted(batches, f'batches of {len(batches[0])} windows read'):
-        batch = torch.from_numpy(batch).to(device)                      # (B, T + 1)
-        logits, active = model(batch[:, :-1], dense=dense)              # (B, T, vocab), (M, B, T)
-        logp, active = logits.log_softmax(-1), active.cpu().double()    # Apple's GPUs have no doubles
-        surprise = -logp.gather(-1, batch[:, 1:, None])[:, :, 0]        # (B, T), of the next token
-        entropy = -(logp.exp() * logp).sum(-1)                          # (B, T)
-        loss += float(surprise.sum())
-        active_sum += active.sum((1, 2))                                # (M,)
+        found = read_rows(model, torch.from_numpy(batch).to(model.head.weight.device), teacher, dense)
+        active = found.active.cpu().double()                            # Apple's GPUs have no doubles
+        active_sum += active.sum((1, 2))                                # (matrices,)
+        loss += float(found.surprise.sum())
         if teacher is not None:
-            teacher_logp = teacher(batch[:, :-1], dense=True)[0].log_softmax(-1)
-            distances += distance(logp, teacher_logp)
+            kl, agreement = kl + float(found.kl.sum()), agreement + float(found.agrees.sum())
         # the first token of a window is left out: nothing was predicted before it
-        shares.append((active.sum(0) / model.n_weights())[:, 1:].flatten())
-        surprises.append(surprise[:, :-1].flatten().cpu().double())
-        entropies.append(entropy[:, 1:].flatten().cpu().double())
-    model.train(training)
-
-    count = tokens.shape[0] * (tokens.shape[1] - 1)
-    shares, surprises, entropies = map(torch.cat, (shares, surprises, entropies))
+        used.append(torch.stack([(active.sum(0) / model.n_weights())[:, 1:],
+                                 found.surprise[:, :-1].cpu().double(),
+                                 found.entropy[:, 1:].cpu().double()]).flatten(1))
+    used = torch.cat(used, 1)                                           # (3, tokens)
+    shares, count = used[0], tokens.shape[0] * (tokens.shape[1] - 1)
     spread, correlation = float(shares.std() / shares.mean()), torch.eye(3)
     if spread > 1e-9:           # a dense model's is 0, and correlates with nothing
-        correlation = torch.corrcoef(torch.stack([shares, surprises, entropies]))
-    shown = shares
+        correlation = torch.corrcoef(used)
     if replies is not None and replies[:, 1:-1].any():
-        shown = shares[torch.from_numpy(replies[:, 1:-1].flatten())]
+        shares = shares[torch.from_numpy(replies[:, 1:-1].flatten())]
     active_share = [float(active) / count / layer.n_weights
                     for active, (_, layer) in zip(active_sum, model.sparse_layers())]
     results = dict(val_loss=loss / count, spread=spread,
                    reduction=float(model.n_weights() * count / active_sum.sum()), active_share=active_share,
                    surprise_correlation=float(correlation[0, 1]),
-                   entropy_correlation=float(correlation[0, 2]), compute_percentiles=percentiles(shown))
+                   entropy_correlation=float(correlation[0, 2]), compute_percentiles=percentiles(shares))
     if teacher is not None:
-        results['kl'], results['agreement'] = (distances / count).tolist()
+        results.update(kl=kl / count, agreement=agreement / count)
     return results
-
-
-@torch.no_grad()
-def blimp(model, encoding, start, pairs, dense=False):
-    """
-    pairs: [(paradigm, good sentence, bad sentence)] -> {paradigm: accuracy}, and the reduction. start: the
-    ids that come before each sentence. Sentences of one length are read together, without padding.
-    """
-    by_length = {}
-    for pair, (_, *sentences) in enumerate(pairs):
-        for bad, sentence in enumerate(sentences):
-            ids = encoding.encode_ordinary(sentence)
-            by_length.setdefault(len(ids), []).append((ids, pair, bad))
-    batches = []
-    for length, sentences in sorted(by_length.items()):
-        rows = min(rows_at_once(model, length), 256)
-        batches += [sentences[i:i + rows] for i in range(0, len(sentences), rows)]
-    scores, active_sum, count = np.zeros((len(pairs), 2)), 0.0, 0      # scores: log p of (good, bad)
-    for batch in counted(batches, 'batches of sentences read'):
-        tokens = torch.tensor([start + ids for ids, _, _ in batch], device=model.head.weight.device)
-        logits, active = model(tokens[:, :-1], dense=dense)                         # (B, T, vocab), (M, B, T)
-        logp = logits.log_softmax(-1).gather(-1, tokens[:, 1:, None])[:, :, 0]      # (B, T)
-        for (_, pair, bad), score in zip(batch, logp.sum(1).tolist()):
-            scores[pair, bad] = score
-        active_sum, count = active_sum + float(active.sum()), count + tokens[:, 1:].numel()
-    right = {}
-    for (paradigm, *_), (good, bad) in zip(pairs, scores):
-        right.setdefault(paradigm, []).append(good > bad)
-    accuracy = {paradigm: float(np.mean(results)) for paradigm, results in right.items()}
-    return accuracy, model.n_weights() * count / active_sum
 
 
 @torch.no_grad()
@@ -211,7 +180,6 @@ def answer(teacher, prompt, stops, generator):
     return tokens
 
 
-@torch.no_grad()
 def compare_answers(model, teacher, spec, encoding, questions):
     """
     Compares the models at what a chat is for: the dense teacher answers each question, and both read its
@@ -219,57 +187,26 @@ def compare_answers(model, teacher, spec, encoding, questions):
     tokens of answers; questions and tokens, how many there were; and compute_percentiles of the passes that
     read those tokens. Raises DataError if a question does not fit into the context.
     """
-    generator, device = torch.Generator().manual_seed(1), model.head.weight.device
-    distances, active_sum, count, shares = np.zeros(2), 0.0, 0, []
+    generator, predicting, reading = torch.Generator().manual_seed(1), [], []
     for number, question in enumerate(counted(questions, 'questions answered'), 1):
         prompt = dialogue_ids(spec, encoding, [('user', question)])
         if len(prompt) + LONGEST_ANSWER > model.config.block_size:
             raise DataError(f'question {number} has {len(prompt)} tokens, with an answer more than the '
                             f'{model.config.block_size} of the context; shorten it')
-        tokens = torch.tensor([answer(teacher, prompt, stop_ids(spec, encoding), generator)], device=device)
-        logits, active = model(tokens[:, :-1])
-        teacher_logits, _ = teacher(tokens[:, :-1], dense=True)
-        first = len(prompt) - 1                                             # the pass that predicts token 1
-        logp = logits[0, first:].log_softmax(-1)                            # (T, vocab), T tokens of answer
-        distances += distance(logp, teacher_logits[0, first:].log_softmax(-1))
-        active = active.sum(0)[0, first:].cpu()                             # (T,)
-        active_sum, count = active_sum + float(active.sum()), count + len(logp)
-        shares.append(active[1:].double() / model.n_weights())
-    kl, agreement = (distances / count).tolist()
-    return dict(kl=kl, agreement=agreement, reduction=model.n_weights() * count / active_sum,
-                questions=len(questions), tokens=count, compute_percentiles=percentiles(torch.cat(shares)))
+        tokens = answer(teacher, prompt, stop_ids(spec, encoding), generator)
+        found = read_rows(model, torch.tensor([tokens], device=model.head.weight.device), teacher)
+        share = found.active.sum(0) / model.n_weights()
+        passes = torch.cat([share, found.kl, found.agrees]).cpu().double()              # (3, T)
+        predicting.append(passes[:, len(prompt) - 1:])      # its first pass reads the prompt's last token
+        reading.append(share[0, len(prompt):].cpu())
+    share, kl, agreement = torch.cat(predicting, 1).mean(1).tolist()
+    return dict(kl=kl, agreement=agreement, reduction=1 / share, questions=len(questions),
+                tokens=sum(passes.shape[1] for passes in predicting),
+                compute_percentiles=percentiles(torch.cat(reading)))
 
 
 # -----------------------------------------------------------------------------
 # text to measure on
-
-
-def read_xz(path):
-    """The text of a file compressed with xz. Raises OSError, ValueError, LZMAError or EOFError."""
-    with open_regular(path) as compressed, lzma.open(compressed) as file:
-        data = file.read(LONGEST_JSON + 1)      # a few bytes may unpack to any number
-    if len(data) > LONGEST_JSON:
-        raise ValueError(f'more than {LONGEST_JSON:,} bytes')
-    return decode_text(data, path)
-
-
-def read_blimp(path, most):
-    """[(paradigm, good, bad)], the first `most` of each paradigm. Raises DataError."""
-    progress(f'reading {path}')
-    seen, pairs = Counter(), []
-    try:
-        text = read_xz(path) if path.endswith('.xz') else read_text(path, LONGEST_JSON)
-        for row in map(json.loads, filter(str.strip, text.split('\n'))):
-            seen[row['UID']] += 1
-            if seen[row['UID']] <= most:
-                pairs.append((row['UID'], row['sentence_good'], row['sentence_bad']))
-    except OSError as error:
-        raise DataError(f'{path}: {error.strerror}') from None
-    except (ValueError, KeyError, TypeError, RecursionError, lzma.LZMAError, EOFError) as error:
-        raise DataError(f'{path}: not BLiMP as JSON lines ({type(error).__name__}: {error})') from None
-    if not pairs:
-        raise DataError(f'{path}: no pairs of sentences in it')
-    return pairs
 
 
 def read_file(path):
@@ -329,6 +266,8 @@ def windows_of_kind(kind, data, meta, spec, encoding, count, length):
     As validation_windows(), but of a chat model's data only the 'dialogues', which begin with its template,
     or only the 'documents', which do not. Raises DataError if there are none.
     """
+    if kind not in ('dialogues', 'documents'):
+        raise DataError(f'--only {kind}: choose dialogues or documents')
     opening = dialogue_ids(spec, encoding, [('user', '')]) if 'template' in spec else [-1]
     # documents may begin with BOS, too: the first token after it tells
     at = next(i for i, id in enumerate(opening) if id not in bos_ids(spec))
@@ -339,33 +278,23 @@ def windows_of_kind(kind, data, meta, spec, encoding, count, length):
     return windows[np.linspace(0, len(windows) - 1, min(count, len(windows))).astype(int)]
 
 
+def data_windows(name, only, spec, encoding, count, length):
+    """
+    np.int64 (windows, T + 1): at most `count` validation windows of a data set or a mix. only: '', or as in
+    windows_of_kind(), and then a mix is refused. Raises DataError.
+    """
+    mix = load_mix(name, length)
+    if mix[0].meta['tokenizer'] != spec:
+        raise DataError(f'data/{mix[0].name} was made with another tokenizer than the model has; name '
+                        'another: --data NAME')
+    if not only:
+        return mix_windows(mix, 'val', count, length)
+    _, data, meta = load_dataset(name, length)
+    return windows_of_kind(only, data, meta, spec, encoding, count, length)
+
+
 # -----------------------------------------------------------------------------
 # the command line
-
-
-def check_options(config, given):
-    """Ends the program if an option would be ignored, or is impossible. given: names on the command line."""
-    source = next((name for name in UNUSED if getattr(config, name)), '')
-    for name in sorted(given & UNUSED.get(source, set())):
-        fail(f'--{name} has no use beside --{source}: leave one of them out')
-    if 'blimp_pairs' in given and not config.blimp:
-        fail('--blimp_pairs has no use without --blimp FILE')
-    if len(config.checkpoint) > 1:
-        fail('give one checkpoint')
-    if config.only not in ('', 'dialogues', 'documents'):
-        fail(f'--only {config.only}: choose dialogues or documents')
-
-
-def chosen_windows(config, options, spec, encoding, block_size):
-    """np.int64 (windows, T + 1): the text that config asks for. options: those the model was trained with."""
-    length = min(options.get('block_size', 512), block_size)
-    if config.text:
-        return text_windows(config.text, spec, encoding, config.windows, length)
-    data = config.data or options.get('data', 'python')
-    if config.only:
-        _, tokens, meta = load_dataset(data, length)
-        return windows_of_kind(config.only, tokens, meta, spec, encoding, config.windows, length)
-    return mix_windows(load_mix(data, length), 'val', config.windows, length)
 
 
 def evaluate(config, device):
@@ -373,31 +302,36 @@ def evaluate(config, device):
     path = config.checkpoint[0] if config.checkpoint else 'out/best.safetensors'
     model, saved = weights.load(path)
     model.to(device)
-    spec, encoding, teacher = saved['tokenizer'], load_tokenizer(saved['tokenizer']), None
-    if saved.get('base') and not config.blimp:
-        teacher = weights.load(saved['base'])[0].to(device)
+    spec, encoding = saved['tokenizer'], load_tokenizer(saved['tokenizer'])
+    teacher = weights.load(saved['base'])[0].to(device) if saved.get('base') else None
     if config.questions:
         if teacher is None or 'template' not in spec:
             fail(f'--questions: {path} is not an adapter of a chat model; give one, such as '
                  'adapters/smollm2.safetensors')
         return compare_answers(model, teacher, spec, encoding, read_questions(config.questions))
-    if config.blimp:
-        pairs = read_blimp(config.blimp, config.blimp_pairs)
-        by_paradigm, reduction = blimp(model, encoding, start_ids(spec, encoding), pairs, config.dense)
-        return dict(blimp=float(np.mean(list(by_paradigm.values()))), reduction=reduction, pairs=len(pairs),
-                    by_paradigm=by_paradigm)
-    tokens = chosen_windows(config, saved.get('options', {}), spec, encoding, model.config.block_size)
+    options = saved.get('options', {})
+    length = min(options.get('block_size', 512), model.config.block_size)
+    if config.text:
+        tokens = text_windows(config.text, spec, encoding, config.windows, length)
+    else:
+        name = config.data or options.get('data', 'python')
+        tokens = data_windows(name, config.only, spec, encoding, config.windows, length)
     return dict(measure(model, tokens, teacher, config.dense, in_replies(tokens, spec)), windows=len(tokens),
                 length=tokens.shape[1] - 1)
 
 
 def main():
-    config, given = parse_options(EvaluateConfig, 'python evaluate.py')
-    check_options(config, given)
+    config, _ = parse_options(EvaluateConfig, 'python evaluate.py')
+    if len(config.checkpoint) > 1:
+        fail('give one checkpoint')
+    if [config.data, config.text, config.questions].count('') < 2:
+        fail('give one of --data, --text and --questions')
+    if config.questions and config.dense:
+        fail('--questions compares an adapter with its dense base: leave --dense out')
     device, start = choose_device(config.device), time.time()
     try:
         results = evaluate(config, device)
-    except (CheckpointError, weights.WeightsError) as error:
+    except CheckpointError as error:
         fail(error, 1)
     if config.json:
         print(json.dumps(results))

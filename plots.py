@@ -180,33 +180,6 @@ def speed(rows, path, machine=''):
         figure.supxlabel(machine, fontsize=6, color='0.4')
 
 
-def stripes(measured, path):
-    """
-    The effect of the width of stripes: tokens per second for each shape and dtype, and the small model's
-    loss and KL. measured: {'machine', 'speed': {shape: rows of lab/bench.py decode --stripe}, 'quality':
-    [{'stripe', 'what', 'value'}]}.
-    """
-    speed, quality = measured['speed'], measured['quality']
-    widths = [r['stripe'] for r in next(iter(speed.values())) if r['dtype'] == 'int8']
-    with picture(path, height=3.0, columns=len(speed) + 1) as (figure, (*left, right)):
-        for axes, (shape, rows) in zip(left, speed.items()):
-            for dtype, line in zip(dict.fromkeys(r['dtype'] for r in rows), LINES):
-                axes.plot([r['tok_s'] for r in rows if r['dtype'] == dtype], label=dtype, **line)
-            axes.set(title=f'{shape}, {rows[0]["reduction"]:.1f}x', ylabel='tokens per second', ylim=0)
-            axes.legend()
-        for what, line in zip(dict.fromkeys(r['what'] for r in quality), LINES[3:]):
-            same = [r for r in quality if r['what'] == what]
-            best = min(r['value'] for r in same)
-            right.plot([widths.index(r['stripe']) for r in same], [r['value'] - best for r in same],
-                       label=f'{what} above {best:.3f}', **line)
-        right.set(title='Small model at 3x', ylabel='nats more', ylim=0)
-        right.legend()
-        for axes in (*left, right):
-            axes.set(xlabel='columns in a stripe', xticks=range(len(widths)),
-                     xticklabels=['one' if width == 'matrix' else width for width in widths])
-        figure.supxlabel(measured['machine'], fontsize=6, color='0.4')
-
-
 def frontier(rows, path):
     """
     KL against reduction for each method, as the median and the extremes of the seeds; one panel a subject.
@@ -298,12 +271,11 @@ def read_log(path):
 def draw_assets():
     """Returns the paths of the pictures."""
     assets = HERE / 'assets'
-    pictures = {name: str(assets / f'{name}.png') for name in ('frontier', 'speed', 'stripes', 'training')}
+    pictures = {name: str(assets / f'{name}.png') for name in ('frontier', 'speed', 'training')}
     rows = read_text(assets / 'comparison.jsonl').splitlines()
     frontier([json.loads(row) for row in rows], pictures['frontier'])
     decoding = json.loads(read_text(assets / 'decode.json'))
     speed(decoding['rows'], pictures['speed'], decoding['machine'])
-    stripes(json.loads(read_text(assets / 'stripes.json')), pictures['stripes'])
     twins(read_log(assets / 'training.csv'), read_log(assets / 'training_dense.csv'), pictures['training'])
     return pictures.values()
 

@@ -1,18 +1,13 @@
 """
 Compares the other ways to skip: the same models, the same training, the same count of weights.
 
-    python lab/baselines.py compare                     # every method on the small Python model: hours
-    python lab/baselines.py compare --quick             # does everything work? minutes
-    python lab/baselines.py compare --methods TEAL,CWIC --targets 2,3 --trained_targets 3
-    python lab/baselines.py compare --subject smollm2 --recipe config/smollm2_distill.toml --blimp FILE
+    python train.py --target_reduction 1 --out out/dense            # the dense model that all start from
+    python lab/baselines.py                                         # every method on that model: hours
+    python lab/baselines.py --methods TEAL,CWIC --targets 2,3 --trained_targets 3 --steps 20
+    python lab/baselines.py --subject smollm2 --recipe config/smollm2_distill.toml --blimp FILE
 
-It starts from a dense model: python train.py --target_reduction 1 --out out/dense
-
-Several processes may share the methods and seeds, each with its own --out and --picture. Then concatenate
-their rows.jsonl into a new --out, and give the command for all of them: it finds the rows and only draws.
-
-Thresholds are set on training text, and results are for validation text. Every token is sparse, and the LM
-head counts.
+Each result is saved in --out at once, so the same command continues where it was stopped. Thresholds are set
+on training text, and results are for validation text. Every token is sparse, and the LM head counts.
 
 Not here: the methods, which methods.py surveys, except for variants of CWIC that lack one thing each; and
 speed, as few of the methods have a kernel.
@@ -26,7 +21,6 @@ if __name__ == '__main__':
 import json
 import os
 import sys
-import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -45,13 +39,15 @@ from cwic import Thresholds
 from data import common
 from device import choose_device, choose_dtype, tune_malloc
 from evaluate import mix_windows
-from files import write_atomically
-from lab.methods import LEARNED, METHODS, Cannot, Changed, Method, uncompiled
+from files import DAMAGED, read_text, write_atomically
+from lab.benchmarks import blimp, read_blimp
+from lab.methods import LEARNED, METHODS, ONE_STRIPE, STRIPES, Cannot, Changed, Method
 from options import fail, option, parse_options, progress
-from tokenizer import load_tokenizer, start_ids
+from tokenizer import load_tokenizer
 
 EVERY = 10              # optimiser steps between calibrations in training
 CALIBRATION = 32        # windows of training text on which thresholds are set; in training, 8 of them
+BLIMP_PAIRS = 200       # of each paradigm
 
 # -----------------------------------------------------------------------------
 # CWIC without one of its parts
@@ -91,14 +87,14 @@ class OwnTargets(Method):
 
 
 ABLATIONS = {
-    'CWIC: bases': Method(**LEARNED, stripe=0, bases=True),
-    'CWIC: shortlist': Method(**LEARNED, stripe=0, shortlist=True),
-    'CWIC: one stripe': Method(**LEARNED),
-    'CWIC: stripes of 64': Method(**LEARNED, stripe=64),
-    'CWIC: no centre': Method(**LEARNED, stripe=0, layer=Uncentred),
-    'CWIC: one threshold': Method(**LEARNED, stripe=0, layer=OneThreshold, gpt2_only=True),
-    'CWIC: own targets': OwnTargets(**LEARNED, stripe=0, layer=OwnPrice, gpt2_only=True),
-    'CWIC: next token': Method(**LEARNED, stripe=0, teacher=False)}
+    'CWIC: bases': Method(**LEARNED, options={'bases': True}),
+    'CWIC: shortlist': Method(**LEARNED, options={'shortlist': True}),
+    'CWIC: one stripe': Method(**LEARNED, options=ONE_STRIPE),
+    'CWIC: stripes of 64': Method(**LEARNED, options=dict.fromkeys(STRIPES, 64)),
+    'CWIC: no centre': Method(**LEARNED, options={}, layer=Uncentred),
+    'CWIC: one threshold': Method(**LEARNED, options={}, layer=OneThreshold, gpt2_only=True),
+    'CWIC: own targets': OwnTargets(**LEARNED, options={}, layer=OwnPrice, gpt2_only=True),
+    'CWIC: next token': Method(**LEARNED, options={'teacher': 0.0})}
 ALL_METHODS = METHODS | ABLATIONS
 
 # -----------------------------------------------------------------------------
@@ -107,8 +103,7 @@ ALL_METHODS = METHODS | ABLATIONS
 
 @dataclass
 class CompareConfig:
-    about = ('Applies every method to one dense model. Each result is saved in --out at once, so the same '
-             'command continues where it was stopped.')
+    about = 'Applies every method to one dense model.'
     subject: str = option('out/dense/best.safetensors', 'the dense model: a checkpoint, smollm2, gpt2, ...')
     recipe: str = option('config/distill_small.toml', 'preset of train.py for all training')
     methods: str = option('', f'some of: {", ".join(ALL_METHODS)}; left out: all')
@@ -117,20 +112,14 @@ class CompareConfig:
     seeds: str = option('1,2,3', 'for each trained method at its highest target; at others only the first')
     steps: int = option(0, 'optimiser steps of training; 0: as many as the recipe has', at_least=0)
     windows: int = option(128, 'windows of validation text', at_least=1)
-    blimp: str = option('', 'BLiMP as JSON lines, packed with xz or not, to measure as well: see evaluate.py')
-    blimp_pairs: int = option(200, 'how many pairs of each paradigm, from the first on', at_least=1)
-    quick: bool = option(False, 'a few steps and windows, to see whether everything works')
+    blimp: str = option('', f'BLiMP as JSON lines, to measure {BLIMP_PAIRS} pairs of each paradigm as well')
     out: str = option('out/baselines', 'folder for rows.jsonl and table.md')
     picture: str = option('assets/frontier.png', 'file of the picture')
     device: str = option('auto', 'auto, cpu, cuda or mps')
 
 
-QUICK = {'targets': '2', 'trained_targets': '2', 'seeds': '1', 'steps': 2, 'windows': 4, 'blimp_pairs': 2}
-
-
-def plan(config, model, saved):
-    """-> [(method, target, seed)] to run; and a row for each that cannot be run, which says why"""
-    jobs, cannot = [], []
+def plan(config):
+    """-> [(method, target, seed)] to run, those without training first"""
     try:
         targets = {trained: sorted({float(number) for number in text.split(',')})
                    for trained, text in ((False, config.targets), (True, config.trained_targets))}
@@ -140,6 +129,7 @@ def plan(config, model, saved):
     except ValueError:
         fail(f'--targets {config.targets} --trained_targets {config.trained_targets} --seeds {config.seeds}: '
              'must be such as 2,3')
+    jobs = []
     for name in config.methods.split(',') if config.methods else ALL_METHODS:
         if name not in ALL_METHODS:
             fail(f'--methods {name}: there are {", ".join(ALL_METHODS)}')
@@ -147,37 +137,32 @@ def plan(config, model, saved):
         asked = targets[method.trained and not method.predicts][-1 if name in ABLATIONS else 0:]
         for target in [1.0] if name == 'dense' else asked:
             several = method.trained and target == targets[True][-1]
-            try:
-                method.check(model, saved, target)
-                jobs += [(name, target, seed) for seed in (seeds if several else seeds[:1])]
-            except Cannot as error:
-                cannot += [{'method': name, 'target': target, 'cannot': str(error)}]
-    return sorted(jobs, key=lambda job: ALL_METHODS[job[0]].trained), cannot
+            jobs += [(name, target, seed) for seed in (seeds if several else seeds[:1])]
+    return sorted(jobs, key=lambda job: ALL_METHODS[job[0]].trained)
 
 
-def distil(run, mix, method, calibration, report):
-    """Trains run.model, already changed by the method; calls report(steps done, steps in all)."""
+def distil(run, mix, method, calibration, label):
+    """Trains run.model, already changed by the method. label: for the line of progress."""
     config, model = run.config, run.model
     if method.learned:
-        with uncompiled():
-            train.observe(run, mix)
+        train.observe(run, mix)
         train.fuse_masks(run)
     for run.step in range(config.steps()):
         target, lr = train.target_at(run.step, config), train.lr_at(run.step, config)
         if not (method.learned or method.is_dense) and run.step % EVERY == 0:
-            with uncompiled():
+            with run.uncompiled():
                 method.follow(model, target, config.target_reduction, calibration[:8])
         for group, share in zip(run.optimizer.param_groups, (1, 1, config.threshold_lr), strict=True):
             group['lr'] = share * lr
         starts = train.step_starts(mix, config, run.step)
         method.step(run, *train.get_batch(mix, starts, config.block_size, run.device), target)
-        report(run.step + 1, config.steps())
+        progress(f'{label}  step {run.step + 1} of {config.steps()}')
 
 
-def run_method(job, config, recipe, given, teacher, saved, pairs, report):
-    """-> the row of a job, (method, target, seed). pairs: BLiMP's, may be empty."""
+def run_method(job, config, recipe, given, teacher, saved, pairs, label):
+    """-> the row of a job, (method, target, seed). pairs: BLiMP's, or {}. Raises Cannot."""
     name, target, seed = job
-    started, method, device = time.perf_counter(), ALL_METHODS[name], recipe.device
+    method, device = ALL_METHODS[name], recipe.device
     torch.compiler.reset()      # torch compiles a block only a few times, and each method has other layers
     run, mix = method.start(teacher, saved, replace(recipe, target_reduction=target, seed=seed), given)
     run.teacher, run.dtype = teacher, getattr(torch, recipe.dtype)
@@ -192,23 +177,21 @@ def run_method(job, config, recipe, given, teacher, saved, pairs, report):
     calibration = torch.from_numpy(calibration).to(device)
     validation = mix_windows(mix, 'val', config.windows, options.block_size)
     if method.trained:
-        distil(run, mix, method, calibration, report)
-    with uncompiled():
+        distil(run, mix, method, calibration, label)
+    with run.uncompiled():
         if not (method.learned or method.is_dense):
             method.limit(model, target, calibration)
         results = evaluate.measure(model, validation, teacher, method.is_dense)
         if pairs:
-            encoding = load_tokenizer(saved['tokenizer'])
-            start = start_ids(saved['tokenizer'], encoding)
-            right, _ = evaluate.blimp(model, encoding, start, pairs, method.is_dense)
-            results['blimp'] = float(np.mean(list(right.values())))
+            spec, encoding = saved['tokenizer'], load_tokenizer(saved['tokenizer'])
+            by_paradigm, _ = blimp(model, spec, encoding, pairs, method.is_dense)
+            results['blimp'] = float(np.mean(list(by_paradigm.values())))
     return {'method': name, 'target': target, 'seed': seed,
             # against the dense model's weights, also if this one is smaller
             'reduction': results['reduction'] * teacher.n_weights() / model.n_weights(),
             **{key: results.get(key) for key in ('val_loss', 'kl', 'agreement', 'blimp')},
             'cv': results['spread'],
-            'trained_tokens': method.trained * options.steps() * options.batch_size * options.block_size,
-            'seconds': round(time.perf_counter() - started, 1)}
+            'trained_tokens': method.trained * options.steps() * options.batch_size * options.block_size}
 
 
 COLUMNS = {'reduction': ('reduction', '.2f'), 'kl': ('KL to dense', '.4f'), 'val_loss': ('loss', '.4f'),
@@ -229,33 +212,31 @@ def table(rows):
         groups.setdefault((r['subject'], list(ALL_METHODS).index(r['method']), r['target']), []).append(r)
     for (subject, number, target), same in sorted(groups.items()):
         if f'{subject}:' not in lines:
-            titles = ['method', 'target', *(title for title, _ in COLUMNS.values()), 'kernel']
+            titles = ['method', 'target', *(title for title, _ in COLUMNS.values())]
             lines += ['', f'{subject}:', '', f'| {" | ".join(titles)} |', '|---' * len(titles) + '|']
-        cells = [cell(same, key) for key in COLUMNS] + [ALL_METHODS[same[0]['method']].kernel]
+        cells = [cell(same, key) for key in COLUMNS]
         if 'cannot' in same[0]:
-            cells = [f'cannot: {same[0]["cannot"]}', *[''] * len(COLUMNS)]
+            cells = [f'cannot: {same[0]["cannot"]}', *cells[1:]]
         lines += [f'| {same[0]["method"]} | {target:g}x | {" | ".join(cells)} |']
     return '\n'.join(lines[1:]) + '\n'
 
 
 def earlier_rows(path, config, settings):
     """
-    The rows in rows.jsonl, without those of this subject that could not be run. Ends the program if the file
-    is no comparison, or if this subject was compared with other settings.
+    The rows in rows.jsonl. Ends the program if the file is no comparison, or if this subject was compared
+    with other settings.
     """
-    try:
-        with open(path, encoding='utf-8') as f:
-            rows = [dict(json.loads(line)) for line in f]
-        others = [r for r in rows if r['subject'] == config.subject and r['settings'] != settings]
-    except FileNotFoundError:
+    if not os.path.exists(path):
         return []
-    except (ValueError, TypeError, KeyError):
+    try:
+        rows = [json.loads(line) for line in read_text(path).splitlines()]
+        others = [r for r in rows if r['subject'] == config.subject and r['settings'] != settings]
+    except DAMAGED:
         fail(f'{path}: not written by this program; choose another --out, or delete it', 1)
     if others:
         fail(f'--out {config.out} holds a comparison of {config.subject} with other options, or of another '
              'model of that name; choose another --out, or delete it', 1)
-    rows = {(r['subject'], r['method'], r['target'], r.get('seed')): r for r in rows}       # no duplicates
-    return [r for r in rows.values() if r['subject'] != config.subject or 'seed' in r]
+    return rows
 
 
 def read_recipe(config):
@@ -270,29 +251,24 @@ def read_recipe(config):
     return recipe, given
 
 
-def compare(config, given):
-    for name in QUICK.keys() - given if config.quick else ():
-        setattr(config, name, QUICK[name])
-    recipe, given_in_recipe = read_recipe(config)
-    steps = recipe.ramp_steps + recipe.hold_steps
+def compare(config):
+    recipe, given = read_recipe(config)
     if config.subject == CompareConfig.subject and not os.path.exists(config.subject):
         fail(f'{config.subject} is not there: python train.py --target_reduction 1 --out out/dense', 1)
     plots.check_picture(config.picture)
-    pairs = evaluate.read_blimp(config.blimp, config.blimp_pairs) if config.blimp else []
+    pairs = read_blimp(config.blimp, BLIMP_PAIRS) if config.blimp else {}
     model, saved = weights.load(config.subject)
     if any(float(layer.theta.detach().max()) > 0 for _, layer in model.sparse_layers()):
         fail(f'--subject {config.subject} is sparse already; for a dense model: '
              'python train.py --target_reduction 1 --out out/dense', 1)
-    if config.quick and 'options' in saved:     # 'smaller dense' trains as long as this model did
-        saved['options'].update(dense_steps=0, ramp_steps=0, hold_steps=0)
-    path, (jobs, cannot) = os.path.join(config.out, 'rows.jsonl'), plan(config, model, saved)
     # what results depend on, besides method, target and seed
-    settings = {'recipe': config.recipe, 'steps': steps, 'windows': config.windows,
-                'blimp_pairs': config.blimp and config.blimp_pairs, 'dense': saved.get('val_loss')}
-    common_to_all = {'subject': config.subject, 'settings': settings}
-    rows = earlier_rows(path, config, settings) + [{**common_to_all, **row} for row in cannot]
+    settings = {'recipe': config.recipe, 'steps': recipe.ramp_steps + recipe.hold_steps,
+                'windows': config.windows, 'blimp_pairs': config.blimp and BLIMP_PAIRS,
+                'dense': saved.get('val_loss')}
+    files = [os.path.join(config.out, name) for name in ('rows.jsonl', 'table.md')]
+    rows = earlier_rows(files[0], config, settings)
     finished = {(r['method'], r['target'], r.get('seed')) for r in rows if r['subject'] == config.subject}
-    jobs, left = [job for job in jobs if job not in finished], ''
+    jobs = [job for job in plan(config) if job not in finished]
     dtype, why = choose_dtype(recipe.dtype, recipe.device)
     recipe.dtype = str(dtype).removeprefix('torch.')
     print(f'{len(jobs)} runs to do on {recipe.device}; {recipe.dtype} ({why})', flush=True)
@@ -300,44 +276,33 @@ def compare(config, given):
     model.to(recipe.device).requires_grad_(False)
     for block in model.blocks if recipe.compile else ():
         block.compile()
-
-    def keep():
-        lines = ''.join(json.dumps(r) + '\n' for r in rows)
-        write_atomically(path, lambda file: file.write(lines.encode()))
-
     for i, job in enumerate(jobs):
         label = '{:3}/{}  {:19} {:4g}x'.format(i + 1, len(jobs), *job)
-        began, later = time.perf_counter(), sum(ALL_METHODS[name].trained for name, _, _ in jobs[i + 1:])
-
-        def report(step, of):
-            nonlocal left
-            pace = (time.perf_counter() - began) / step
-            left = f', {train.clock(pace * (of - step + later * steps))} left'
-            progress(f'{label}  step {step} of {of}{left}')
-
-        progress(f'{label}{left}')
-        row = run_method(job, config, recipe, given_in_recipe, model, saved, pairs, report)
+        progress(label)
+        try:
+            row = run_method(job, config, recipe, given, model, saved, pairs, label)
+            said = f'reduction {row["reduction"]:.2f}x  kl {row["kl"]:.4f}  loss {row["val_loss"]:.4f}'
+        except Cannot as error:
+            row = dict(zip(('method', 'target', 'seed'), job), cannot=str(error))
+            said = f'cannot: {error}'
         progress()
-        rows.append({**common_to_all, **row})
-        keep()
-        print(f'{label}  reduction {row["reduction"]:.2f}x  kl {row["kl"]:.4f}  '
-              f'loss {row["val_loss"]:.4f}  {row["seconds"]:.0f} s{left}', flush=True)
-    keep()
+        print(f'{label}  {said}', flush=True)
+        rows.append({'subject': config.subject, 'settings': settings, **row})
+        lines = ''.join(json.dumps(r) + '\n' for r in rows)
+        write_atomically(files[0], lambda file: file.write(lines.encode()))
     text = table(rows)
-    write_atomically(os.path.join(config.out, 'table.md'), lambda file: file.write(text.encode()))
-    files = [path, os.path.join(config.out, 'table.md')]
+    write_atomically(files[1], lambda file: file.write(text.encode()))
     if plots.frontier(rows, config.picture):        # there is none of ablations alone
         files.append(config.picture)
     print(f'\n{text}\nfiles: {", ".join(files)}')
 
 
 def main():
-    if sys.argv[1:2] != ['compare']:
-        fail('say what to do: python lab/baselines.py compare; its options: compare --help')
+    config, _ = parse_options(CompareConfig, 'python lab/baselines.py')
+    tune_malloc()
     try:
-        tune_malloc()
-        compare(*parse_options(CompareConfig, 'python lab/baselines.py compare', argv=sys.argv[2:]))
-    except (CheckpointError, weights.WeightsError) as error:
+        compare(config)
+    except CheckpointError as error:
         fail(error, 1)
     except torch.OutOfMemoryError:
         fail('out of memory; a smaller micro_batch in the --recipe, or fewer --windows, take less', 1)

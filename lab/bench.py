@@ -5,9 +5,8 @@ How fast the kernel is, compared with the memory it reads from and with other en
     python lab/bench.py decode --llama_bench PATH --gguf q8_0.gguf,q4_0.gguf        # and next to llama.cpp
     python lab/bench.py decode --model adapters/smollm2.safetensors      # a real model, reading real text
     python lab/bench.py decode --model llama1b-shape --dtypes int8      # 10 GB of memory; 14 GB with f32
-    python lab/bench.py decode --stripe 64,320,matrix   # what wider stripes gain; matrix: one to a matrix
     python lab/bench.py prefill                         # prompts of several lengths: time to the first token
-    python lab/bench.py train                           # training steps, on one or more GPUs: bench_train.py
+    python lab/bench.py train                           # training steps: bench_train.py
     python lab/bench.py loss --model out/best.safetensors       # validation loss with narrower weights
 
 Decoding is limited by memory, and on a shared machine memory bandwidth changes from second to second. So all
@@ -43,7 +42,7 @@ import shutil
 import subprocess
 import tempfile
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -61,13 +60,12 @@ from cwic import GPT, CWICConfig, KVCache
 from data import common
 from decoder import FORMATS, Decoder, PackedMatrix
 from files import write_atomically
-from lab.bench_train import measure_train, start_processes
-from lab.methods import STRIPES, calibrate, sparse_layers_of
+from lab.bench_train import measure_train
+from lab.methods import calibrate, sparse_layers_of
 from options import counted, fail, option, parse_options, printable, progress
 
 PROMPT = 16                     # tokens in the KV cache when decoding begins
 PROBE_BYTES = 2 ** 29           # more than most caches hold
-WIDEST = 2 ** 20                # columns: a stripe that holds any matrix
 SHAPES = {                      # with the stripes that weights.py gives the released models
     'gpt2-shape': CWICConfig(vocab_size=50257, block_size=1024, n_layer=12, n_head=12, n_embd=768,
                              stripe_qkv=768, stripe_out=768, stripe_up=768, stripe_down=768,
@@ -84,8 +82,6 @@ class BenchConfig:
     what: tuple = option((), 'decode, prefill, train or loss')
     model: str = option('', f'{", ".join(SHAPES)}, or what weights.load takes: smollm2, a checkpoint, ... '
                         'Left out: gpt2-shape; for train its default model, for loss out/best.safetensors')
-    stripe: str = option('', 'decode, prefill: columns in a stripe of a shape, or matrix for one stripe to '
-                         'each matrix; left out: as in the released model')
     reductions: str = option('1,2,3,4,6', 'dense / active weights, for shapes')
     dtypes: str = option('f32,bf16,int8', 'formats of the weights')
     threads: str = option('1,2', 'numbers of threads; loss uses the largest')
@@ -102,8 +98,6 @@ class BenchConfig:
     compile: bool = option(False, 'train: use torch.compile')
     batch: int = option(0, "train: sequences in a step; 0: the preset's, but at most four micro-batches",
                         at_least=0)
-    processes: int = option(1, 'train: GPUs, or processes on a CPU, that share each step; also measures one '
-                            'of them alone', at_least=1)
     json: str = option('', 'file for all results')
     out: str = option('out', "folder for decode's picture")
 
@@ -125,19 +119,14 @@ def machine():
 # models, texts, thresholds
 
 
-def choose_model(config, stripe=0):
-    """
-    -> (model in eval mode, what else its file says, {} for a shape). stripe: columns, 0: as in the released
-    model.
-    """
+def choose_model(config):
+    """-> (model in eval mode, what else its file says, {} for a shape)"""
     name = config.model or 'gpt2-shape'
     if name not in SHAPES:
-        if stripe:
-            fail(f'--stripe {config.stripe}: only for {", ".join(SHAPES)}; leave it out')
         return weights.load(name)
     progress('making the model')
     torch.manual_seed(0)
-    return GPT(replace(SHAPES[name], **dict.fromkeys(STRIPES, stripe) if stripe else {})).eval(), {}
+    return GPT(SHAPES[name]).eval(), {}
 
 
 def read_dataset(config, saved, length):
@@ -203,21 +192,6 @@ def make_settings(model, saved, reductions):
             calibrate(model, (tokens,), dict.fromkeys(sparse_layers_of(model), 1 / reduction), centred=True)
         settings.append(Setting(model, reduction == 1))
     return settings
-
-
-def on_huge_pages(decoder):
-    """Which share of a decoder's weights lies on huge pages, as text. On small pages reading is slower."""
-    tensors = [packed.tensors['weight'] for packed in decoder.packed.values()]
-    middle = (tensors[0].data_ptr() + tensors[-1].data_ptr()) // 2
-    try:
-        regions = Path('/proc/self/smaps').read_text(encoding='utf-8', errors='replace')
-    except OSError:
-        return 'unknown'
-    for low, high, region in re.findall(r'^([0-9a-f]+)-([0-9a-f]+) (.*?)^VmFlags', regions, re.M | re.S):
-        if int(low, 16) <= middle < int(high, 16):
-            kib = {name: int(number) for name, number in re.findall(r'(\w+): +(\d+) kB', region)}
-            return f'{100 * kib["AnonHugePages"] / kib["Rss"]:.0f}%'
-    return 'unknown'
 
 
 # -----------------------------------------------------------------------------
@@ -362,14 +336,12 @@ def llama_engines(config):
             for file in files]
 
 
-def kernel_engines(config, model, saved, labels, threads):
+def kernel_engines(config, model, saved, threads):
     settings, engines = make_settings(model, saved, listed('reductions', config.reductions, float)), []
     for dtype in config.dtypes.split(','):
         progress(f'packing the model in {dtype}')
         decoder = Decoder(model, dtype, threads)
-        progress()
-        print(f'{dtype}: {on_huge_pages(decoder)} of the packed weights on huge pages', flush=True)
-        engines += [(dict(labels, engine='cwic', dtype=dtype), partial(run_kernel, decoder, setting))
+        engines += [(dict(engine='cwic', dtype=dtype), partial(run_kernel, decoder, setting))
                     for setting in settings]
     return engines
 
@@ -378,10 +350,9 @@ def measure_speed(config):
     """The rows of decode or prefill."""
     prefill, end = config.what[0] == 'prefill', PROMPT + config.tokens
     threads, prompts = listed('threads', config.threads, most=1024), listed('prompts', config.prompts)
-    stripes = listed('stripe', config.stripe.replace('matrix', str(WIDEST))) if config.stripe else [0]
     listed('reductions', config.reductions, float)
     others = llama_engines(config)
-    model, saved = choose_model(config, stripes[0])
+    model, saved = choose_model(config)
     context = model.config.block_size
     if end > context:
         fail(f'--tokens {config.tokens}: too many after a prompt of {PROMPT}, in a context of {context}')
@@ -390,12 +361,7 @@ def measure_speed(config):
     # before anything is packed: copying takes memory for a second model in f32
     in_torch = [({'engine': 'torch', 'dtype': dtype}, partial(run_torch, dense))
                 for dtype, dense in (('f32', model), ('bf16', copy.deepcopy(model).bfloat16()))]
-    engines = []
-    for i, stripe in enumerate(stripes):
-        if i > 0:
-            model, _ = choose_model(config, stripe)
-        labels = {'stripe': 'matrix' if stripe == WIDEST else stripe} if stripe else {}
-        engines += kernel_engines(config, model, saved, labels, max(threads))
+    engines = kernel_engines(config, model, saved, max(threads)) + in_torch + others
     # which part of a text is the prompt, and where it ends
     work = [({'prompt': length}, length, length) for length in prompts] if prefill else [({}, PROMPT, end)]
 
@@ -403,14 +369,14 @@ def measure_speed(config):
         return labels, lambda done: run(threads, texts[done][:prompt], texts[done][prompt:end])
 
     cases = [case(dict(labels, **engine, threads=t), prompt, end, run, t)
-             for labels, prompt, end in work for engine, run in engines + in_torch + others for t in threads]
+             for labels, prompt, end in work for engine, run in engines for t in threads]
     return finish_rows(measure(cases, config.rounds), prefill)
 
 
 def finish_rows(rows, prefill):
     """Adds how fast a row is compared with the dense one of the same kind; for prefill, seconds."""
     def kind(row):
-        return tuple(row.get(name) for name in ('prompt', 'engine', 'stripe', 'dtype', 'threads'))
+        return tuple(row.get(name) for name in ('prompt', 'engine', 'dtype', 'threads'))
 
     dense = {kind(row): row['tok_s'] for row in rows if row['reduction'] < 1.01}
     for row in rows:
@@ -466,14 +432,14 @@ def measure_loss(config):
 # -----------------------------------------------------------------------------
 
 COLUMNS = (             # title, key in a row, width, format; a column without values is not printed
-    ('engine', 'engine', '<14', ''), ('prompt', 'prompt', '>6', ''), ('stripe', 'stripe', '>6', ''),
-    ('dtype', 'dtype', '<12', ''), ('processes', 'processes', '>9', ''), ('threads', 'threads', '>7', ''),
+    ('engine', 'engine', '<14', ''), ('prompt', 'prompt', '>6', ''),
+    ('dtype', 'dtype', '<12', ''), ('threads', 'threads', '>7', ''),
     ('reduction', 'reduction', '>9', '.2f'), ('loss', 'loss', '>7', '.4f'),
     ('change', 'loss_over_first', '>7', '+.4f'), ('KL to base', 'kl', '>10', '.4f'),
     ('agreement', 'agreement', '>9', '.3f'), ('tok/s', 'tok_s', '>8', '.1f'),
     ('min', 'tok_s_min', '>8', '.1f'), ('max', 'tok_s_max', '>8', '.1f'),
     ('x dense', 'speed_over_dense', '>7', '.2f'), ('seconds', 'seconds', '>7', '.3f'),
-    ('x dense', 'seconds_over_dense', '>7', '.2f'), ('x one', 'speed_over_one', '>7', '.2f'),
+    ('x dense', 'seconds_over_dense', '>7', '.2f'),
     ('GiB', 'memory_gib', '>5', '.1f'), ('GB/token', 'gb_per_token', '>8', '.3g'),
     ('thresholds', 'thresholds_gb_per_token', '>10', '.3g'), ('GB/s', 'bandwidth_gb_s', '>5', '.1f'),
     ('roofline', 'roofline', '>8', '.2f'))
@@ -508,10 +474,6 @@ def main():
     what = config.what[0] if len(config.what) == 1 else ''
     if what not in MEASURES:
         fail(f'say what to measure, one of {", ".join(MEASURES)}; for example: python lab/bench.py decode')
-    if config.processes > 1 and what != 'train':
-        fail('--processes is an option of train')
-    if config.processes > 1 and 'RANK' not in os.environ:
-        start_processes(config)
     if not set(config.dtypes.split(',')) <= FORMATS.keys():
         fail(f'--dtypes {config.dtypes}: choose from {", ".join(FORMATS)}, separated by commas')
     picture = os.path.join(config.out, f'bench_{what}.png') if what == 'decode' else ''
@@ -519,8 +481,7 @@ def main():
         if path:
             check_file(name, path)
     try:
-        if os.environ.get('RANK', '0') == '0':
-            print(machine(), flush=True)
+        print(machine(), flush=True)
         rows = [dict(row, what=what) for row in MEASURES[what](config)]
     except (build_kernel.KernelUnavailable, CheckpointError, weights.WeightsError, ValueError) as error:
         fail(error, 1)

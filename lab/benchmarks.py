@@ -1,31 +1,25 @@
 """
-Standard benchmarks through EleutherAI's lm-evaluation-harness: accuracy, and the compute it took.
+Standard benchmarks: accuracy, and the compute it took. BLiMP runs by itself, all others through EleutherAI's
+lm-evaluation-harness.
 
+    python lab/benchmarks.py --model adapters/smollm2.safetensors --blimp FILE
     pip install lm-eval==0.4.13         # the tested version; nothing else here needs it
     python lab/benchmarks.py --model adapters/smollm2.safetensors --tasks arc_easy,hellaswag,piqa
     python lab/benchmarks.py --model adapters/smollm2.safetensors --tasks arc_easy,hellaswag,piqa --dense
 
-The harness fetches its tasks from the network. Tasks of your own need no network: --include_path names the
-folder with their YAML files, and --tasks are then looked up only there.
+BLiMP (Warstadt et al., 2020, github.com/alexwarstadt/blimp) tests grammar with pairs of sentences: a pair is
+right if the model finds the good sentence likelier than the bad one, as half of all guesses would be. FILE is
+made of the files in its data/ folder: cat data/*.jsonl. Each line is a JSON object with 'sentence_good',
+'sentence_bad' and 'UID', one of 67 paradigms.
 
-    python lab/benchmarks.py --model adapters/smollm2.safetensors --tasks capitals --include_path my_tasks
-
-    my_tasks/capitals.yaml                              my_tasks/capitals.json, one object on each line
-      task: capitals                                      {"q": "The capital of France is",
-      dataset_path: json                                   "choices": ["Paris", "Rome"], "answer": 0}
-      dataset_kwargs:
-        data_files: {test: my_tasks/capitals.json}      (relative to where the command runs)
-      test_split: test
-      output_type: multiple_choice
-      doc_to_text: "{{q}}"
-      doc_to_choice: "{{choices}}"                      (the harness puts a blank before each, unless
-      doc_to_target: "{{answer}}"                        target_delimiter is set)
-      metric_list: [{metric: acc, aggregation: mean, higher_is_better: true}]
+The harness fetches its tasks from the network. With --include_path FOLDER it looks up --tasks only among your
+own task files, YAML in the harness's format, and needs no network.
 
 Everything is computed in f32, and the tokens of a question are as sparse as those of an answer. The reduction
-is dense / active weights over all tokens that a task reads.
+is dense / active weights over all tokens that are read.
 
-Not here: tasks that judge generated text (generate_until), chat templates, several GPUs.
+Not here: tasks that judge generated text (generate_until) or whole texts (loglikelihood_rolling: evaluate.py
+--text does that), chat templates, several GPUs.
 """
 
 import json
@@ -44,23 +38,25 @@ import weights
 from checkpoint import CheckpointError
 from data.common import DataError, run
 from device import choose_device
-from evaluate import rows_at_once
+from evaluate import read_file, rows_at_once
+from files import DAMAGED, one_line
 from options import fail, option, parse_options, progress
 from tokenizer import bos_ids, load_tokenizer, start_ids
 
 LM_EVAL = 'lm-eval==0.4.13'
-NOT_SUPPORTED = '{}: judges generated text, which is not supported; choose tasks scored by log p'
 FEWSHOT_SEED = 1234     # the harness's default
 BOOTSTRAPS = 1000       # resamples for the standard error of metrics that are not means, such as perplexity
 
 
 @dataclass
 class BenchmarkConfig:
-    about = 'Accuracy and reduction on tasks of lm-evaluation-harness.'
+    about = 'Accuracy and reduction on BLiMP, or on tasks of lm-evaluation-harness.'
     model: str = option('', 'what weights.load takes: a checkpoint, an adapter, a name')
+    blimp: str = option('', 'BLiMP as JSON lines')
     tasks: str = option('', 'names of tasks or groups, or paths of YAML files, separated by commas')
     include_path: str = option('', "a folder with task files of your own, used instead of the harness's")
-    limit: int = option(0, 'how many items of each task, from the first on; 0: all', at_least=0)
+    limit: int = option(0, 'how many items of each task, or pairs of each paradigm, from the first on; '
+                        '0: all', at_least=0)
     dense: bool = option(False, 'use every weight')
     json: bool = option(False, 'print one JSON object')
     device: str = option('auto', 'auto, cpu, cuda or mps')
@@ -124,52 +120,64 @@ def score(model, pairs, dense=False):
 
 
 # -----------------------------------------------------------------------------
+# BLiMP
+
+
+def read_blimp(path, limit):
+    """
+    {paradigm: [(good sentence, bad sentence)]}, the first `limit` pairs of each paradigm, or all if it is 0.
+    Raises DataError.
+    """
+    pairs = {}
+    try:
+        for row in map(json.loads, filter(str.strip, read_file(path).split('\n'))):
+            pairs.setdefault(row['UID'], []).append((row['sentence_good'], row['sentence_bad']))
+    except DAMAGED as error:
+        raise DataError(f'{path}: not BLiMP as JSON lines ({one_line(error)})') from None
+    if not pairs:
+        raise DataError(f'{path}: no pairs of sentences in it')
+    return {paradigm: some[:limit or None] for paradigm, some in pairs.items()}
+
+
+def blimp(model, spec, encoding, pairs, dense=False):
+    """pairs: see read_blimp() -> {paradigm: share of its pairs that is right}, and the reduction"""
+    start = start_ids(spec, encoding)
+    sentences = [(start, encoding.encode_ordinary(text))
+                 for some in pairs.values() for pair in some for text in pair]
+    logp, _, active, read = score(model, sentences, dense)
+    right, ends = logp[::2] > logp[1::2], np.cumsum([len(some) for some in pairs.values()])
+    accuracy = {paradigm: float(found.mean()) for paradigm, found in zip(pairs, np.split(right, ends[:-1]))}
+    return accuracy, float(model.n_weights() * read.sum() / active.sum())
+
+
+# -----------------------------------------------------------------------------
 # the harness
 
 
 def harness_model(model, spec, encoding, dense=False):
-    """
-    A cwic.GPT as an lm_eval.api.model.LM. Its .cost is {task: (active weights, tokens read)}, and .cut the
-    number of contexts that have lost their beginning.
-    """
+    """A cwic.GPT as an lm_eval.api.model.LM. Its .cost is {task: (active weights, tokens read)}."""
     from lm_eval.api.model import LM
-    from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
     class HarnessModel(LM):
         def __init__(self):
             super().__init__()
-            self.cost, self.cut = {}, 0
-
-        def score(self, tasks, pairs):
-            """tasks: the name of each pair's task -> log p, greedy: see score()"""
-            logp, greedy, active, read = score(model, pairs, dense)
-            for task in set(tasks):
-                mine = np.array([name == task for name in tasks])
-                self.cost[task] = self.cost.get(task, 0) + np.array([active[mine].sum(), read[mine].sum()])
-            return logp, greedy
+            self.cost = {}
 
         def loglikelihood(self, requests):
             """requests: with .args (context, continuation) -> [(log p, greedy)]"""
             pairs = [encode_pair(spec, encoding, *request.args) for request in requests]
-            # the last token is scored, but not read
-            self.cut += sum(len(before + after) - 1 > model.config.block_size for before, after in pairs)
-            logp, greedy = self.score([request.task_name for request in requests], pairs)
+            logp, greedy, active, read = score(model, pairs, dense)
+            tasks = np.array([request.task_name for request in requests])
+            for task in set(tasks):
+                mine = tasks == task
+                self.cost[task] = self.cost.get(task, 0) + np.array([active[mine].sum(), read[mine].sum()])
             return list(zip(logp.tolist(), greedy.tolist()))
 
         def loglikelihood_rolling(self, requests):
-            """requests: with .args (text,) -> [log p of the whole text], of any length"""
-            pairs, owners, start = [], [], start_ids(spec, encoding)[-1]
-            for i, request in enumerate(requests):
-                ids = encoding.encode_ordinary(request.args[0])
-                windows = get_rolling_token_windows(token_list=ids, prefix_token=start,
-                                                    max_seq_len=model.config.block_size, context_len=1)
-                pairs += map(make_disjoint_window, windows)
-                owners += [i] * (len(pairs) - len(owners))
-            logp, _ = self.score([requests[i].task_name for i in owners], pairs)
-            return np.bincount(np.array(owners, int), logp, len(requests)).tolist()
+            raise NotImplementedError       # load_tasks() lets no task through that needs it, or the next
 
         def generate_until(self, requests):
-            raise DataError(NOT_SUPPORTED.format(requests[0].task_name))
+            raise NotImplementedError
 
     return HarnessModel()
 
@@ -185,78 +193,60 @@ def load_tasks(names, include_path):
         manager = TaskManager(include_path=include_path or None, include_defaults=not include_path)
         loaded = manager.load(names)
     except Exception as error:      # task files may hold code, and networks fail in a dozen ways
-        reason = ' '.join(f'{type(error).__name__}: {error}'.split())[:300]
-        raise DataError(f'--tasks {",".join(names)}: cannot be loaded ({reason}); they are fetched from the '
-                        'network, or with --include_path FOLDER looked up in that folder only') from None
+        raise DataError(f'--tasks {",".join(names)}: cannot be loaded ({one_line(error)}); they are fetched '
+                        'from the network, or with --include_path FOLDER looked up there only') from None
     for name, task in loaded['tasks'].items():
-        if task.OUTPUT_TYPE == 'generate_until':
-            raise DataError(NOT_SUPPORTED.format(name))
+        if task.OUTPUT_TYPE not in ('loglikelihood', 'multiple_choice'):
+            raise DataError(f'{name}: its type is {task.OUTPUT_TYPE}, which is not supported; choose tasks '
+                            'scored by the log p of an answer')
         # as the harness's own program does
         task.set_config('num_fewshot', task.get_config('num_fewshot') or 0)
         task.set_fewshot_seed(FEWSHOT_SEED)
     return loaded
 
 
-def collect(found, cost, n_weights):
+def run_tasks(config, names, model, spec, encoding):
     """
-    found: what lm_eval.evaluate returns; cost: {task: (active weights, tokens read)}; n_weights: of a dense
-    token -> {'tasks': {name: {'metrics', 'stderr', 'n', 'reduction'}}, 'reduction'}. A group of tasks has
-    neither 'n' nor 'reduction'.
+    --tasks -> a dict, the harness's own results and the reduction for each task and for all; and its table.
+    Ends the program if there is no harness. Raises DataError.
     """
-    reduction, tasks = lambda active, read: float(n_weights * read / active), {}
-    for name, values in found['results'].items():
-        metrics, errors = {}, {}
-        for key, value in values.items():       # 'acc,none', 'acc_stderr,none'; none is the name of a filter
-            metric, comma, which = key.partition(',')
-            if comma and isinstance(value, float):
-                into = errors if metric.endswith('_stderr') else metrics
-                into[metric.removesuffix('_stderr') + (comma + which) * (which != 'none')] = value
-        tasks[name] = dict(metrics=metrics, stderr=errors)
-        if name in cost:
-            tasks[name].update(n=found['n-samples'][name]['effective'], reduction=reduction(*cost[name]))
-    return dict(tasks=tasks, reduction=reduction(*sum(cost.values())))
-
-
-def table(results):
-    """results, as collect() returns them -> lines to print"""
-    lines = [f'{"task":24}{"metric":20}{"value":>10}{"stderr":>10}{"n":>8}{"reduction":>12}']
-    for task, found in results['tasks'].items():
-        ends = f'{found["n"]:8}{found["reduction"]:11.2f}x' if 'n' in found else ''
-        for metric, value in found['metrics'].items():
-            error = f'{found["stderr"][metric]:10.4f}' if metric in found['stderr'] else ' ' * 10
-            lines.append(f'{task:24}{metric:20}{value:10.4f}{error}{ends}')
-            task = ends = ''        # only in the first line of a task
-    return '\n'.join(lines + [f'{"all tokens read":72}{results["reduction"]:11.2f}x'])
+    try:
+        import lm_eval
+        from lm_eval.utils import make_table
+    except ImportError as error:
+        fail(f'lm-evaluation-harness cannot be imported ({error}): pip install {LM_EVAL}', 1)
+    tasks, lm = load_tasks(names, config.include_path), harness_model(model, spec, encoding, config.dense)
+    with redirect_stdout(sys.stderr):       # the harness prints, too, which would spoil --json
+        found = lm_eval.evaluate(lm, tasks, limit=config.limit or None, bootstrap_iters=BOOTSTRAPS,
+                                 log_samples=False)
+    reduction = {task: float(model.n_weights() * read / active)
+                 for task, (active, read) in {**lm.cost, 'all': sum(lm.cost.values())}.items()}
+    return dict(lm_eval=lm_eval.__version__, results=found['results'], reduction=reduction), make_table(found)
 
 
 def main():
     config, _ = parse_options(BenchmarkConfig, 'python lab/benchmarks.py')
     names = [name.strip() for name in config.tasks.split(',') if name.strip()]
-    if not config.model or not names:
-        fail('say which --model and which --tasks, for example --model smollm2 --tasks arc_easy,piqa')
+    if not config.model or bool(names) == bool(config.blimp):
+        fail('say which --model, and either --blimp FILE or --tasks: --model smollm2 --tasks arc_easy,piqa')
     if config.include_path and not os.path.isdir(config.include_path):
         fail(f'--include_path {config.include_path}: no such folder')
     device = choose_device(config.device)
-    try:
-        import lm_eval
-    except ImportError as error:
-        fail(f'lm-evaluation-harness cannot be imported ({error}): pip install {LM_EVAL}', 1)
-    tasks = load_tasks(names, config.include_path)
+    pairs = read_blimp(config.blimp, config.limit) if config.blimp else {}
     try:
         model, saved = weights.load(config.model)
-    except (CheckpointError, weights.WeightsError) as error:
+    except CheckpointError as error:
         fail(error, 1)
-    spec = saved['tokenizer']
-    lm = harness_model(model.to(device), spec, load_tokenizer(spec), config.dense)
-    with redirect_stdout(sys.stderr):       # the harness prints, too, which would spoil --json
-        found = lm_eval.evaluate(lm, tasks, limit=config.limit or None, bootstrap_iters=BOOTSTRAPS,
-                                 log_samples=False)
-    results = dict(model=config.model, dense=config.dense, lm_eval=lm_eval.__version__,
-                   **collect(found, lm.cost, model.n_weights()))
-    if lm.cut:
-        print(f"{lm.cut} contexts were longer than the model's {model.config.block_size} tokens, and lost "
-              'their beginning', file=sys.stderr)
-    print(json.dumps(results) if config.json else table(results))
+    model, spec, encoding = model.to(device), saved['tokenizer'], load_tokenizer(saved['tokenizer'])
+    if config.blimp:
+        by_paradigm, reduction = blimp(model, spec, encoding, pairs, config.dense)
+        mean, count = float(np.mean(list(by_paradigm.values()))), sum(map(len, pairs.values()))
+        results = dict(blimp=mean, reduction=reduction, pairs=count, by_paradigm=by_paradigm)
+        text = f'BLiMP: {mean:.4f} of {count:,} pairs right, reduction {reduction:.2f}x'
+    else:
+        results, text = run_tasks(config, names, model, spec, encoding)
+        text += ''.join(f'\nreduction, {task}: {value:.2f}x' for task, value in results['reduction'].items())
+    print(json.dumps(dict(model=config.model, dense=config.dense, **results)) if config.json else text)
 
 
 if __name__ == '__main__':

@@ -2,7 +2,7 @@
 Where the compute goes: to which tokens, at which positions, in which matrices, and what it gains.
 
     python lab/compute.py out/best.safetensors
-    python lab/compute.py adapters/smollm2.safetensors --data heldout --dialogues --picture assets/tokens.png
+    python lab/compute.py adapters/smollm2.safetensors --data heldout --only dialogues --picture tokens.png
 
 Reads validation text and measures, for every token, the share of the weights used in the pass over it, how
 surprising the token was, how sure the model is of the next one, and how much better the dense model predicts
@@ -18,7 +18,6 @@ import keyword
 import re
 import sys
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -29,9 +28,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))    # the repository
 import plots
 import weights
 from checkpoint import CheckpointError
-from data.common import load_dataset, run
+from data.common import run
 from device import choose_device
-from evaluate import rows_at_once, validation_windows, windows_of_kind
+from evaluate import data_windows, read_rows, rows_at_once
 from lab.methods import hooked
 from options import counted, fail, option, parse_options
 from tokenizer import load_tokenizer
@@ -42,7 +41,7 @@ class ComputeConfig:
     about = 'Which tokens of validation text get compute, at which positions, and in which matrices.'
     checkpoint: tuple = option((), 'a checkpoint or an adapter (out/best.safetensors)')
     data: str = option('', 'folder in data/; left out: the checkpoint\'s training data')
-    dialogues: bool = option(False, "of a chat model's text, only windows that begin with its chat template")
+    only: str = option('', "read only the dialogues, or only the documents, of a chat model's data")
     windows: int = option(64, 'windows of text', at_least=1)
     picture: str = option('', 'file for a picture; left out: none is drawn')
     device: str = option('auto', 'auto, cpu, cuda or mps')
@@ -92,21 +91,6 @@ def kinds_of_tokens(pieces, pattern):
 # measuring
 
 
-def parts(model):
-    """
-    -> names of a layer's matrices; the widths of q, k and v, if they have stripes of their own, else of qkv
-    """
-    attn = model.blocks[0].attn
-    apart = len(attn.qkv.theta) > 1
-    names = ('q', 'k', 'v') if apart else ('qkv',)
-    return (*names, *model.config.matrices[1:]), attn.widths if apart else [sum(attn.widths)]
-
-
-def input_mask(layer, x):
-    """x (B, T, in) -> which inputs each stripe uses, bool (n, B, T, in)"""
-    return (x.float() - layer.mu).abs() > layer.thresholds()[:, None, None]
-
-
 @torch.no_grad()
 def measure(model, teacher, windows):
     """
@@ -115,42 +99,32 @@ def measure(model, teacher, windows):
     share (windows, T)      share of all weights that the pass over a token used
     loss, entropy           of that pass's prediction, in nats; loss[:, :-1] is the surprise of tokens 1 on
     gain                    loss - the teacher's loss: what every weight would have gained
-    matrices                share of each matrix's weights that was used, layer by layer, the head last
+    active_share            share of each matrix's weights that was used, as in GPT.sparse_layers()
     heads (layers, heads)   how often nothing of an attention head's output is used
     """
-    blocks, widths = model.blocks, parts(model)[1]
-    inputs, unused = [0] * len(blocks), [0] * len(blocks)
+    n_head, heads = model.config.n_head, {block.attn.out: 0 for block in model.blocks}
 
-    def count_inputs(i, layer, args):       # args: x, dense. Inputs that each column of qkv uses
-        used = input_mask(layer, args[0]).sum((1, 2, 3))                                    # (n,)
-        inputs[i] = inputs[i] + used.repeat_interleave(layer.stripe)[:layer.n_out].double()
+    def count_unused(out, args):
+        x, dense = args                                                         # (B, T, d)
+        if not dense:       # a model without a base is its own teacher
+            m = (x.float() - out.mu).abs() > out.thresholds()[:, None, None]                # (n, B, T, d)
+            used = m.any(0).unflatten(2, (n_head, -1)).any(3)                               # (B, T, heads)
+            heads[out] = heads[out] + (~used).sum((0, 1))
 
-    def count_heads(i, layer, args):
-        used = input_mask(layer, args[0]).any(0).unflatten(-1, (model.config.n_head, -1))
-        unused[i] = unused[i] + (~used.any(-1)).sum((0, 1))                                 # (heads,)
-
-    counts = [(layer, partial(count, i)) for i, block in enumerate(blocks)
-              for layer, count in ((block.attn.qkv, count_inputs), (block.attn.out, count_heads))]
     tokens, active_sum = [], 0
     batches = torch.from_numpy(windows).split(rows_at_once(model, windows.shape[1]))
     for batch in counted(batches, f'batches of {len(batches[0])} windows read'):
-        batch = batch.to(model.head.weight.device)
-        with hooked(counts):
-            logits, active = model(batch[:, :-1])
-        dense_logp, logp = teacher(batch[:, :-1], dense=True)[0].log_softmax(-1), logits.log_softmax(-1)
-        loss, dense_loss = (-x.gather(-1, batch[:, 1:, None])[:, :, 0] for x in (logp, dense_logp))
-        entropy, share = -(logp.exp() * logp).sum(-1), active.sum(0) / model.n_weights()
-        tokens.append(torch.stack([x.cpu().double() for x in (share, loss, entropy, loss - dense_loss)]))
-        active_sum = active_sum + active.sum((1, 2)).cpu()
+        with hooked([(out, count_unused) for out in heads]):
+            found = read_rows(model, batch.to(model.head.weight.device), teacher)
+        share = found.active.sum(0) / model.n_weights()
+        tokens.append(torch.stack([x.cpu().double()
+                                   for x in (share, found.surprise, found.entropy, found.gain)]))
+        active_sum = active_sum + found.active.sum((1, 2)).cpu()
     share, loss, entropy, gain = torch.cat(tokens, 1).numpy()
-    used = [float(active) / share.size / layer.n_weights
-            for active, (_, layer) in zip(active_sum, model.sparse_layers())]
-    matrices = []
-    for i, columns in enumerate(inputs):
-        matrices += [float(part.mean()) / share.size / model.config.n_embd for part in columns.split(widths)]
-        matrices += used[4 * i + 1:4 * i + 4]
-    return {'share': share, 'loss': loss, 'entropy': entropy, 'gain': gain, 'matrices': matrices + used[-1:],
-            'heads': torch.stack(unused).cpu().numpy() / share.size}
+    return {'share': share, 'loss': loss, 'entropy': entropy, 'gain': gain,
+            'active_share': [float(active) / share.size / layer.n_weights
+                             for active, (_, layer) in zip(active_sum, model.sparse_layers())],
+            'heads': torch.stack([*heads.values()]).cpu().numpy() / share.size}
 
 
 # -----------------------------------------------------------------------------
@@ -204,21 +178,17 @@ def show(found, kinds, pieces, matrices):
     print('by kind of token                  tokens  compute   surprise   every weight would gain, nats')
     for kind, count, compute, surprise, gain in by_kind(kinds, found):
         print(f'{kind:30}{count:10,}{compute:9.1%}{surprise:11.2f}{gain:11.3f}')
-    print('\nby position')
-    for low, high, mean in by_position(share):
-        print(f'{low:5} to {high:<21}{mean:19.1%}')
     print('\ncorrelation of compute with                        without template')
     without = correlations(found, kinds != 'template')
     for name, value in correlations(found, kinds != '').items():
         print(f'{name:30}{value:+19.2f}{without[name]:+11.2f}')
     print('\nby layer and matrix: share of its weights\n' + ''.join(f'{name:>9}' for name in matrices))
-    rows = [found['matrices'][i:i + len(matrices)] for i in range(0, len(found['matrices']), len(matrices))]
-    print('\n'.join(''.join(f'{used:9.1%}' for used in row) for row in rows) + '  head')
+    used, count = [f'{part:9.1%}' for part in found['active_share']], len(matrices)
+    print('\n'.join(''.join(used[i:i + count]) for i in range(0, len(used), count)) + '  head')
     heads = found['heads']
-    print(f'\nattention heads of whose output nothing is used: {heads.mean():.1%} of the time; most often')
-    for place in np.argsort(-heads, axis=None, kind='stable')[:5]:
-        layer, head = np.unravel_index(place, heads.shape)
-        print(f'layer {layer:2}, head {head:2}{heads[layer, head]:33.1%}')
+    layer, head = np.unravel_index(heads.argmax(), heads.shape)
+    print(f'\nattention heads of whose output nothing is used: {heads.mean():.1%} of the time; most often '
+          f'head {head} of layer {layer}, {heads.max():.1%}')
     order = np.argsort(share[:, 1:], axis=None, kind='stable')
     for label, places in (('least', order[:12]), ('most', order[:-13:-1])):
         print(f'\n{label} expensive, in context')
@@ -238,27 +208,23 @@ def main():
     try:
         model, saved = weights.load(path)
         teacher = weights.load(saved['base'])[0] if saved.get('base') else model
-    except (CheckpointError, weights.WeightsError) as error:
+    except CheckpointError as error:
         fail(error, 1)
     options, spec = saved.get('options') or {}, saved['tokenizer']
     length = min(options.get('block_size', 512), model.config.block_size)
-    name = config.data or options.get('data', 'python')
-    _, data, meta = load_dataset(name, length)
-    if meta['tokenizer'] != spec:
-        fail(f'{path} was not trained on data/{name}; name the data set: --data NAME', 1)
     encoding = load_tokenizer(spec)
     bytes_of = encoding.decode_single_token_bytes
-    windows = (windows_of_kind('dialogues', data, meta, spec, encoding, config.windows, length)
-               if config.dialogues else validation_windows(data, meta, config.windows, length))
+    windows = data_windows(config.data or options.get('data', 'python'), config.only, spec, encoding,
+                           config.windows, length)
     pieces = [[bytes_of(token) for token in window] for window in windows[:, :-1].tolist()]
     pattern = PROSE if 'template' in spec else PYTHON
     kinds = np.array([kinds_of_tokens(of_window, pattern) for of_window in pieces])         # (windows, T)
     device = choose_device(config.device)
-    found, matrices = measure(model.to(device), teacher.to(device), windows), parts(model)[0]
+    found, matrices = measure(model.to(device), teacher.to(device), windows), model.config.matrices
     show(found, kinds, pieces, matrices)
     if config.picture:
         by_surprise = by_value(found['loss'][:, :-1], found['share'][:, 1:])
-        plots.tokens(by_kind(kinds, found), by_position(found['share']), by_surprise, found['matrices'],
+        plots.tokens(by_kind(kinds, found), by_position(found['share']), by_surprise, found['active_share'],
                      matrices, config.picture)
         print(f'\npicture: {config.picture}')
 

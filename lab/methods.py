@@ -1,12 +1,12 @@
 """
-The other ways to skip weights: a survey of what CWIC builds on and is compared with, each in a few lines.
+The other ways to skip weights: a survey of what CWIC builds on and is compared with. Each entry of METHODS
+comes with its idea, its paper, and when it breaks.
 
-    python lab/baselines.py compare         # how good they are; baselines.py says more
+    python lab/baselines.py                 # how good they are; baselines.py says more
     model, saved = weights.load('out/dense/best.safetensors')
     calibrate(model, (tokens,), dict.fromkeys(sparse_layers_of(model), 0.5))    # TEAL at 2x, tokens (B, T)
 
-Begin at the end of this file: METHODS has the idea of each, its paper, and when it breaks. Nearly all of them
-are the layer of cwic.py with other thresholds:
+Nearly all of them are the layer of cwic.py with other thresholds:
 
     y = (centre + m * (x - centre)) @ W + b,    m = score > threshold
 
@@ -21,16 +21,15 @@ are the layer of cwic.py with other thresholds:
     Deja Vu         a predictor's, of a unit    0        a quantile
     CWIC            |x_i - centre_i|            median   learned, for each stripe and input
 
-A method that needs more than thresholds has a layer class of its own, and one that trains differently has a
-subclass of Method.
+A method that needs more than thresholds has a layer of its own, and one that trains differently is a subclass
+of Method.
 
-Not here: kernels. sparse_kernel.c skips inputs; for each method, METHODS says what kind of kernel could use
-its pattern.
+Not here: kernels. sparse_kernel.c could skip for all of them but Deja Vu, ShadowLLM and pruning, which leave
+out whole heads, neurons or columns.
 """
 
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
-from functools import partial
+from dataclasses import asdict, replace
 
 import torch
 
@@ -39,12 +38,12 @@ import train
 from cwic import CWICConfig, Neurons, StripedLinear, Thresholds
 from options import check_options
 
-ONE = 10 ** 9           # columns to a stripe: all that the matrix has
 LEAST = 0.02            # a layer that skips keeps at least this share of its weights
 RANK = 32               # of Deja Vu's predictors
 LOW_RANK = 0.05         # R-Sparse: weights of the low-rank path, as a share of the matrix's
 NEVER = 1e30            # a threshold that no input exceeds
 STRIPES = ('stripe_qkv', 'stripe_out', 'stripe_up', 'stripe_down', 'stripe_head')
+ONE_STRIPE = dict.fromkeys(STRIPES, 10 ** 9)        # to each matrix, as wide as it is
 
 # -----------------------------------------------------------------------------
 # thresholds that are not learned
@@ -56,11 +55,6 @@ def sparse_layers_of(module):
             if isinstance(layer, (StripedLinear, Neurons))}
 
 
-def uncompiled():
-    """with uncompiled(): for rare passes, and those with hooks, for which torch would compile again."""
-    return torch.compiler.set_stance('force_eager')
-
-
 @contextmanager
 def hooked(functions):
     """with hooked([(module, function)]): function(module, args) before each forward()."""
@@ -70,42 +64,52 @@ def hooked(functions):
         hook.remove()
 
 
-@torch.no_grad()
-def calibrate(module, inputs, shares, weighed=False, centred=False, static=False):
+def set_thresholds(layer, x, share, weighed=False, centred=False, static=False):
     """
-    Sets the thresholds of a model or a block so that each layer uses a share of its weights for these inputs,
-    in one pass: a layer is set when its input arrives, computed by the layers before it, which skip already.
-    shares: {name: share}; layers that are not in it skip nothing. weighed: scores are multiplied by |W_i|.
-    centred: inputs are measured from their median. static: each input has one score, its mean. Returns
-    module(*inputs).
+    Sets a layer's thresholds so that it uses this share of its weights for inputs x (N, in). weighed: scores
+    are multiplied by |W_i|. centred: inputs are measured from their median. static: each input has one score,
+    its mean.
     """
-    def set_thresholds(share, gate, args):
-        x, linear = args[0].float().flatten(0, 1), isinstance(gate, StripedLinear)
-        centre = x.median(0).values if centred and linear else torch.zeros_like(gate.mu)
-        score, norms = (x - centre).abs(), torch.ones_like(gate.mu)[None]               # (N, in), (1, in)
-        if static:
-            score = score.mean(0, keepdim=True)
-        if weighed and linear:
-            W = cwic.by_stripe(gate.adapter(gate.weight), gate.stripe)                  # (n, in, stripe)
-            norms = W.norm(dim=2).clamp_min(1e-12)
-        scores = score * norms[:, None]                                                 # (n, N, in)
-        skipped, quantile = round((1 - share) * scores.numel()), -1.0
-        if skipped:     # the largest score that is skipped; kthvalue() is slow on a GPU
-            quantile = scores.flatten().topk(scores.numel() - skipped + 1, sorted=False).values.min()
-        t = torch.where(scores[:, 0] > quantile, -1.0, NEVER) if static else quantile / norms
-        gate.mu.copy_(centre)
-        gate.sigma.fill_(1.0)
-        gate.theta.copy_((t / gate.scale).expand_as(gate.theta))
+    linear = isinstance(layer, StripedLinear)       # neurons have neither a centre nor one matrix
+    centre = x.median(0).values if centred and linear else torch.zeros_like(layer.mu)
+    score, norms = (x - centre).abs(), torch.ones_like(layer.mu)[None]              # (N, in), (1, in)
+    if static:
+        score = score.mean(0, keepdim=True)
+    if weighed and linear:
+        W = cwic.by_stripe(layer.adapter(layer.weight), layer.stripe)               # (n, in, stripe)
+        norms = W.norm(dim=2).clamp_min(1e-12)
+    scores = score * norms[:, None]                                                 # (n, N, in)
+    skipped, quantile = round((1 - share) * scores.numel()), -1.0
+    if skipped:     # the largest score that is skipped; kthvalue() is slow on a GPU
+        quantile = scores.flatten().topk(scores.numel() - skipped + 1, sorted=False).values.min()
+    t = torch.where(scores[:, 0] > quantile, -1.0, NEVER) if static else quantile / norms
+    layer.mu.copy_(centre)
+    layer.sigma.fill_(1.0)
+    layer.theta.copy_((t / layer.scale).expand_as(layer.theta))
 
-    training, layers = module.training, sparse_layers_of(module)
-    with hooked([(layer, partial(set_thresholds, shares.get(name, 1.0))) for name, layer in layers.items()]):
-        y = module.eval()(*inputs)
-    module.train(training)
-    return y
+
+@torch.no_grad()
+def calibrate(module, inputs, shares, **rule):
+    """
+    Sets the thresholds of a model or a block, in one pass: those of a layer when its input arrives, computed
+    by the layers before it, which skip already. shares: {name: share of its weights that a layer uses}; left
+    out: all. rule: see set_thresholds(). Returns module(*inputs).
+    """
+    share_of = {layer: shares.get(name, 1.0) for name, layer in sparse_layers_of(module).items()}
+
+    def arrives(layer, args):
+        set_thresholds(layer, args[0].float().flatten(0, 1), share_of[layer], **rule)
+
+    with hooked([(layer, arrives) for layer in share_of]):
+        return module(*inputs)
 
 
 # -----------------------------------------------------------------------------
-# layers that are more than thresholds
+# what all methods share
+
+
+class Cannot(Exception):
+    """Why a method cannot reach a target, or cannot be applied to a model."""
 
 
 class Changed(StripedLinear):
@@ -124,8 +128,8 @@ class Apart(Thresholds):
         n_embd, n_hidden = neurons.up.shape
         super().__init__(n_hidden, 1)
         self.n_weights = neurons.n_weights
-        self.up = StripedLinear(n_embd, n_hidden, ONE, bias=False)
-        self.down = StripedLinear(n_hidden, n_embd, ONE, bias=False)
+        self.up = StripedLinear(n_embd, n_hidden, n_hidden, bias=False)
+        self.down = StripedLinear(n_hidden, n_embd, n_embd, bias=False)
         self.up.weight, self.up.adapter = neurons.up, neurons.adapter_up
         self.down.weight, self.down.adapter = neurons.down, neurons.adapter_down
         self.to(neurons.up.device)
@@ -134,6 +138,131 @@ class Apart(Thresholds):
         h, active_up = self.up(x, dense)
         y, active_down = self.down(h * z, dense)
         return y, active_up + active_down
+
+
+class Method:
+    """
+    How a dense model becomes one that skips. start() copies the dense model, change() replaces layers, and
+    limit() sets the thresholds. In training, step() is one optimiser step, and follow() is called every few
+    steps: it adapts the thresholds to the new weights, and to the target, which rises from 1 to its final
+    value. Method(name=value) has other attributes than these:
+    """
+    rule = {}               # options of set_thresholds()
+    kinds = ()              # names of the layers that skip; (): all
+    layer = StripedLinear   # their class
+    apart = True            # Llama's up and down skip inputs; else they share a mask of neurons
+    more = 0.0              # weights that each token uses besides the model's, as a share of those
+    options = ONE_STRIPE    # of train.py, in place of the recipe's
+    trained = False         # for as many steps as the recipe has
+    learned = False         # thresholds are learned; else limit() sets them
+    predicts = False        # only predictors are trained: compared at the targets of untrained methods
+    is_dense = False        # never skips
+    gpt2_only = False       # not written for Llama's blocks
+
+    def __init__(self, **attributes):
+        vars(self).update(attributes)
+
+    def skips(self, name):
+        return not self.kinds or name.split('.')[-1] in self.kinds
+
+    def skipping(self, model):
+        """-> weights in all layers that skip; weights that each token uses besides the model's"""
+        return (sum(layer.n_weights for name, layer in sparse_layers_of(model).items() if self.skips(name)),
+                self.more * model.n_weights())
+
+    def share(self, model, target):
+        """Share of their weights that skipping layers may use for 1 / target in all. Raises Cannot."""
+        total, (skipping, more) = model.n_weights(), self.skipping(model)
+        fixed = total - skipping + more
+        if total / target < fixed + LEAST * skipping:
+            raise Cannot(f'at most {total / (fixed + LEAST * skipping):.2f}x: every token uses '
+                         f'{fixed / total:.0%} of the weights')
+        return min((total / target - fixed) / skipping, 1.0)
+
+    def start(self, model, saved, recipe, given):
+        """
+        -> train.Run with a copy of the dense model; the recipe's data. saved: what the model's file says;
+        given: names of options in the recipe. Raises Cannot.
+        """
+        if self.gpt2_only and model.config.arch != 'gpt2':
+            raise Cannot("written for GPT-2's blocks only")
+        self.share(model, recipe.target_reduction)
+        own = {'bases': False, 'shortlist': False, **self.options}
+        return train.begin(replace(recipe, **own), given | own.keys(), recipe.device)
+
+    def change(self, model):
+        for block in model.blocks if self.apart and model.config.arch == 'llama' else ():
+            block.mlp.neurons = Apart(block.mlp.neurons)
+        for module in list(model.modules()) if self.layer is not StripedLinear else ():
+            for name, layer in list(module.named_children()):
+                if isinstance(layer, StripedLinear) and self.skips(name):
+                    setattr(module, name, self.layer(layer))
+
+    def limit(self, model, target, tokens):
+        """From now on the model uses 1 / target of its weights, on average over tokens (B, T)."""
+        shares = dict.fromkeys(filter(self.skips, sparse_layers_of(model)), self.share(model, target))
+        calibrate(model, (tokens,), shares, **self.rule)
+
+    def follow(self, model, target, final, tokens):
+        self.limit(model, target, tokens)
+
+    def step(self, run, tokens, targets, target):
+        """tokens, targets (B, T): the batch."""
+        train.train_step(run, tokens, targets, target if self.learned else 1.0, dense=self.is_dense)
+
+
+METHODS = {}            # {name: Method}, in the order of the survey that follows
+
+# -----------------------------------------------------------------------------
+# without training
+
+# Every token uses every weight.
+METHODS['dense'] = Method(is_dense=True)
+
+# Small inputs add little, so each matrix skips those below a quantile (Liu et al., 2024, arXiv 2408.14690).
+# Breaks from 2x on, as errors add up from layer to layer; and if inputs are not centred on 0.
+METHODS['TEAL'] = Method()
+
+
+class Greedy(Method):
+    """
+    TEAL's own allocation: in each block, take 5% of its compute from the matrix that harms the block's output
+    least, again and again. Breaks like TEAL: all blocks get the same share, and each sees only itself.
+    """
+
+    @torch.no_grad()
+    def limit(self, model, target, tokens):
+        share, inputs = self.share(model, target), {}
+        with hooked([(block, lambda block, args: inputs.update({block: args})) for block in model.blocks]):
+            model(tokens[:8], dense=True)
+        shares = {'head': share}
+        for i, block in enumerate(model.blocks):
+            y = block(*inputs[block])[0]
+            sizes = {name: layer.n_weights for name, layer in sparse_layers_of(block).items()}
+            sparse, best = (*inputs[block][:-1], False), dict.fromkeys(sizes, 1.0)
+            while (excess := sum(sizes[name] * (best[name] - share) for name in sizes)) >= 1:
+                cut = min(0.05 * sum(sizes.values()), excess)
+                trials = [{**best, name: max(best[name] - cut / sizes[name], LEAST)}
+                          for name in sizes if best[name] > LEAST]
+                best = min(trials, key=lambda trial: float((calibrate(block, sparse, trial)[0] - y).norm()))
+            shares.update({f'blocks.{i}.{name}': best[name] for name in sizes})
+        calibrate(model, (tokens,), shares)
+
+
+METHODS['TEAL greedy'] = Greedy()
+
+# Only neurons are skipped, by their activation (Lee et al., 2024, arXiv 2404.08763): a column of up and a
+# row of down; in an MLP without a gate only the row. Breaks if more must be skipped than the MLP has.
+METHODS['CATS'] = Method(kinds=('neurons', 'down'), apart=False)
+
+# The score of an input is multiplied by the norm of its row of W (Chen et al., 2025, arXiv 2505.19427; they
+# take the K largest and make W orthogonal, here there are thresholds). Breaks if all rows have about the
+# same norm: then it is TEAL.
+METHODS['WINA'] = Method(rule={'weighed': True})
+
+# Inputs are measured from their usual value, whose product goes into the bias (Chua et al., 2024, arXiv
+# 2412.07174; they use the mode, here it is the median). Breaks if usual values are 0: then it is TEAL.
+METHODS['SCAP'] = Method(rule={'centred': True})
 
 
 class LowRankRest(Changed):
@@ -152,6 +281,23 @@ class LowRankRest(Changed):
         return y + rest @ self.A @ self.B, active + (not dense) * (self.A.numel() + self.B.numel())
 
 
+# TEAL, with a low-rank path for the skipped inputs (Zhang et al., 2025, arXiv 2504.19449; they search for the
+# best ranks, here the path has 5%). Breaks if singular values fall slowly, as in small models.
+METHODS['R-Sparse'] = Method(layer=LowRankRest, more=LOW_RANK)
+
+# CWIC without learning: the difference to CWIC is what learning gains. Breaks like all of the above: no
+# threshold knows what the loss needs.
+METHODS['CWIC form'] = Method(rule={'weighed': True, 'centred': True}, apart=False, options={})
+
+
+# -----------------------------------------------------------------------------
+# trained as CWIC is: the same tokens, steps, teacher and learning rates
+
+# TEAL, with weights that learn to live with it: thresholds follow, as quantiles of the current inputs. From
+# no paper, but the fair rival. Breaks if matrices or tokens differ in what they need: all get the same.
+METHODS['TEAL + distillation'] = Method(trained=True)
+
+
 class TopK(Changed):
     """Uses exactly the K largest inputs of each token; gradients pass straight through."""
     share = 1.0
@@ -162,6 +308,23 @@ class TopK(Changed):
         y, active = super().forward(x + (x * largest - x).detach(), dense=True)
         # 0 * x: train.py needs a gradient of every count
         return y, torch.full_like(active, count * self.n_out) + 0 * x.sum(-1)
+
+
+class QSparse(Method):
+    """
+    The K largest inputs of each token (Wang et al., 2024, arXiv 2407.10969, who also train from scratch, with
+    ReLU^2). Breaks if tokens differ: an easy one costs as much as a hard one.
+    """
+
+    def limit(self, model, target, tokens):
+        share = self.share(model, target)
+        for layer in sparse_layers_of(model).values():
+            layer.share = share
+
+    def follow(self, model, target, final, tokens):
+        self.limit(model, final, tokens)        # at once, as in the paper
+
+METHODS['Q-Sparse'] = QSparse(layer=TopK, trained=True)
 
 
 class Rectified(Changed):
@@ -177,6 +340,27 @@ class Rectified(Changed):
         return y, active.detach() + l1 - l1.detach()
 
 
+class ProSparse(Method):
+    """
+    ReLU after the norms and in the MLP (Mirzadeh et al., 2023, arXiv 2310.04564), an L1 loss that rises, and
+    higher thresholds at the end (Song et al., 2024, arXiv 2402.13516); here ReLU comes by degrees. Breaks if
+    the head and attention's output are large, as they do not skip.
+    """
+
+    def follow(self, model, target, final, tokens):
+        for layer in sparse_layers_of(model).values():
+            layer.amount = torch.tensor((target - 1) / (final - 1) if final > 1 else 0.0)
+
+    def limit(self, model, target, tokens):
+        self.follow(model, target, target, tokens)
+        super().limit(model, target, tokens)
+
+    def step(self, run, tokens, targets, target):
+        train.train_step(run, tokens, targets, target)      # L1 has CWIC's price as its weight
+
+METHODS['ProSparse'] = ProSparse(kinds=('qkv', 'up', 'down'), layer=Rectified, trained=True, gpt2_only=True)
+
+
 class Unread(Changed):
     """Some columns are not computed, as no later layer reads them."""
     unread = 0          # how many
@@ -184,6 +368,37 @@ class Unread(Changed):
     def forward(self, x, dense=False):
         y, active = super().forward(x, dense)
         return y, active if dense else active * (1 - self.unread / self.n_out)
+
+
+class Pruning(Method):
+    """
+    Inputs that vary least, times |W|, are replaced by a bias, the same ones for every token, and columns that
+    only they would read go too (FLAP, An et al., 2023, arXiv 2312.11983; then distilled). Breaks if tokens
+    need different weights, which is why all other methods look at the token.
+    """
+
+    def share(self, model, target):
+        # the columns of values and neurons shrink twice, to share ** 2: their own inputs are pruned, and so
+        # are the rows that read them. Solves simply * share + doubly * share ** 2 = weights / target
+        doubly = sum(block.attn.qkv.n_weights / 3 + block.mlp.up.n_weights for block in model.blocks)
+        simply = model.n_weights() - doubly
+        return ((simply ** 2 + 4 * doubly * model.n_weights() / target) ** 0.5 - simply) / (2 * doubly)
+
+    def limit(self, model, target, tokens):
+        pruned = float((model.head.theta > 0).float().mean())
+        # pruned inputs stay pruned until the target has risen
+        if not pruned or pruned < 1 - self.share(model, target) - 1 / model.head.n_in:
+            super().limit(model, target, tokens)
+        for block in model.blocks:
+            block.attn.qkv.unread = int((block.attn.out.theta[0] > 0).sum())
+            block.mlp.up.unread = int((block.mlp.down.theta[0] > 0).sum())
+
+METHODS['pruning'] = Pruning(layer=Unread, rule=dict(weighed=True, centred=True, static=True), trained=True,
+                             gpt2_only=True)
+
+
+# -----------------------------------------------------------------------------
+# predictors: what will matter is guessed before it is computed
 
 
 class Chosen(Changed):
@@ -219,6 +434,12 @@ class Predictor(torch.nn.Module):
         x = torch.nn.functional.layer_norm(x.to(self.A.dtype), x.shape[2:])
         return ((x @ self.A).relu() @ self.B).split(self.counts, dim=2)
 
+    def set_least(self, x, share):
+        """From now on this share of the units is chosen, on average over x (B, T, d)."""
+        for i, scores in enumerate(self(x)):
+            skipped = max(round((1 - share) * scores.numel()), 1)
+            self.least[i] = float(scores.flatten().kthvalue(skipped).values)
+
     def choose(self, place, args):
         """A hook that runs before place.forward(*args): sets the masks and shares of the chosen layers."""
         for (columns, rows, count), scores, least in zip(self.pairs, self(args[0]), self.least):
@@ -227,159 +448,18 @@ class Predictor(torch.nn.Module):
             rows.share = columns.share = chosen.mean(2)
 
 
-# -----------------------------------------------------------------------------
-# methods: how a dense model becomes one that skips
-
-
-class Cannot(Exception):
-    """Why a method cannot reach a target, or cannot be applied to a model."""
-
-
-@dataclass
-class Method:
-    """
-    start() copies the dense model, change() replaces layers if the method has its own, limit() sets the
-    thresholds. In training, step() is one optimiser step, and follow() is called every few steps: it adapts
-    the thresholds to the new weights, and to the target, which rises from 1 to its final value.
-    """
-    weighed: bool = False       # these three: see calibrate()
-    centred: bool = False
-    static: bool = False
-    kinds: tuple = ()           # names of the layers that skip; (): all
-    apart: bool = True          # Llama's up and down skip inputs; else they share a mask of neurons
-    stripe: int = ONE           # columns in a stripe; 0: as in the recipe
-    bases: bool = False         # head and attention output read principal components of their inputs
-    shortlist: bool = False     # the head computes the logits of the likeliest tokens with every weight
-    layer: type = StripedLinear     # class of the layers
-    trained: bool = False       # for as many steps as the recipe has
-    predicts: bool = False      # only predictors are trained: compared at the targets of untrained methods
-    learned: bool = False       # thresholds are learned; else limit() sets them
-    teacher: bool = True        # learns from the dense model; else from the text
-    is_dense: bool = False      # never skips
-    gpt2_only: bool = False     # not written for Llama's blocks
-    kernel: str = 'ours'        # what kind of kernel could skip this pattern
-
-    def skips(self, name):
-        return not self.kinds or name.split('.')[-1] in self.kinds
-
-    def skipping(self, model):
-        """-> weights in all layers that skip; weights that each token uses besides the model's"""
-        skipping = sum(layer.n_weights for name, layer in sparse_layers_of(model).items() if self.skips(name))
-        return skipping, LOW_RANK * model.n_weights() if self.layer is LowRankRest else 0
-
-    def share(self, model, target):
-        """Share of their weights that skipping layers may use for 1 / target in all. Raises Cannot."""
-        total, (skipping, more) = model.n_weights(), self.skipping(model)
-        fixed = total - skipping + more
-        if total / target < fixed + LEAST * skipping:
-            raise Cannot(f'at most {total / (fixed + LEAST * skipping):.2f}x: every token uses '
-                         f'{fixed / total:.0%} of the weights')
-        return min((total / target - fixed) / skipping, 1.0)
-
-    def check(self, model, saved, target):
-        """Raises Cannot if this dense model cannot reach the target. saved: what its file says."""
-        if self.gpt2_only and model.config.arch != 'gpt2':
-            raise Cannot("written for GPT-2's blocks only")
-        self.share(model, target)
-
-    def start(self, model, saved, recipe, given):
-        """-> train.Run with a copy of the dense model; the recipe's data"""
-        own = {'bases': self.bases, 'shortlist': self.shortlist,
-               **(dict.fromkeys(STRIPES, self.stripe) if self.stripe else {})}
-        recipe = recipe if self.teacher else replace(recipe, teacher=0.0)
-        return train.begin(replace(recipe, **own), given | own.keys(), recipe.device)
-
-    def change(self, model):
-        for block in model.blocks if self.apart and model.config.arch == 'llama' else ():
-            block.mlp.neurons = Apart(block.mlp.neurons)
-        for module in list(model.modules()) if self.layer is not StripedLinear else ():
-            for name, layer in list(module.named_children()):
-                if isinstance(layer, StripedLinear) and self.skips(name):
-                    setattr(module, name, self.layer(layer))
-
-    def limit(self, model, target, tokens):
-        """From now on the model uses 1 / target of its weights, on average over tokens (B, T)."""
-        shares = dict.fromkeys(filter(self.skips, sparse_layers_of(model)), self.share(model, target))
-        calibrate(model, (tokens,), shares, self.weighed, self.centred, self.static)
-
-    def follow(self, model, target, final, tokens):
-        self.limit(model, target, tokens)
-
-    def step(self, run, tokens, targets, target):
-        """tokens, targets (B, T): the batch."""
-        train.train_step(run, tokens, targets, target if self.learned else 1.0, dense=self.is_dense)
-
-
-class Greedy(Method):
-    """Divides each block's compute among its matrices, 5% at a time, by the error of the block's output."""
-
-    @torch.no_grad()
-    def limit(self, model, target, tokens):
-        share, inputs = self.share(model, target), {}
-        with hooked([(block, lambda block, args: inputs.update({block: args})) for block in model.blocks]):
-            model(tokens[:8], dense=True)
-        shares = {'head': share}
-        for i, block in enumerate(model.blocks):
-            y = block(*inputs[block])[0]
-            sizes = {name: layer.n_weights for name, layer in sparse_layers_of(block).items()}
-            sparse, best = (*inputs[block][:-1], False), dict.fromkeys(sizes, 1.0)
-            while (excess := sum(sizes[name] * (best[name] - share) for name in sizes)) >= 1:
-                cut = min(0.05 * sum(sizes.values()), excess)
-                trials = [{**best, name: max(best[name] - cut / sizes[name], LEAST)}
-                          for name in sizes if best[name] > LEAST]
-                best = min(trials, key=lambda trial: float((calibrate(block, sparse, trial)[0] - y).norm()))
-            shares.update({f'blocks.{i}.{name}': best[name] for name in sizes})
-        calibrate(model, (tokens,), shares)
-
-
-class QSparse(Method):
-
-    def limit(self, model, target, tokens):
-        share = self.share(model, target)
-        for layer in sparse_layers_of(model).values():
-            layer.share = share
-
-    def follow(self, model, target, final, tokens):
-        self.limit(model, final, tokens)        # at once, as in the paper
-
-
-class ProSparse(Method):
-
-    def follow(self, model, target, final, tokens):
-        for layer in sparse_layers_of(model).values():
-            layer.amount = torch.tensor((target - 1) / (final - 1) if final > 1 else 0.0)
-
-    def limit(self, model, target, tokens):
-        self.follow(model, target, target, tokens)
-        super().limit(model, target, tokens)
-
-    def step(self, run, tokens, targets, target):
-        train.train_step(run, tokens, targets, target)      # L1 has CWIC's price as its weight
-
-
-class Pruning(Method):
-
-    def share(self, model, target):
-        # the columns of values and neurons shrink twice, to share ** 2: their own inputs are pruned, and so
-        # are the rows that read them. Solves simply * share + doubly * share ** 2 = weights / target
-        doubly = sum(block.attn.qkv.n_weights / 3 + block.mlp.up.n_weights for block in model.blocks)
-        simply = model.n_weights() - doubly
-        return ((simply ** 2 + 4 * doubly * model.n_weights() / target) ** 0.5 - simply) / (2 * doubly)
-
-    def limit(self, model, target, tokens):
-        pruned = float((model.head.theta > 0).float().mean())
-        # pruned inputs stay pruned until the target has risen
-        if not pruned or pruned < 1 - self.share(model, target) - 1 / model.head.n_in:
-            super().limit(model, target, tokens)
-        for block in model.blocks:
-            block.attn.qkv.unread = int((block.attn.out.theta[0] > 0).sum())
-            block.mlp.up.unread = int((block.mlp.down.theta[0] > 0).sum())
-
-
 class DejaVu(Method):
+    """
+    Predictors read the stream one block early and choose the heads and neurons whose output will be largest
+    (Liu et al., 2023, arXiv 2310.17157; if a token uses a head, keys and values are computed for all tokens
+    before it). Breaks without ReLU, as few neurons are silent; and the LM head does not skip.
+    """
+    kinds = ('qkv', 'out', 'up', 'down')
+    layer = Chosen
+    trained = predicts = gpt2_only = True
 
     def places(self, model):
-        """[(module whose input a predictor reads, its pairs: see Predictor)]; here one block early"""
+        """[(module whose input a predictor reads, its pairs: see Predictor)]"""
         heads, neurons = model.config.n_head, model.config.n_hidden
         return [(model.blocks[max(i - 1, 0)], [(block.attn.qkv, block.attn.out, heads),
                                                (block.mlp.up, block.mlp.down, neurons)])
@@ -403,16 +483,12 @@ class DejaVu(Method):
             model.predictors.append(Predictor(model.config.n_embd, pairs).to(model.head.weight.device))
             place.register_forward_pre_hook(model.predictors[-1].choose)
 
+    @torch.no_grad()
     def limit(self, model, target, tokens):
         share = self.share(model, target)
-
-        def set_least(predictor, _, args):      # runs before the predictor's own hook
-            for i, scores in enumerate(predictor(args[0])):
-                skipped = max(round((1 - share) * scores.numel()), 1)
-                predictor.least[i] = float(scores.flatten().kthvalue(skipped).values)
-
-        places = zip(self.places(model), model.predictors)
-        with torch.no_grad(), hooked([(place, partial(set_least, p)) for (place, _), p in places]):
+        hooks = [(place, lambda place, args, predictor=predictor: predictor.set_least(args[0], share))
+                 for (place, _), predictor in zip(self.places(model), model.predictors)]
+        with hooked(hooks):                 # they run before the predictors' own
             model(tokens)
 
     def follow(self, model, target, final, tokens):
@@ -425,7 +501,7 @@ class DejaVu(Method):
         hooks = [(place, lambda place, args: read.update({place: args[0].detach()})) for place, _ in places]
         hooks += [(rows, lambda rows, args: outputs.update({rows: args[0].requires_grad_()}))
                   for _, pairs in places for _, rows, _ in pairs]
-        with uncompiled(), run.autocast(), hooked(hooks):
+        with run.uncompiled(), run.autocast(), hooked(hooks):
             logits, _ = model(tokens, dense=True)
             loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
         slopes = dict(zip(outputs, torch.autograd.grad(loss, list(outputs.values()))))
@@ -439,8 +515,14 @@ class DejaVu(Method):
         sum(losses).backward()
         run.optimizer.step()
 
+METHODS['Deja Vu'] = DejaVu()
+
 
 class ShadowLLM(DejaVu):
+    """
+    One predictor for all layers, after the first attention; importance is |a * dL/da| (Akhauri et al., 2024,
+    arXiv 2406.16635). Breaks like Deja Vu, and if only later layers know what a token needs.
+    """
 
     def places(self, model):
         pairs = [pair for _, pairs in super().places(model) for pair in pairs]
@@ -449,20 +531,23 @@ class ShadowLLM(DejaVu):
     def importance(self, outputs, slopes):
         return (outputs * slopes).sum(3).abs()
 
+METHODS['ShadowLLM'] = ShadowLLM()
+
+
+# -----------------------------------------------------------------------------
+# what they are measured against
+
 
 class SmallerDense(Method):
-
-    def check(self, model, saved, target):
-        if 'options' not in saved:
-            raise Cannot('the text that this model was trained on is not available')
-        try:
-            check_options(train.TrainConfig, saved['options'])
-        except ValueError as error:
-            raise Cannot(f'the options of its run cannot be used: {error}') from None
+    """Why not a dense model of that size? Breaks if the original training cannot be repeated."""
 
     def start(self, model, saved, recipe, given):
         """It reads as many tokens as the others, the dense model's training included."""
-        old, config = check_options(train.TrainConfig, saved['options']), asdict(model.config)
+        try:
+            old = check_options(train.TrainConfig, saved.get('options', {}))
+        except ValueError as error:
+            raise Cannot(f'the training of this model cannot be repeated: {error}') from None
+        config = asdict(model.config)
         for n_embd in range(model.config.n_embd, 0, -2 * model.config.n_head):
             config.update(n_embd=n_embd, n_hidden=model.config.n_hidden * n_embd // model.config.n_embd)
             with torch.device('meta'):
@@ -474,68 +559,10 @@ class SmallerDense(Method):
                          resume=False, target_reduction=1.0, dense_steps=steps)
         return train.begin(config, set(), recipe.device)
 
+METHODS['smaller dense'] = SmallerDense(is_dense=True, trained=True)
 
-TRAINED = {'trained': True}
+
+# Learned thresholds, and one price for an active weight anywhere in the model. Breaks if steps are few: a
+# threshold moves by at most a twentieth of a sigma in each.
 LEARNED = {'trained': True, 'learned': True, 'apart': False}
-PREDICTED = {'trained': True, 'predicts': True, 'kinds': ('qkv', 'out', 'up', 'down'), 'layer': Chosen,
-             'gpt2_only': True, 'kernel': 'heads and neurons'}
-METHODS = {
-    'dense': Method(is_dense=True, kernel='any'),
-
-    # without training
-
-    # Small inputs add little, so each matrix skips those below a quantile (Liu et al., 2024, arXiv
-    # 2408.14690). Breaks from 2x on, as errors add up from layer to layer; and if inputs are not centred on
-    # 0.
-    'TEAL': Method(),
-    # TEAL's own allocation: in each block, take 5% of its compute from the matrix that harms the block's
-    # output least, again and again. Breaks like TEAL: all blocks get the same share, and each sees only
-    # itself.
-    'TEAL greedy': Greedy(),
-    # Only neurons are skipped, by their activation (Lee et al., 2024, arXiv 2404.08763): a column of up and
-    # a row of down; in an MLP without a gate only the row. Breaks if more must be skipped than the MLP has.
-    'CATS': Method(kinds=('neurons', 'down'), apart=False),
-    # The score of an input is multiplied by the norm of its row of W (Chen et al., 2025, arXiv 2505.19427;
-    # they take the K largest and make W orthogonal, here there are thresholds). Breaks if all rows have
-    # about the same norm: then it is TEAL.
-    'WINA': Method(weighed=True),
-    # Inputs are measured from their usual value, whose product goes into the bias (Chua et al., 2024, arXiv
-    # 2412.07174; they use the mode, here it is the median). Breaks if usual values are 0: then it is TEAL.
-    'SCAP': Method(centred=True),
-    # TEAL, with a low-rank path for the skipped inputs (Zhang et al., 2025, arXiv 2504.19449; they search
-    # for the best ranks, here the path has 5%). Breaks if singular values fall slowly, as in small models.
-    'R-Sparse': Method(layer=LowRankRest, kernel='ours, and two small products'),
-    # CWIC without learning: the difference to CWIC is what learning gains. Breaks like all of the above: no
-    # threshold knows what the loss needs.
-    'CWIC form': Method(weighed=True, centred=True, stripe=0, apart=False),
-
-    # trained as CWIC is: the same tokens, steps, teacher and learning rates
-
-    # TEAL, with weights that learn to live with it: thresholds follow, as quantiles of the current inputs.
-    # From no paper, but the fair rival. Breaks if matrices or tokens differ in what they need: all get the
-    # same.
-    'TEAL + distillation': Method(**TRAINED),
-    # The K largest inputs of each token (Wang et al., 2024, arXiv 2407.10969, who also train from scratch,
-    # with ReLU^2). Breaks if tokens differ: an easy one costs as much as a hard one.
-    'Q-Sparse': QSparse(**TRAINED, layer=TopK, kernel='ours, after a sort'),
-    # ReLU after the norms and in the MLP (Mirzadeh et al., 2023, arXiv 2310.04564), an L1 loss that rises,
-    # and higher thresholds at the end (Song et al., 2024, arXiv 2402.13516); here ReLU comes by degrees.
-    # Breaks if the head and attention's output are large, as they do not skip.
-    'ProSparse': ProSparse(**TRAINED, kinds=('qkv', 'up', 'down'), layer=Rectified, gpt2_only=True),
-    # Inputs that vary least, times |W|, are replaced by a bias, the same ones for every token, and columns
-    # that only they would read go too (FLAP, An et al., 2023, arXiv 2312.11983; then distilled). Breaks if
-    # tokens need different weights, which is why all other methods look at the token.
-    'pruning': Pruning(**TRAINED, weighed=True, centred=True, static=True, layer=Unread, gpt2_only=True,
-                       kernel='any'),
-    # Predictors read the stream one block early and choose the heads and neurons whose output will be
-    # largest (Liu et al., 2023, arXiv 2310.17157; if a token uses a head, keys and values are computed for
-    # all tokens before it). Breaks without ReLU, as few neurons are silent; and the LM head does not skip.
-    'Deja Vu': DejaVu(**PREDICTED),
-    # One predictor for all layers, after the first attention; importance is |a * dL/da| (Akhauri et al.,
-    # 2024, arXiv 2406.16635). Breaks like Deja Vu, and if only later layers know what a token needs.
-    'ShadowLLM': ShadowLLM(**PREDICTED),
-    # Why not a dense model of that size? Breaks if the original training cannot be repeated.
-    'smaller dense': SmallerDense(**TRAINED, is_dense=True, kernel='any'),
-    # Learned thresholds, and one price for an active weight anywhere in the model. Breaks if steps are few:
-    # a threshold moves by at most a twentieth of a sigma in each.
-    'CWIC': Method(**LEARNED, stripe=0)}
+METHODS['CWIC'] = Method(**LEARNED, options={})

@@ -7,7 +7,6 @@ import signal
 import sys
 import time
 from contextlib import redirect_stderr, redirect_stdout
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -151,22 +150,13 @@ def test_llama1b_shape_is_that_of_llama_3_2_1b(tmp_path):
 
 
 @BOTH
-def test_shapes_reach_the_reductions_asked_for_at_every_stripe(monkeypatch, tmp_path, arch):
+def test_shapes_reach_the_reductions_asked_for(monkeypatch, tmp_path, arch):
     """Nearly, by quantiles; 1 is dense, with every weight."""
     monkeypatch.setitem(bench.SHAPES, 'gpt2-shape', small_model(arch, block_size=64).config)
-    written, _ = rows('decode', 'gpt2-shape', tmp_path, '--reductions', '1,2,4', '--dtypes', 'f32', '--stripe', '8,matrix')
-    assert [row.get('stripe') for row in written] == 3 * [8] + 3 * ['matrix'] + 2 * [None]
-    wide = written[3:6]
-    written = written[:3] + written[6:]
+    written, _ = rows('decode', 'gpt2-shape', tmp_path, '--reductions', '1,2,4', '--dtypes', 'f32')
     found = [row['reduction'] for row in written if row['engine'] == 'cwic']
     assert found[0] == 1 and found[1:] == pytest.approx([2, 4], rel=0.15)
     assert [row['speed_over_dense'] > 0 for row in written] == [True] * 5
-    counts = [round(row['thresholds_gb_per_token'] * 1e9 / 4) for row in written[:3]]
-    for count, stripe in ((counts, 8), ([round(row['thresholds_gb_per_token'] * 1e9 / 4) for row in wide], 2 ** 20)):
-        model, _ = bench.choose_model(parse_options(bench.BenchConfig, 'lab/bench.py', argv=[])[0], stripe)
-        assert count == 3 * [sum(layer.theta.numel() for _, layer in model.sparse_layers())]
-    assert counts == 3 * [sum(layer.n_in * -(-layer.n_out // 8) if hasattr(layer, 'n_out') else layer.n_in
-                              for _, layer in model.sparse_layers())]
 
 
 def test_a_crash_of_llama_bench_leaves_the_other_measurements(models, tmp_path):
@@ -193,17 +183,6 @@ def test_llama_bench_does_not_get_torchs_wait_policy(tmp_path, monkeypatch):
     program.chmod(0o755)
     monkeypatch.setenv('OMP_WAIT_POLICY', 'PASSIVE')
     assert bench.run_llama(str(program), 'file', 2, [1] * 8, [1] * 8)['tok_s'] == 7
-
-
-def test_huge_pages_are_counted_in_the_region_of_the_weights(monkeypatch):
-    weights = torch.zeros(100)
-    where = weights.data_ptr()
-    decoder = SimpleNamespace(packed={'head': SimpleNamespace(tensors={'weight': weights})})
-    smaps = ''.join(f'{low:x}-{high:x} rw-p 00000000 00:00 0 \nSize: 9 kB\nRss:   80 kB\n'
-                    f'AnonHugePages:  {huge} kB\nVmFlags: rd wr\n'
-                    for low, high, huge in ((16, 4096, 80), (where - 64, where + 4096, 60), (where + 4096, where + 8192, 0)))
-    monkeypatch.setattr(bench.Path, 'read_text', lambda path, **more: smaps)
-    assert bench.on_huge_pages(decoder) == '75%'
 
 
 @pytest.fixture(scope='module')
@@ -262,9 +241,7 @@ def test_loss_through_the_kernel_is_that_of_pytorch(models, data, tmp_path, adap
     (['prefill', '--prompts', ''], 2, '--prompts'),
     (['decode', '--reductions', '0.5'], 2, '--reductions 0.5'),
     (['decode', '--dtypes', 'f32,f64'], 2, 'f32, bf16, int8'),
-    (['decode', '--stripe', '64,wide'], 2, '--stripe 64,wide'),
     (['probe'], 2, 'say what to measure'),
-    (['decode', '--model', '{model}', '--stripe', '64'], 2, '--stripe 64: only for gpt2-shape'),
     (['decode', '--json', '{tmp}/file/rows.json'], 2, '--json'),
     (['decode', '--json', '{tmp}'], 2, 'not a file'),
     (['decode', '--out', '{tmp}/file'], 2, '--out'),
@@ -297,7 +274,7 @@ def test_ctrl_c_ends_silently(models, tmp_path):
     early, late = start('lab/bench.py', *args), start('lab/bench.py', *args)
     time.sleep(0.3)
     early.send_signal(signal.SIGINT)
-    assert late.stdout.readline() and 'huge pages' in late.stdout.readline()
+    assert late.stdout.readline()
     late.send_signal(signal.SIGINT)
     for process in (early, late):
         _, err = process.communicate(timeout=60)

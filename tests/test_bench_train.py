@@ -1,7 +1,4 @@
-"""
-bench_train.py on one process: what it reports and which options it takes. Several processes are in
-test_distributed.py, error messages in test_bench.py.
-"""
+"""bench_train.py: what it reports and which options it takes. Error messages are in test_bench.py."""
 
 import json
 

@@ -1,8 +1,10 @@
-"""benchmarks.py: every log p against a pass over one sequence, and the harness's results against a plain loop."""
+"""
+benchmarks.py: every log p against a pass over one sequence, and the results of BLiMP and of the harness against a
+plain loop.
+"""
 
 import json
 import sys
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,7 +12,7 @@ import torch
 
 import cwic
 from checkpoint import save_checkpoint
-from data.common import DataError
+from data.common import DataError, run
 from lab import benchmarks
 from tokenizer import PATTERNS, bpe_spec, load_tokenizer, tokenizer_spec
 
@@ -98,31 +100,48 @@ def test_a_continuation_that_cannot_be_scored_is_refused(model):
 
 
 @pytest.mark.parametrize('options, line', [
-    ([], 'say which --model and which --tasks'),
-    (['--model', 'smollm2', '--tasks', ','], 'say which --model and which --tasks'),
+    ([], 'say which --model, and either --blimp FILE or --tasks'),
+    (['--model', 'smollm2', '--tasks', ','], 'say which --model, and either'),
+    (['--model', 'smollm2', '--tasks', 'a', '--blimp', 'b'], 'say which --model, and either'),
+    (['--model', 'smollm2', '--blimp', 'none.jsonl'], 'none.jsonl: cannot be read'),
     (['--model', 'smollm2', '--tasks', 'a', '--include_path', 'none'], '--include_path none: no such folder'),
     (['--model', 'smollm2', '--tasks', 'a'], 'pip install lm-eval==')])
 def test_a_missing_option_or_package_is_one_line(options, line, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, 'lm_eval', None)       # as if it were not installed
     monkeypatch.setattr(sys, 'argv', ['lab/benchmarks.py', *options])
     with pytest.raises(SystemExit) as ended:
-        benchmarks.main()
+        run(benchmarks.main)
     message = capsys.readouterr().err
     assert ended.value.code and line in message and message.count('\n') == 1
 
 
-def test_the_table_has_each_metric_with_its_error_and_the_reduction_once():
-    found = {'results': {'one': {'alias': 'one', 'acc,none': 0.25, 'acc_stderr,none': 0.125,
-                                 'f1,first': 0.5, 'f1_stderr,first': 'N/A'},
-                         'group': {'alias': 'group', 'acc,none': 0.75}},
-             'n-samples': {'one': {'original': 1000, 'effective': 40}}}
-    results = benchmarks.collect(found, {'one': np.array([50, 1]), 'two': np.array([150, 3])}, n_weights=100)
-    assert results == {'reduction': 2, 'tasks': {
-        'one': {'metrics': {'acc': 0.25, 'f1,first': 0.5}, 'stderr': {'acc': 0.125}, 'n': 40, 'reduction': 2},
-        'group': {'metrics': {'acc': 0.75}, 'stderr': {}}}}
-    assert [line.split() for line in benchmarks.table(results).split('\n')[1:]] == [
-        ['one', 'acc', '0.2500', '0.1250', '40', '2.00x'], ['f1,first', '0.5000'], ['group', 'acc', '0.7500'],
-        ['all', 'tokens', 'read', '2.00x']]
+def test_blimp_scores_batches_as_single_sentences(model, tmp_path, monkeypatch, capsys):
+    """Of each paradigm the first two pairs; the program prints the mean over paradigms."""
+    pairs = {'a': [('the cat sleeps', 'the cat sleep'), ('she sees him', 'she see him')],
+             'b': [('who did it?', 'did it who?')]}
+    rows = [{'UID': name, 'sentence_good': good, 'sentence_bad': bad} for name, some in pairs.items()
+            for good, bad in some] + [{'UID': 'a', 'sentence_good': 'x', 'sentence_bad': 'y'}]
+    (tmp_path / 'blimp.jsonl').write_text('\n'.join(map(json.dumps, rows)) + '\n', encoding='utf-8')
+    assert benchmarks.read_blimp(str(tmp_path / 'blimp.jsonl'), 2) == pairs
+    assert benchmarks.read_blimp(str(tmp_path / 'blimp.jsonl'), 0)['a'] == [*pairs['a'], ('x', 'y')]
+    scores = {name: [[one_by_one(model, '', text) for text in pair] for pair in some] for name, some in pairs.items()}
+    expected = {name: np.mean([good[0] > bad[0] for good, bad in some]) for name, some in scores.items()}
+    _, _, active, read = zip(*(score for some in scores.values() for pair in some for score in pair))
+    save_checkpoint(str(tmp_path / 'model.safetensors'), model, tokenizer=BYTES)
+    monkeypatch.setattr(sys, 'argv', ['lab/benchmarks.py', '--model', str(tmp_path / 'model.safetensors'),
+                                      '--device', 'cpu', '--blimp', str(tmp_path / 'blimp.jsonl'), '--limit', '2', '--json'])
+    benchmarks.main()
+    results = json.loads(capsys.readouterr().out)
+    assert results['by_paradigm'] == expected and results['blimp'] == np.mean(list(expected.values()))
+    assert results['reduction'] == pytest.approx(model.n_weights() * sum(read) / sum(active)) and results['pairs'] == 3
+    assert benchmarks.blimp(model, BYTES, load_tokenizer(BYTES), pairs, dense=True)[1] == 1
+
+
+def test_a_damaged_file_of_pairs_is_one_line(tmp_path):
+    for content in (b'', b'{}', b'[1]', b'{"UID": 1', b'\xff', b'{}\0'):
+        (tmp_path / 'bad.jsonl').write_bytes(content)
+        with pytest.raises(DataError, match='bad.jsonl: '):
+            benchmarks.read_blimp(str(tmp_path / 'bad.jsonl'), 2)
 
 
 # -----------------------------------------------------------------------------
@@ -131,21 +150,6 @@ def test_the_table_has_each_metric_with_its_error_and_the_reduction_once():
 
 def harness():
     return pytest.importorskip('lm_eval', reason=f'pip install {benchmarks.LM_EVAL} to test the harness itself')
-
-
-def test_a_long_text_is_scored_in_windows_with_the_most_context(model):
-    """Each token once; the last window is shifted back so that it is full."""
-    harness()
-    lm = benchmarks.harness_model(model, BYTES, load_tokenizer(BYTES))
-    texts = ['', 'short', 'x' * 24, 'abcdefghijklmnopqrstuvwxyz' * 2]
-    found = lm.loglikelihood_rolling([SimpleNamespace(args=(text,), task_name='t') for text in texts])
-    ids = [256, *texts[3].encode()]         # 52 targets: windows of 24, 24, and 4 that see 24
-    expected = [0, *(one_by_one(model, '', text)[0] for text in texts[1:3]), 0]
-    for first, last in ((1, 24), (25, 48), (49, 52)):
-        logp = model(torch.tensor([ids[last - 24:last]]))[0][0].log_softmax(-1)
-        expected[3] += sum(float(logp[i - 1 - last, ids[i]]) for i in range(first, last + 1))
-    assert found == pytest.approx(expected, rel=1e-4)
-    assert lm.cost['t'][1] == 5 + 24 + 3 * 24
 
 
 def test_results_on_your_own_task_files_equal_a_plain_loop(model, tmp_path, monkeypatch, capsys):
@@ -169,8 +173,7 @@ def test_results_on_your_own_task_files_equal_a_plain_loop(model, tmp_path, monk
     monkeypatch.setattr(sys, 'argv', ['lab/benchmarks.py', '--model', str(tmp_path / 'model.safetensors'), '--device', 'cpu',
                                       '--tasks', 'sums,words', '--include_path', str(tmp_path), '--json'])
     benchmarks.main()
-    printed = capsys.readouterr()
-    results = json.loads(printed.out)
+    results = json.loads(capsys.readouterr().out)
     right, right_norm, active, read = 0, 0, 0, 0
     for row in questions:
         scores = [one_by_one(model, row['q'], choice) for choice in row['choices']]
@@ -178,12 +181,16 @@ def test_results_on_your_own_task_files_equal_a_plain_loop(model, tmp_path, monk
         right_norm += np.argmax([score[0] / len(choice) for score, choice in zip(scores, row['choices'])]) == row['answer']
         active, read = active + sum(score[2] for score in scores), read + sum(score[3] for score in scores)
     assert 0 < right < 12
-    assert results['tasks']['sums']['metrics'] == pytest.approx({'acc': right / 12, 'acc_norm': right_norm / 12})
-    assert results['tasks']['sums']['reduction'] == pytest.approx(model.n_weights() * read / active)
+    sums, words_found = (results['results'][name] for name in ('sums', 'words'))
+    assert (sums['acc,none'], sums['acc_norm,none']) == pytest.approx((right / 12, right_norm / 12))
+    assert results['reduction']['sums'] == pytest.approx(model.n_weights() * read / active)
+    assert results['reduction'].keys() == {'sums', 'words', 'all'}
     perplexity = np.exp(-np.mean([one_by_one(model, row['q'], row['word'])[0] for row in words]))
-    assert results['tasks']['words']['metrics'] == pytest.approx({'acc': 1 / 3, 'perplexity': perplexity}, rel=1e-4)
-    assert [results['tasks'][name]['n'] for name in ('sums', 'words')] == [12, 3]
-    assert "1 contexts were longer than the model's 24 tokens" in printed.err
+    assert (words_found['acc,none'], words_found['perplexity,none']) == pytest.approx((1 / 3, perplexity), rel=1e-4)
+    sys.argv.remove('--json')
+    benchmarks.main()
+    printed = capsys.readouterr().out
+    assert f'{right / 12:.4f}' in printed and f'reduction, sums: {results["reduction"]["sums"]:.2f}x' in printed
 
 
 def test_tasks_that_cannot_be_used_are_one_line(tmp_path):
@@ -192,7 +199,7 @@ def test_tasks_that_cannot_be_used_are_one_line(tmp_path):
     (tmp_path / 'write.yaml').write_text(
         f'task: write\ndataset_path: json\ndataset_kwargs: {{data_files: {{test: "{tmp_path.as_posix()}/write.json"}}}}\n'
         'test_split: test\ndoc_to_text: "{{q}}"\ndoc_to_target: "{{a}}"\noutput_type: generate_until\n', encoding='utf-8')
-    with pytest.raises(DataError, match='judges generated text'):
+    with pytest.raises(DataError, match='its type is generate_until, which is not supported'):
         benchmarks.load_tasks(['write'], str(tmp_path))
     with pytest.raises(DataError, match='--tasks none: cannot be loaded'):
         benchmarks.load_tasks(['none'], str(tmp_path))

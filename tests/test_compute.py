@@ -73,41 +73,22 @@ def test_matrices_and_heads_against_a_loop(arch):
     model, windows = small_model(arch, thresholds=3.0, **SIZES), windows_of(count=2)
     for block in model.blocks:      # else a head is rarely skipped entirely
         block.attn.out.theta.data[:, :8] = 2 / block.attn.out.scale
-    names, widths = compute.parts(model)
-    assert names == (('q', 'k', 'v', 'out', 'up', 'down') if arch == 'gpt2' else
-                     ('q', 'k', 'v', 'out', 'gate', 'neurons'))
     found = compute.measure(model, model, windows)
     inputs = {}
     for i, block in enumerate(model.blocks):
-        for name in ('qkv', 'out'):
-            getattr(block.attn, name).register_forward_pre_hook(
-                lambda gate, args, key=(i, name): inputs.update({key: args[0].detach().flatten(0, 1).numpy()}))
+        block.attn.out.register_forward_pre_hook(
+            lambda gate, args, i=i: inputs.update({i: args[0].detach().flatten(0, 1).numpy()}))
     active = model(torch.from_numpy(windows[:, :-1]))[1].detach()
     for i, block in enumerate(model.blocks):
-        gate, shares = block.attn.qkv, found['matrices'][6 * i:6 * i + 6]
-        t, mu, used = gate.thresholds().detach().numpy(), gate.mu.numpy(), np.zeros(gate.n_out)
-        for x in inputs[i, 'qkv']:
-            for column in range(gate.n_out):
-                used[column] += (np.abs(x - mu) > t[column // gate.stripe]).sum()
-        ends = np.cumsum(widths)
-        assert shares[:3] == pytest.approx([used[end - width:end].mean() / len(inputs[i, 'qkv']) / 32
-                                            for end, width in zip(ends, widths)]) and len(set(shares[:3])) > 1
-        assert np.dot(shares[:3], widths) * 32 * 32 == pytest.approx(active[4 * i].sum().item())
-        expected = [float(active[4 * i + j].sum()) / 32 / layer.n_weights for j, (_, layer) in
-                    enumerate(model.sparse_layers()[4 * i:4 * i + 4])]
-        assert shares[3:] == pytest.approx(expected[1:])
         gate, silent = block.attn.out, np.zeros(4)
         t, mu = gate.thresholds().detach().numpy(), gate.mu.numpy()
-        for x in inputs[i, 'out']:
+        for x in inputs[i]:
             for head in range(4):
                 some = slice(8 * head, 8 * head + 8)
                 silent[head] += not any((np.abs(x - mu)[some] > stripe[some]).any() for stripe in t)
         assert found['heads'][i].tolist() == pytest.approx((silent / 32).tolist()) and silent[0] > 0
-    assert found['matrices'][-1] == pytest.approx(float(active[-1].sum()) / 32 / model.head.n_weights)
-
-
-def test_one_stripe_cannot_tell_q_from_k():
-    assert compute.parts(small_model(**{**SIZES, 'stripe_qkv': 96})) == (('qkv', 'out', 'up', 'down'), [96])
+    assert found['active_share'] == pytest.approx([float(count.sum()) / 32 / layer.n_weights for count, (_, layer)
+                                                   in zip(active, model.sparse_layers())])
 
 
 def test_means_and_correlations():
@@ -190,7 +171,7 @@ def test_dialogues_are_the_windows_that_begin_with_the_template(tmp_path, monkey
     seen, measure = [], compute.measure
     monkeypatch.setattr(compute, 'measure', lambda model, teacher, windows: seen.append(windows) or
                         measure(model, teacher, windows))
-    monkeypatch.setattr(sys, 'argv', ['lab/compute.py', str(tmp_path / 'chat.safetensors'), '--dialogues', '--device', 'cpu'])
+    monkeypatch.setattr(sys, 'argv', ['lab/compute.py', str(tmp_path / 'chat.safetensors'), '--only', 'dialogues', '--device', 'cpu'])
     common.run(compute.main)
     assert len(seen[0]) >= 9 and all(window.tolist() in ids[::3].tolist() for window in seen[0])
     kinds = [line.split()[0] for line in capsys.readouterr().out.splitlines()[3:] if '%' in line]
@@ -219,8 +200,8 @@ def test_an_adapter_is_compared_with_its_base(program, tmp_path, monkeypatch):
 def test_what_a_user_gets_wrong_is_one_line(program, tmp_path, capsys):
     path = str(tmp_path / 'sparse.safetensors')
     for more, says in (([str(tmp_path / 'none.safetensors')], 'no such checkpoint'), ([path, path], 'give one checkpoint'),
-                       ([path, '--dialogues'], 'no validation windows that are dialogues'), ([path, '--windows', '0'], 'at least 1'),
-                       ([path, '--data', 'python'], 'name the data set'),
+                       ([path, '--only', 'dialogues'], 'no validation windows that are dialogues'), ([path, '--windows', '0'], 'at least 1'),
+                       ([path, '--data', 'python'], 'another tokenizer'),
                        ([path, '--picture', 'tokens.foo'], 'must end in .png, .svg or .pdf')):
         with pytest.raises(SystemExit) as ended:
             program(*more)

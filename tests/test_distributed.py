@@ -3,23 +3,19 @@ Several processes of train.py (gloo, on this CPU) against one: the same losses, 
 checkpoint from the same global batch, up to the rounding of sums in another order. A signal to one stops all.
 """
 
-import json
 import multiprocessing
 import os
 import signal
 import socket
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from lab import bench_train
 import device
 import refinements
-import test_bench
 import train
 from checkpoint import save_checkpoint
 from test_cwic import one_thread, small_model        # noqa: F401  one_thread: a fixture
@@ -229,25 +225,3 @@ def test_ctrl_c_in_torchrun_saves(data, tmp_path):
     step = load(tmp_path)['step']
     assert f'stopped at step {step}, which is saved' in printed and step >= int(seen[4:].split('/')[0])
     assert resume(tmp_path, '--max_steps', step + 1).returncode == 0 and load(tmp_path)['step'] == step + 1
-
-
-def test_bench_measures_two_processes_and_one(tmp_path, monkeypatch):
-    make_run = bench_train.make_run
-
-    def small_run(*args):
-        run, model = make_run(*args), small_model(block_size=16)
-        return replace(run, config=replace(run.config, block_size=16), model=model,
-                       optimizer=torch.optim.AdamW(model.parameter_groups(0.0, 0.0, 0.0)),
-                       active=torch.tensor([float(layer.n_weights) for _, layer in model.sparse_layers()]))
-
-    monkeypatch.setattr(bench_train, 'make_run', small_run)
-    file = tmp_path / 'rows.json'
-    first, second = two_processes('train', '--processes', 2, '--device', 'cpu', '--rounds', 1, '--batch', 4,
-                             '--json', file, call=test_bench.call)
-    assert first.returncode == 0 and second == (0, '', ''), (first, second)
-    rows = json.loads(file.read_text(encoding='utf-8'))['rows']
-    assert [(row['engine'], row['processes']) for row in rows] == [
-        ('dense', 2), ('dense', 1), ('cwic', 2), ('cwic', 1)]
-    for many, one in (rows[:2], rows[2:]):
-        assert many['speed_over_one'] == pytest.approx(2 * one['seconds'] / many['seconds'])
-        assert 'speed_over_one' not in one

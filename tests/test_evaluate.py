@@ -1,8 +1,6 @@
-"""evaluate.py: every number against a count made one token, or one sentence, at a time."""
+"""evaluate.py: every number against a count made one token at a time."""
 
 import copy
-import json
-import lzma
 import sys
 from pathlib import Path
 
@@ -17,7 +15,7 @@ import weights
 from checkpoint import save_checkpoint
 from data.common import DataError, Part, load_dataset
 from sampling import sample
-from tokenizer import PATTERNS, bpe_spec, end_id, load_tokenizer, tokenizer_spec
+from tokenizer import PATTERNS, bpe_spec, load_tokenizer, tokenizer_spec
 
 ROOT = Path(__file__).resolve().parents[1]
 SPEC = tokenizer_spec('bytes')
@@ -102,30 +100,6 @@ def test_a_dense_model_agrees_with_itself(model):
     assert set(results['active_share']) == {1.0} and results['surprise_correlation'] == 0
 
 
-def test_blimp_scores_batches_as_single_sentences(model):
-    pairs = [('a', 'the cat sleeps', 'the cat sleep'), ('a', 'she sees him', 'she see him'),
-             ('b', 'who did it?', 'did it who?')]
-    encoding = load_tokenizer(SPEC)
-    start = end_id(SPEC, encoding)
-
-    def score(text):
-        ids = [start] + encoding.encode_ordinary(text)
-        logp = model(torch.tensor([ids[:-1]]))[0][0].log_softmax(-1)
-        return sum(float(logp[i, id]) for i, id in enumerate(ids[1:]))
-
-    right = [score(good) > score(bad) for _, good, bad in pairs]
-    expected = {'a': np.mean(right[:2]), 'b': float(right[2])}
-    accuracy, reduction = evaluate.blimp(model, encoding, [start], pairs)
-    assert accuracy == expected
-    active, count = 0.0, 0
-    for _, *texts in pairs:
-        for text in texts:
-            ids = [start] + encoding.encode_ordinary(text)
-            active, count = active + float(model(torch.tensor([ids[:-1]]))[1].sum()), count + len(ids) - 1
-    assert reduction == pytest.approx(model.n_weights() * count / active)
-    assert evaluate.blimp(model, encoding, [start], pairs, dense=True)[1] == 1
-
-
 def chat_models():
     """A spec with a chat template, a sparse student, and a dense teacher that sometimes ends its answers."""
     template = {'begin': '', 'message': '<|im_start|>{role}\n{text}<|im_end|>\n', 'strip': False,
@@ -191,23 +165,6 @@ def test_questions_that_cannot_be_asked_are_one_line(tmp_path, monkeypatch, caps
         evaluate.compare_answers(model, model, spec, load_tokenizer(spec), ['why?', 'why? ' * 50])
 
 
-def test_blimp_is_read_plain_and_compressed_and_damage_is_refused(tmp_path):
-    rows = [{'UID': name, 'sentence_good': f'good {i}', 'sentence_bad': f'bad {i}'}
-            for name in 'ab' for i in range(3)]
-    text = '\n'.join(map(json.dumps, rows))
-    (tmp_path / 'plain.jsonl').write_text(text, encoding='utf-8')
-    with lzma.open(tmp_path / 'packed.jsonl.xz', 'wt', encoding='utf-8') as f:
-        f.write(text)
-    for name in ('plain.jsonl', 'packed.jsonl.xz'):
-        pairs = evaluate.read_blimp(str(tmp_path / name), 2)
-        assert pairs == [(name, f'good {i}', f'bad {i}') for name in 'ab' for i in range(2)]
-    for content in (b'', b'{}', b'[1]', b'\xfd7zXZ\x00 damaged', b'{"UID": 1'):
-        for name in ('bad.jsonl', 'bad.jsonl.xz'):
-            (tmp_path / name).write_bytes(content)
-            with pytest.raises(DataError):
-                evaluate.read_blimp(str(tmp_path / name), 2)
-
-
 def test_text_windows_are_in_order_and_a_short_text_is_refused(tmp_path):
     (tmp_path / 'text').write_text('abcdefghij' * 10, encoding='utf-8')
     windows = evaluate.text_windows(str(tmp_path / 'text'), SPEC, load_tokenizer(SPEC), 4, 20)
@@ -232,25 +189,15 @@ def write_text(folder, data, name='text'):
 
 def test_text_files_from_windows_read_like_any_other(tmp_path):
     """A byte order mark and \\r became tokens of the text, and UTF-16 was refused."""
-    text, row = 'one\ntwo two\n' * 20, {'UID': 'a', 'sentence_good': 'x', 'sentence_bad': 'y'}
+    text = 'one\ntwo two\n' * 20
     expected = evaluate.text_windows(write_text(tmp_path, text.encode()), SPEC, load_tokenizer(SPEC), 4, 20)
     for encode in (lambda text: text.replace('\n', '\r\n').encode('utf-8-sig'),
                    lambda text: text.encode('utf-16')):
         path = write_text(tmp_path, encode(text))
         np.testing.assert_array_equal(evaluate.text_windows(path, SPEC, load_tokenizer(SPEC), 4, 20), expected)
         assert evaluate.read_questions(path) == ['one', 'two two'] * 20
-        packed = lzma.compress(encode(json.dumps(row) + '\n'))
-        for data, name in ((encode(json.dumps(row)), 'x.jsonl'), (packed, 'x.jsonl.xz')):
-            assert evaluate.read_blimp(write_text(tmp_path, data, name), 2) == [('a', 'x', 'y')]
-    for read in (evaluate.read_questions, lambda path: evaluate.read_blimp(path, 2)):
-        with pytest.raises(DataError, match='NUL'):
-            read(write_text(tmp_path, b'{}\0'))
-
-
-def test_a_compressed_file_that_unpacks_to_too_much_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(evaluate, 'LONGEST_JSON', 1000)
-    with pytest.raises(DataError, match='more than 1,000 bytes'):
-        evaluate.read_blimp(write_text(tmp_path, lzma.compress(b' ' * 1001), 'x.xz'), 2)
+    with pytest.raises(DataError, match='NUL'):
+        evaluate.read_questions(write_text(tmp_path, b'{}\0'))
 
 
 def test_validation_windows_start_with_the_data_sets_own_and_stay_inside():
@@ -272,6 +219,8 @@ def test_only_reads_all_dialogues_or_all_documents_once():
         assert found.tolist() == expected.tolist()
         few = evaluate.windows_of_kind(kind, data.flatten(), {'window': 8}, spec, load_tokenizer(spec), 5, 8)
         assert len(few) == 5 and all(window in expected.tolist() for window in few.tolist())
+    with pytest.raises(DataError, match='--only poems: choose dialogues or documents'):
+        evaluate.windows_of_kind('poems', data.flatten(), {'window': 8}, spec, load_tokenizer(spec), 5, 8)
     with pytest.raises(DataError, match='no validation windows that are dialogues'):
         evaluate.windows_of_kind('dialogues', data[1:3].flatten(), {'window': 8}, spec, load_tokenizer(spec), 5, 8)
 
@@ -301,13 +250,10 @@ def test_load_dataset_refuses_a_mix():
         load_dataset('a:0.5,b:0.5', 8)
 
 
-@pytest.mark.parametrize('name', ['windows', 'blimp_pairs'])
-def test_zero_windows_or_pairs_are_refused(name, monkeypatch, capsys):
-    """--windows 0 ended in numpy's traceback, after the model was loaded; --blimp_pairs 0 blamed the file."""
-    monkeypatch.setattr(sys, 'argv', ['evaluate.py', f'--{name}', '0'])
-    with pytest.raises(SystemExit) as ended:
-        evaluate.main()
-    assert ended.value.code == 2 and f'--{name} must be at least 1' in capsys.readouterr().err
+def test_data_of_another_tokenizer_is_refused():
+    """SmolLM2 read ids of data/python as its own, and was evaluated on nonsense."""
+    with pytest.raises(DataError, match='data/heldout was made with another tokenizer'):
+        evaluate.data_windows('heldout', '', SPEC, load_tokenizer(SPEC), 4, 20)
 
 
 def test_the_shipped_adapter_is_as_good_as_adapters_readme_says():
@@ -330,11 +276,10 @@ def test_the_shipped_adapter_is_as_good_as_adapters_readme_says():
 
 
 @pytest.mark.parametrize('options, line', [
-    (['--questions', 'q.txt', '--dense'], '--dense has no use beside --questions'),
-    (['--text', 'a.txt', '--only', 'dialogues'], '--only has no use beside --text'),
-    (['--blimp', 'b.jsonl', '--text', 'a.txt'], '--text has no use beside --blimp'),
-    (['--blimp_pairs', '200'], '--blimp_pairs has no use without --blimp')])
-def test_an_option_that_would_be_ignored_is_refused(options, line, monkeypatch, capsys):
+    (['--windows', '0'], '--windows must be at least 1'),       # it ended in numpy's traceback
+    (['--questions', 'q.txt', '--dense'], 'leave --dense out'),
+    (['--text', 'a.txt', '--data', 'heldout'], 'give one of --data, --text and --questions')])
+def test_options_that_do_not_fit_together_are_one_line(options, line, monkeypatch, capsys):
     """--dense beside --questions was silently ignored: the results were taken for the dense model's."""
     monkeypatch.setattr(sys, 'argv', ['evaluate.py', 'adapters/smollm2.safetensors', *options])
     with pytest.raises(SystemExit) as ended:

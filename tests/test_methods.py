@@ -28,10 +28,10 @@ def changed(name, arch='gpt2', target=1.0):
     cannot be applied.
     """
     method, sizes = ALL_METHODS[name], {**SIZES, 'thresholds': 0.0}
-    sizes.update(dict.fromkeys(methods.STRIPES, method.stripe) if method.stripe else {})
+    sizes.update({key: value for key, value in method.options.items() if key in methods.STRIPES})
     dense, model = small_model(arch, **sizes), small_model(arch, **sizes)
     if method.gpt2_only and arch == 'llama':
-        pytest.raises(methods.Cannot, method.check, dense, {}, target)
+        pytest.raises(methods.Cannot, method.start, dense, {}, train.TrainConfig(), set())
         return None
     tokens = torch.randint(0, 257, (8, 16), generator=torch.Generator().manual_seed(3))
     method.change(model)
@@ -333,11 +333,10 @@ def test_shadowllms_importance_is_a_times_its_gradient(monkeypatch):
 
 
 def test_a_target_out_of_reach_is_refused_with_the_reason():
-    dense = small_model(thresholds=0.0, **SIZES)
+    dense, recipe = small_model(thresholds=0.0, **SIZES), train.TrainConfig(target_reduction=2.0)
     never = sum(layer.n_weights for name, layer in dense.sparse_layers() if not name.endswith('down')) / dense.n_weights()
     with pytest.raises(methods.Cannot, match=f'at most 1.*x: every token uses {never:.0%}'):
-        METHODS['CATS'].check(dense, {}, 2.0)
-    with pytest.raises(methods.Cannot, match='not available'):
-        METHODS['smaller dense'].check(dense, {}, 2.0)
-    with pytest.raises(methods.Cannot, match='cannot be used: lr must be a finite number'):
-        METHODS['smaller dense'].check(dense, {'options': {**vars(train.TrainConfig()), 'lr': 'x'}}, 2.0)
+        METHODS['CATS'].start(dense, {}, recipe, set())
+    for options, reason in (({}, '.* is missing'), ({**vars(recipe), 'lr': 'x'}, 'lr must be a finite number')):
+        with pytest.raises(methods.Cannot, match=f'cannot be repeated: {reason}'):
+            METHODS['smaller dense'].start(dense, {'options': options}, recipe, set())

@@ -148,18 +148,6 @@ def test_pictures_in_assets_are_drawn_from_the_committed_figures(drawn, tmp_path
     assert np.allclose(points(chat, 'CWIC')[-1], (row['reduction'], row['kl']))
 
 
-def test_stripes_draws_speed_and_quality(drawn, tmp_path):
-    rows = [{'stripe': width, 'dtype': dtype, 'tok_s': speed, 'reduction': 2.96}
-            for width, speed in ((64, 100), ('matrix', 300)) for dtype in ('f32', 'int8')]
-    quality = [{'stripe': 64, 'what': 'KL', 'value': 0.25}, {'stripe': 'matrix', 'what': 'KL', 'value': 0.5}]
-    measured = {'machine': 'a machine', 'speed': {'a shape': rows}, 'quality': quality}
-    plots.stripes(measured, tmp_path / 'stripes.png')
-    left, right = drawn[0].axes
-    assert left.get_title() == 'a shape, 3.0x' and points(left, 'int8').tolist() == [[0, 100], [1, 300]]
-    assert points(right, 'KL above 0.250').tolist() == [[0, 0], [1, 0.25]]
-    assert [label.get_text() for label in right.get_xticklabels()] == ['64', 'one']
-
-
 def test_tokens_draws_all_four_panels(drawn, tmp_path):
     kinds = [('name', 2000, 0.4, 2.0, 0.1), ('digits', 30, 0.25, 1.0, 0.2), ('first token', 4, 0.1, np.nan, 0.3)]
     positions = [(0, 0, 0.1), (1, 1, 0.2), (2, 3, 0.3), (4, 6, 0.35)]
