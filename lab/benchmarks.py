@@ -41,7 +41,7 @@ from device import choose_device
 from evaluate import read_file, rows_at_once
 from files import DAMAGED, one_line
 from options import fail, option, parse_options, progress
-from tokenizer import bos_ids, load_tokenizer, start_ids
+from tokenizer import load_tokenizer, start_ids
 
 LM_EVAL = 'lm-eval==0.4.13'
 FEWSHOT_SEED = 1234     # the harness's default
@@ -68,16 +68,17 @@ class BenchmarkConfig:
 
 def encode_pair(spec, encoding, context, continuation):
     """
-    Two texts -> (ids of the context, never empty; ids of the continuation), split as the harness does: both
-    are encoded as one text, and the context gets as many ids as it has alone, without the blanks at its end.
-    Raises DataError if no id is left for the continuation.
+    Two texts -> (ids of the context, ids of the continuation), split as the harness does: both are encoded as
+    one text, and the context gets as many ids as it has alone, without the blanks at its end. Before it come
+    the ids after which every text begins: without them, SmolLM2 gets half a point less of ARC-Easy, and a
+    point less of PIQA. Raises DataError if no id is left for the continuation.
     """
     before = encoding.encode_ordinary(context.rstrip())
     after = encoding.encode_ordinary(context + continuation)[len(before):]
     if not after:
         raise DataError(f'nothing to score: {continuation!r:.80} is empty, or one token with the end of '
                         f'{context[-80:]!r}; begin it with a blank')
-    return bos_ids(spec) + before or start_ids(spec, encoding), after
+    return start_ids(spec, encoding) + before, after
 
 
 @torch.no_grad()

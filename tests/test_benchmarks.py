@@ -35,7 +35,7 @@ def model():
 
 def one_by_one(model, context, continuation, dense=False):
     """Bytes -> (log p, greedy, active, read), one sequence at a time and one token after the other."""
-    ids = list(context.encode() or [256]) + list(continuation.encode())
+    ids = [256, *context.encode(), *continuation.encode()]
     logp, greedy = 0.0, True
     for i in range(len(ids) - len(continuation.encode()), len(ids)):
         start = max(0, len(ids) - 1 - model.config.block_size)
@@ -48,7 +48,7 @@ def one_by_one(model, context, continuation, dense=False):
 
 def likeliest(model, context):
     """The byte that follows, as text."""
-    return chr(int(model(torch.tensor([list(context.encode())]))[0][0, -1, :128].argmax()))
+    return chr(int(model(torch.tensor([[256, *context.encode()]]))[0][0, -1, :128].argmax()))
 
 
 @pytest.mark.parametrize('dense', [False, True])
@@ -81,13 +81,13 @@ def test_equal_inputs_are_read_once(model, monkeypatch):
     ('do ', 'x', ['do'], [' x']),               # a blank belongs to the word that follows
     ('do  \n', 'x', ['do'], [' ', ' ', '\n', 'x']),
     ('un', 'do x', ['un'], [' x']),             # 'undo' is one token, and the context alone has one
-    ('', 'do', ['<|endoftext|>'], ['do']),
-    (' ', 'x', ['<|endoftext|>'], [' x']),
+    ('', 'do', [], ['do']),
+    (' ', 'x', [], [' x']),
     ('<|endoftext|>', ' x', ['<', '|', 'e', 'n', 'do', *'ftext|>'], [' x'])])
 def test_a_pair_is_split_at_the_number_of_tokens_that_the_context_has_alone(context, continuation, before, after):
     encoding = load_tokenizer(WORDS)
     found = benchmarks.encode_pair(WORDS, encoding, context, continuation)
-    assert [[encoding.decode([id]) for id in ids] for ids in found] == [before, after]
+    assert [[encoding.decode([id]) for id in ids] for ids in found] == [['<|endoftext|>', *before], after]
 
 
 def test_a_continuation_that_cannot_be_scored_is_refused(model):
@@ -205,8 +205,9 @@ def test_tasks_that_cannot_be_used_are_one_line(tmp_path):
         benchmarks.load_tasks(['none'], str(tmp_path))
 
 
-def test_a_context_begins_with_bos_as_everywhere_else():
+def test_a_context_begins_with_bos_or_else_after_the_end_of_another_text():
+    """Without that token before it, SmolLM2 got .483 of ARC-Easy, and not the .486 of others."""
     spec = BYTES | {'bos': [7]}
     assert benchmarks.encode_pair(spec, load_tokenizer(spec), 'a', 'b') == ([7, 97], [98])
     assert benchmarks.encode_pair(spec, load_tokenizer(spec), '', 'b') == ([7], [98])
-    assert benchmarks.encode_pair(BYTES, load_tokenizer(BYTES), '', 'b') == ([256], [98])
+    assert benchmarks.encode_pair(BYTES, load_tokenizer(BYTES), 'a', 'b') == ([256, 97], [98])
