@@ -15,7 +15,7 @@ A worked example, which is also a test. One token enters a layer of 4 inputs and
 of 2:
 
     c = x - mu        =  0.9  -0.2   0.5  -1.0      the input, centred on its usual value
-    t, stripe 0       =  0.5   0.5   0.5   0.5      |c| > t:  yes no no yes     rows 0, 3 of W[:, 0:2]
+    t, stripe 0       =  0.6   0.6   0.6   0.6      |c| > t:  yes no no yes     rows 0, 3 of W[:, 0:2]
     t, stripe 1       =  1.0   0.1   0.4   2.0      |c| > t:  no yes yes no     rows 1, 2 of W[:, 2:4]
 
 8 of the 16 weights are used: active = 2 * 2 + 2 * 2 = 8, a reduction of 2. No row was dropped altogether.

@@ -73,10 +73,10 @@ def test_worked_example():
     W = torch.arange(16.).view(4, 4) / 8
     with torch.no_grad():
         layer.mu.copy_(mu), layer.sigma.fill_(1.0), layer.weight.copy_(W), layer.bias.copy_(b)
-        layer.theta.copy_(torch.tensor([[0.5, 0.5, 0.5, 0.5], [1.0, 0.1, 0.4, 2.0]]) / layer.scale)
-    c = torch.tensor([0.9, -0.2, 0.4999, -1.0])     # 0.4999: below 0.5 and above 0.4 whatever the rounding
+        layer.theta.copy_(torch.tensor([[0.6, 0.6, 0.6, 0.6], [1.0, 0.1, 0.4, 2.0]]) / layer.scale)
+    c = torch.tensor([0.9, -0.2, 0.5, -1.0])
     y, active = layer((mu + c)[None, None])
-    by_hand = torch.cat([0.9 * W[0, :2] - 1.0 * W[3, :2], -0.2 * W[1, 2:] + 0.4999 * W[2, 2:]]) + mu @ W + b
+    by_hand = torch.cat([0.9 * W[0, :2] - 1.0 * W[3, :2], -0.2 * W[1, 2:] + 0.5 * W[2, 2:]]) + mu @ W + b
     assert torch.allclose(y[0, 0], by_hand, atol=1e-6)
     assert active.item() == 8 and layer.n_weights == 16
 
