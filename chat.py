@@ -284,10 +284,7 @@ def load(config):
 
 
 def main():
-    try:
-        config, _ = parse_options(ChatConfig, 'python chat.py')
-    except ValueError as error:
-        fail(f'--{error}')
+    config, _ = parse_options(ChatConfig, 'python chat.py')
     sys.stdin.reconfigure(encoding='utf-8-sig', errors='replace')       # -sig: without a byte order mark
     sys.stdout.reconfigure(encoding='utf-8', errors='replace')
     conversation, name, saved = load(config)

