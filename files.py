@@ -2,13 +2,11 @@
 Files as people have them: text read with care, and writes that are whole or not at all.
 
     text = read_text('notes.txt')           # UTF-8, from Windows or not
-    for line in read_lines(sys.stdin.buffer): ...                   # the same for a stream, as it arrives
     write_atomically('out/log.csv', lambda file: file.write(data))
 
 Not here: other encodings than UTF-8.
 """
 
-import io
 import json
 import os
 import struct
@@ -43,15 +41,6 @@ def read_json(path):
         return json.loads(read_text(path))
     except json.JSONDecodeError as error:
         raise ValueError(f'{path}: {error}') from None
-
-
-def read_lines(stream):
-    """
-    Yields the lines of a binary stream as they arrive, without their ends. A byte that is not UTF-8 becomes
-    U+FFFD.
-    """
-    for line in io.TextIOWrapper(stream, encoding='utf-8-sig', errors='replace'):
-        yield line.rstrip('\n')
 
 
 def write_atomically(path, write):

@@ -273,9 +273,9 @@ def read_config(path, vocab_size):
             raise CheckpointError(f'{key} is {config[key]!r:.40}; only {supported!r} is supported')
     if config['model_type'] == 'gpt2':
         return gpt2_config(config, vocab_size)
-    sizes = {ours: config.get(theirs) for ours, (theirs, _) in LLAMA_SIZES.items()}
     rope = config.get('rope_parameters') or config.get('rope_scaling') or {}    # the new and the old name
-    sizes['rope_theta'] = rope.get('rope_theta') or sizes['rope_theta']
+    config['rope_theta'] = rope.get('rope_theta') or config['rope_theta']
+    sizes = {ours: config[theirs] for ours, (theirs, _) in LLAMA_SIZES.items()}
     kind = rope.get('rope_type', rope.get('type', 'default'))
     if kind == 'llama3':
         sizes['rope_scaling'] = tuple(float(rope[key]) for key in (
@@ -290,7 +290,7 @@ def gguf_config(metadata, tensors, vocab_size):
     arch = metadata['general.architecture']
     if arch != 'llama':
         raise CheckpointError(f'general.architecture is {arch!r:.40}; only llama is supported')
-    sizes = {ours: metadata.get(f'llama.{theirs}') for ours, (_, theirs) in LLAMA_SIZES.items()}
+    sizes = {ours: metadata[f'llama.{theirs}'] for ours, (_, theirs) in LLAMA_SIZES.items()}
     if 'rope_freqs.weight' in tensors:
         # how much slower each pair turns: by Llama 3's formula, of which only the factor varies
         sizes['rope_scaling'] = (float(tensors['rope_freqs.weight'].max()), 1.0, 4.0, 8192.0)

@@ -1,10 +1,6 @@
-import io
-import subprocess
-import sys
-
 import pytest
 
-from files import read_lines, read_text
+from files import read_text
 
 
 @pytest.mark.parametrize('data', [
@@ -13,21 +9,9 @@ def test_text_from_windows_reads_as_any_other(tmp_path, data):
     """A \\r and a BOM stayed in prompts and changed the answer."""
     (tmp_path / 'text').write_bytes(data)
     assert read_text(tmp_path / 'text') == 'one\ntwo\u00e9\n'
-    assert list(read_lines(io.BufferedReader(io.BytesIO(data)))) == ['one', 'two\u00e9']
 
 
 def test_binary_data_is_refused_as_text(tmp_path):
     (tmp_path / 'text').write_bytes(b'abc\xff')
     with pytest.raises(ValueError, match='text: not UTF-8 .byte 3.; save it as UTF-8'):
         read_text(tmp_path / 'text')
-
-
-def test_read_lines_yields_each_line_as_it_arrives():
-    """A program that waits for each reply before it sends the next prompt must not wait for ever."""
-    code = 'import sys; from files import read_lines\nfor line in read_lines(sys.stdin.buffer): print(line, flush=True)'
-    with subprocess.Popen([sys.executable, '-c', code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as echo:
-        for line in (b'first\n', b'second\n'):
-            echo.stdin.write(line)
-            echo.stdin.flush()
-            assert echo.stdout.readline() == line
-        echo.stdin.close()
