@@ -85,51 +85,42 @@ def is_out_of_memory(error):
 
 def read_value(option, value):
     """
-    value: of an option, a dataclass field, or its text -> the value, checked. Raises ValueError: 'must be
-    ..., not ...'.
+    value: of an option, a dataclass field, or its text -> the value, checked. Raises ValueError: 'NAME must
+    be ..., not ...'.
     """
     kind, least, most = option.type, option.metadata['at_least'], option.metadata['at_most']
     if kind in (int, float):
         with suppress(ValueError):
             value = kind(str(value))
     if type(value) is not kind:
-        raise ValueError(f'must be {NAMES[kind]}, not {value!r:.80}')
+        raise ValueError(f'{option.name} must be {NAMES[kind]}, not {value!r:.80}')
     if kind in (int, float):
         if not value >= least:      # nan is not
-            raise ValueError(f'must be at least {least}, not {value}')
+            raise ValueError(f'{option.name} must be at least {least}, not {value}')
         if not value <= most:
-            raise ValueError(f'must be at most {most}, not {value}')
+            raise ValueError(f'{option.name} must be at most {most}, not {value}')
     return value
 
 
 def check_options(cls, values):
     """
-    {name: value, or its text} -> an instance of the dataclass cls, with the defaults of all other options.
-    Other names are those of options that an earlier version had, and are left out. Raises ValueError, in one
-    line that begins with the name.
+    {name: value} of all options -> an instance of the dataclass cls. Other names are those of options that an
+    earlier version had, and are left out. Raises ValueError.
     """
-    checked = {}
     for option in fields(cls):
-        try:
-            if option.name in values:
-                checked[option.name] = read_value(option, values[option.name])
-        except ValueError as error:
-            raise ValueError(f'{option.name} {error}') from None
-    return cls(**checked)
+        if option.name not in values:
+            raise ValueError(f'{option.name} is missing')
+    return cls(**{option.name: read_value(option, values[option.name]) for option in fields(cls)})
 
 
-def read_preset(path, names):
-    """A TOML file -> {name: value}. names: of all options. Ends the program if it is no such file."""
+def read_preset(path):
+    """A TOML file -> {name: value}. Ends the program if it is none."""
     try:
-        preset = tomllib.loads(read_text(path))
+        return tomllib.loads(read_text(path))
     except OSError as error:
         fail(f'preset {path}: {error.strerror}')
     except (ValueError, RecursionError) as error:
         fail(f'preset {path}: not TOML: {error}')
-    for name in preset:
-        if name not in names:
-            fail(f'preset {path}: {name} is no option; see --help')
-    return preset
 
 
 class Parser(argparse.ArgumentParser):
@@ -159,11 +150,14 @@ def parse_options(cls, program, presets=False, argv=None):
         else:
             parser.add_argument(f'--{f.name}', metavar=f.type.__name__.upper(), help=text)
     # intermixed: a preset may stand anywhere among the flags
-    given = {name: tuple(value) if type(value) is list else value
-             for name, value in vars(parser.parse_intermixed_args(argv)).items()}
+    given, options = vars(parser.parse_intermixed_args(argv)), {f.name: f for f in fields(cls)}
     if 'preset' in given:
-        given = read_preset(given.pop('preset'), {f.name for f in fields(cls)}) | given
+        given = read_preset(given.pop('preset')) | given
     try:
-        return check_options(cls, given), set(given)
+        for name, value in given.items():
+            if name not in options:
+                raise ValueError(f'{name}, in the preset, is no option; see --help')
+            given[name] = tuple(value) if options[name].type is tuple else read_value(options[name], value)
+        return cls(**given), set(given)
     except ValueError as error:
         fail(f'--{error}')

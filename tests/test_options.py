@@ -132,7 +132,7 @@ def test_wrong_command_line_is_one_line(argv, words, capsys):
 
 
 @pytest.mark.parametrize('content, words', [
-    ('n_layers = 3', ': n_layers is no option'),
+    ('n_layers = 3', '--n_layers, in the preset, is no option'),
     ('n_layer = 3.0', '--n_layer must be a whole number, not 3.0'),
     ('n_layer = true', '--n_layer must be a whole number, not True'),
     ('n_layer = 0', '--n_layer must be at least 1, not 0'),
@@ -141,7 +141,7 @@ def test_wrong_command_line_is_one_line(argv, words, capsys):
     ('lr = 1979-05-27', '--lr must be a number, not datetime.date'),
     ('out = 3', '--out must be a string, in quotes, not 3'),
     ('bias = "no"', "--bias must be true or false, not 'no'"),
-    ('[model]\nlr = 1', ': model is no option'),
+    ('[model]\nlr = 1', '--model, in the preset, is no option'),
     ('lr = ', 'not TOML'),
     ('lr = 1\nlr = 2', 'not TOML'),
     ('import os', 'not TOML'),

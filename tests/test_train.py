@@ -765,11 +765,13 @@ def test_resuming_from_another_file_is_one_line(again):
 
 
 @pytest.mark.parametrize('name, value', [
-    ('eval_every', 0), ('micro_batch', 0), ('eval_windows', 0), ('beta2', 2.0), ('seed', -5), ('lr', 'x'), ('lr', True), ('lr', -1.0), ('hold_steps', -1)])
+    ('eval_every', 0), ('micro_batch', 0), ('eval_windows', 0), ('beta2', 2.0), ('seed', -5), ('lr', 'x'), ('lr', True), ('lr', -1.0), ('hold_steps', -1), ('lr', None)])
 def test_options_in_a_resumed_file_are_checked(again, name, value):
-    """Only their types were checked: bad values ended in a traceback, or hung."""
+    """Only their types were checked: bad values ended in a traceback, or hung. None: the option is missing."""
     saved = load(again)
     saved['options'][name] = value
+    if value is None:
+        del saved['options'][name]
     write_file(again / 'last.safetensors', saved)
     line = one_line(resume(again), 1)
     assert 'not a run to resume' in line and name in line
