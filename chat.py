@@ -267,7 +267,7 @@ def load(config):
     from checkpoint import CheckpointError
     from conversation import Conversation
     from tokenizer import TokenizerError
-    from weights import WeightsError, load
+    from weights import load
     path = config.ckpt or next((path for path in OWN if os.path.exists(path)), ADAPTER)
     name = 'SmolLM2-135M-Instruct (Apache-2.0)' if path == ADAPTER else path
     try:
@@ -276,7 +276,7 @@ def load(config):
         if config.dense and base:
             model, name = load(base)[0], f'{base}, the base of {path}'
         conversation = Conversation(model, saved.get('tokenizer'), config, base)
-    except (CheckpointError, TokenizerError, WeightsError, MemoryError) as error:
+    except (CheckpointError, TokenizerError, MemoryError) as error:
         fail(error, 1)
     if not conversation.no_kernel:
         torch.set_num_threads(1)        # torch only samples here; more threads would slow the kernel down
@@ -284,10 +284,7 @@ def load(config):
 
 
 def main():
-    try:
-        config, _ = parse_options(ChatConfig, 'python chat.py')
-    except ValueError as error:
-        fail(f'--{error}')
+    config, _ = parse_options(ChatConfig, 'python chat.py')
     sys.stdin.reconfigure(encoding='utf-8-sig', errors='replace')       # -sig: without a byte order mark
     sys.stdout.reconfigure(encoding='utf-8', errors='replace')
     conversation, name, saved = load(config)

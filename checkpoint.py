@@ -13,23 +13,21 @@ the optimizer, optimizer.NAME.exp_avg and so on, and teacher.NAME. Everything el
 results, ...) is one JSON text in the header. An adapter (see cwic.add_lora) holds only the tensors in which
 it differs from its base, with the base's name and a hash of its weights.
 
-A file is written whole or not at all. Every name, size and number in it is checked before it is used.
+A file is written whole or not at all. One that is damaged, or does not fit, is refused in one line.
 
 Not here: checkpoints in several files; finding the base that an adapter names, which weights.py does.
 """
 
 import hashlib
 import json
-import math
 import mmap
-import os
 from contextlib import contextmanager
 from dataclasses import asdict
 
 import torch
 
 from cwic import GPT, CWICConfig, add_lora, is_threshold, merge_lora
-from files import DAMAGED, first_bytes, one_line, open_regular, write_atomically
+from files import DAMAGED, one_line, write_atomically
 from options import is_out_of_memory
 from refinements import rotated_weights
 from tokenizer import TokenizerError
@@ -40,15 +38,11 @@ DTYPES = {'F64': torch.float64, 'F32': torch.float32, 'F16': torch.float16, 'BF1
 LONGEST_HEADER = 100_000_000        # bytes, the format's own limit
 KEY = 'cwic'                        # of our JSON text in the header
 PARTS = ('optimizer', 'teacher')    # first words in the names of tensors that are not the model's
-ADAM = ('step', 'exp_avg', 'exp_avg_sq')
+MOMENTS = ('exp_avg', 'exp_avg_sq')     # a parameter's state in Adam, beside the number of its step
 
 
 class CheckpointError(Exception):
     """A model's file that cannot be used or written; the message is one line for the user."""
-
-
-class OutOfMemory(CheckpointError):
-    """Too little memory for the model; nothing is wrong with its file."""
 
 
 @contextmanager
@@ -56,15 +50,14 @@ def reading(path, expected='a GPT-2 or Llama model'):
     """Turns whatever is wrong with a file into a CheckpointError, one line that names the file."""
     try:
         yield
-    except CheckpointError as error:
-        raise type(error)(f'{path}: {error}') from None
-    except TokenizerError as error:
+    except (CheckpointError, TokenizerError) as error:
         raise CheckpointError(f'{path}: {error}') from None
     except (MemoryError, OSError, *DAMAGED) as error:
         if is_out_of_memory(error):
-            raise OutOfMemory(f'{path}: out of memory; end other programs, or use a smaller model') from None
+            raise CheckpointError(f'{path}: out of memory; end other programs, or use a smaller '
+                                  'model') from None
         if isinstance(error, OSError):
-            raise CheckpointError(f'{path}: cannot be read ({error.strerror})') from None
+            raise CheckpointError(f'{error.filename or path}: cannot be read ({error.strerror})') from None
         raise CheckpointError(f'{path}: truncated, damaged, or not {expected} ({one_line(error)}); '
                               'put a good copy in its place') from None
 
@@ -73,61 +66,30 @@ def reading(path, expected='a GPT-2 or Llama model'):
 # the format, whoever wrote the file
 
 
-def parse_json(text):
-    """JSON without the freedoms that Python takes. Raises ValueError for a key twice, NaN or infinity."""
-    def unique(pairs):
-        if len(dict(pairs)) < len(pairs):
-            raise ValueError('a key is there twice')
-        return dict(pairs)
-
-    def finite(number):
-        if not math.isfinite(float(number)):
-            raise ValueError(f'{number:.40} is not finite')
-        return float(number)
-
-    return json.loads(text, object_pairs_hook=unique, parse_float=finite, parse_constant=finite)
-
-
 def map_file(path):
     """A file's bytes, not read until used -> an mmap, which has read() as files do, and a uint8 tensor."""
-    with open_regular(path) as file:
+    with open(path, 'rb') as file:
         mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
     return mapped, torch.frombuffer(mapped, dtype=torch.uint8)
 
 
 def read_safetensors(path):
-    """-> {name: tensor}, whose numbers stay in the file until used; and the metadata, a dict of strings."""
+    """
+    -> {name: tensor}, whose numbers stay in the file until used; and the metadata, a dict of strings. Call it
+    within reading(): torch raises RuntimeError if a tensor's bytes do not make its shape.
+    """
     mapped, data = map_file(path)
-    length = int.from_bytes(mapped[:8], 'little')
-    start = end = 8 + length
-    if not 0 < length <= LONGEST_HEADER or start > len(mapped) or mapped[8:9] != b'{':
-        raise ValueError(f'a header of {length:,} bytes in a file of {len(mapped):,}')
-    header, tensors = parse_json(mapped[8:start].decode('utf-8')), {}
-    metadata = header.pop('__metadata__', {})
-    if not all(type(value) is str for value in metadata.values()):
-        raise ValueError('metadata that is not text')
-    for name, entry in sorted(header.items(), key=lambda item: item[1]['data_offsets']):
-        kind, shape, offsets = (entry[key] for key in ('dtype', 'shape', 'data_offsets'))
-        if kind not in DTYPES:
-            raise CheckpointError(f'{name!r:.80} holds {kind!r:.40}, which is not supported')
-        if [type(number) for number in shape + offsets] != [int] * (len(shape) + 2) or len(shape) > 8:
-            raise ValueError(f'{name!r:.80} has the shape {shape!r:.80}, the place {offsets!r:.80}')
-        # each begins where the last one ended: no byte belongs to two tensors, or to none
-        free, begin, end = end, *(start + offset for offset in offsets)
-        if begin != free:
-            raise ValueError(f'{name!r:.80} begins at byte {begin:,}, not {free:,}')
-        if end > len(mapped):
-            raise ValueError(f'{name!r:.80} ends at byte {end:,} of a file of {len(mapped):,}')
-        # even an empty tensor's dimensions must fit into 64 bits
-        if min(shape, default=1) < 0 or math.prod(size or 1 for size in shape) >= 2 ** 60 \
-                or end - begin != math.prod(shape) * DTYPES[kind].itemsize:
-            raise ValueError(f'{name!r:.80}: {end - begin:,} bytes do not make {kind} {shape!r:.80}')
-        numbers = data[begin:end]
-        if begin % DTYPES[kind].itemsize:       # allowed in a file, but not in memory
-            numbers = torch.from_numpy(numbers.numpy().copy())
-        tensors[name] = numbers.view(DTYPES[kind]).view(shape)
-    if end != len(mapped):
-        raise ValueError(f'{len(mapped) - end:,} bytes that belong to no tensor')
+    start = 8 + int.from_bytes(mapped[:8], 'little')
+    if start > LONGEST_HEADER:
+        raise ValueError(f'a header of {start - 8:,} bytes')
+    header = json.loads(mapped[8:start])
+    metadata, tensors = header.pop('__metadata__', {}), {}
+    for name, entry in header.items():
+        dtype, (begin, end) = DTYPES[entry['dtype']], entry['data_offsets']
+        numbers = data[start + begin:start + end]
+        if numbers.storage_offset() % dtype.itemsize:       # allowed in a file, but not in memory
+            numbers = numbers.clone()
+        tensors[name] = numbers.view(dtype).view(entry['shape'])
     return tensors, metadata
 
 
@@ -201,22 +163,9 @@ def save_checkpoint(path, model, narrow=False, optimizer=None, teacher=None, **f
     if not all(map(is_finite, tensors.values())):
         raise CheckpointError(f'{path} is not written: it would hold numbers that are not finite')
     try:
-        text = json.dumps({'config': asdict(model.config), **facts}, allow_nan=False)
-        write_safetensors(path, tensors, {KEY: text})
-    except ValueError:
-        raise CheckpointError(f'{path} is not written: its facts hold numbers that are not finite') from None
+        write_safetensors(path, tensors, {KEY: json.dumps({'config': asdict(model.config), **facts})})
     except OSError as error:
         raise CheckpointError(f'{path} cannot be written ({error.strerror}); the old file is whole') from None
-
-
-def check_form(found, expected):
-    """Raises ValueError unless two dicts of tensors have the same names, shapes and types."""
-    for name in sorted(expected.keys() | found.keys()):
-        if name not in found or name not in expected:
-            raise ValueError(f'{name:.80} is ' + ('missing' if name in expected else 'unexpected'))
-        form, right = ((x.dtype, tuple(x.shape)) for x in (found[name], expected[name]))
-        if form != right:
-            raise ValueError(f'{name:.80} is {form!s:.80}, not {right!s:.80}')
 
 
 def read_checkpoint(path):
@@ -224,41 +173,19 @@ def read_checkpoint(path):
     -> (config, the model's tensors, the rest: a dict, in which 'optimizer' and 'teacher' are dicts of
     tensors). Tensors stay in the file. Call it within reading().
     """
-    if first_bytes(path, 4) == b'PK\x03\x04':
-        raise CheckpointError('an old .pt file; the last version that reads it: git checkout 9a36bf1')
     tensors, metadata = read_safetensors(path)
     if KEY not in metadata:
         raise CheckpointError("not a CWIC checkpoint; for other people's weights name the folder, which also "
                               'holds config.json and a tokenizer')
-    saved = parse_json(metadata[KEY])
+    saved = json.loads(metadata[KEY])
     for part in PARTS:
         saved[part] = {name.removeprefix(f'{part}.'): tensors.pop(name) for name in list(tensors)
                        if name.startswith(f'{part}.')}
-    if type(saved.get('base', '')) is not str or type(saved.get('options', {})) is not dict:
-        raise TypeError('a base that is no name, or options that are none')
     sizes = saved['config']
     return CWICConfig(**{**sizes, 'rope_scaling': tuple(sizes['rope_scaling'])}), tensors, saved
 
 
-def model_of_form(config, tensors, rank):
-    """
-    A model without memory, for these tensors; rank: of its adapters, or 0. Raises ValueError unless they fit,
-    before wrong sizes can cost anything.
-    """
-    if config.n_layer > len(tensors):
-        raise ValueError(f'{config.n_layer} layers cannot be made of {len(tensors)} tensors')
-    with torch.device('meta'):
-        model = GPT(config)
-        if rank:
-            add_lora(model, rank)
-        expected = model.state_dict()
-        for name in [name for name in expected if '.adapter' in name and f'{name}.scale' in tensors]:
-            expected.update(in_int8(name, expected[name]))
-    check_form(tensors, expected)
-    return model
-
-
-def load_checkpoint(path, device='cpu', base=None, merge=True):
+def load_checkpoint(path, base=None, merge=True):
     """
     -> (model in eval mode, the rest of the file, a dict). Raises CheckpointError, in one line, if the file is
     missing, damaged, or not one of ours.
@@ -266,29 +193,25 @@ def load_checkpoint(path, device='cpu', base=None, merge=True):
     An adapter holds only its differences from its base, named in saved['base']: base(name) must give that
     model. The adapter is merged into it, or with merge=False left apart, to be trained on.
     """
-    if not os.path.lexists(path):
-        raise CheckpointError(f'{path}: no such checkpoint; train one with: python train.py')
     with reading(path, 'a CWIC checkpoint'):
         config, tensors, saved = read_checkpoint(path)
-    frozen, rank = {}, 0
-    if 'base' in saved:
-        if base is None:
-            raise CheckpointError(f'{path}: an adapter, which needs its base {saved["base"]!r:.80}')
-        dense = base(saved['base'])
-        if weights_sha256(dense) != saved.get('base_sha256'):
-            raise CheckpointError(f'{path}: its base {saved["base"]!r:.80} holds other weights than it was '
-                                  'trained on; put those back')
-        frozen = dense.state_dict()
-    with reading(path, 'a CWIC checkpoint'):
-        if frozen:
-            rank = tensors['head.adapter.A'].shape[1]
-        model = model_of_form(config, {**frozen, **tensors}, rank)
-        state = {name: x.to(device, copy=True) for name, x in tensors.items() if not name.endswith('.scale')}
-        for name in [name for name in state if f'{name}.scale' in tensors]:
-            state[name] = state[name].float().mul_(tensors[f'{name}.scale'].to(device))
-        for name in frozen.keys() - state.keys():
-            state[name] = frozen[name].to(device)
-        model.load_state_dict(state, assign=True)
+        frozen = {}
+        if 'base' in saved:
+            dense = base(saved['base'])
+            if weights_sha256(dense) != saved['base_sha256']:
+                raise CheckpointError(f'its base {saved["base"]!r:.80} holds other weights than it was '
+                                      'trained on; put those back')
+            frozen = dense.state_dict()
+        state = frozen | {name: x.clone() for name, x in tensors.items() if not name.endswith('.scale')}
+        for name in [name for name in state if f'{name}.scale' in tensors]:     # adapters in int8
+            state[name] = state[name].float().mul_(tensors[f'{name}.scale'])
+        if config.n_layer > len(state):
+            raise ValueError(f'{config.n_layer} layers cannot be made of {len(state)} tensors')
+        with torch.device('meta'):      # without memory, so that wrong sizes cost none
+            model = GPT(config)
+            if frozen:
+                add_lora(model, tensors['head.adapter.A'].shape[1])
+        model.load_state_dict(state, assign=True)       # raises RuntimeError unless names and shapes fit
         if frozen and config.bases:     # LoRA in the file is rotated already, its base is not
             for p, rotated in rotated_weights(model, with_lora=False):
                 p.data = rotated
@@ -302,29 +225,13 @@ def load_checkpoint(path, device='cpu', base=None, merge=True):
 
 def load_optimizer(model, optimizer, tensors):
     """
-    Puts saved['optimizer'], the tensors, into a new AdamW for this model. Raises ValueError unless they fit:
-    torch itself would not notice, and write beyond their ends.
+    Puts saved['optimizer'], the tensors, into a new AdamW for this model. Raises KeyError or ValueError
+    unless they fit: torch itself would not notice, and write beyond their ends.
     """
-    names = {p: name for name, p in model.named_parameters()}
-    trained = {names[p]: p for group in optimizer.param_groups for p in group['params']}
-    found = {name.rpartition('.')[0] for name in tensors}
-    # before the first step there is no state, and before sparsity begins none of thresholds
-    if found not in (set(), {name for name in trained if not is_threshold(name)}, set(trained)):
-        raise ValueError("Adam's state is that of other parameters")
-    check_form(tensors, {f'{name}.{key}': torch.zeros(()) if key == 'step' else trained[name]
-                         for name in found for key in ADAM})
-    for name, x in tensors.items():
-        least = {'step': 1.0, 'exp_avg_sq': 0.0}.get(name.rpartition('.')[2], -math.inf)
-        if not is_finite(x) or float(x.min()) < least:
-            raise ValueError(f'optimizer.{name} holds a number that is not finite, or too small')
-    state = {i: {key: tensors[f'{name}.{key}'].clone() for key in ADAM}
-             for i, name in enumerate(trained) if name in found}
+    names, state = {p: name for name, p in model.named_parameters()}, {}
+    for i, p in enumerate(p for group in optimizer.param_groups for p in group['params']):
+        if f'{names[p]}.step' in tensors:       # parameters that have not been trained yet have no state
+            state[i] = {key: tensors[f'{names[p]}.{key}'].clone() for key in ('step', *MOMENTS)}
+            if any((state[i][key].shape, state[i][key].dtype) != (p.shape, p.dtype) for key in MOMENTS):
+                raise ValueError(f"Adam's state does not fit {names[p]}")
     optimizer.load_state_dict({'state': state, 'param_groups': optimizer.state_dict()['param_groups']})
-
-
-def load_teacher(teacher, tensors):
-    """Puts saved['teacher'], the tensors, into a teacher. Raises ValueError unless they fit."""
-    check_form(tensors, teacher.state_dict())
-    if not all(map(is_finite, tensors.values())):
-        raise ValueError('a teacher with numbers that are not finite')
-    teacher.load_state_dict(tensors)

@@ -79,7 +79,7 @@ def check_compile(device):
         torch.compile(lambda x: x.sin() + 1)(torch.ones(8, device=device))
     except Exception as error:      # a missing compiler, Triton or header raises one of many kinds
         fail(f'--compile: does not work here ({one_line(error)}); it needs a C++ compiler, or on a GPU '
-             'Triton; leave it out, or turn it off: --compile no', 1)
+             'Triton; leave it out, or turn it off: --no-compile', 1)
 
 
 # -----------------------------------------------------------------------------

@@ -9,41 +9,37 @@ which every program writes to stderr.
 
     config, given = parse_options(TrainConfig, 'python train.py', presets=True)
 
-This takes --lr 1e-3 and --lr=1e-3, and - for _ in names; yes may be left out: --resume. If an option is given
-twice, the last one counts. A preset, a TOML file with values by the same names, may stand anywhere among the
-flags, which override it. `given` is the set of names that came from a flag or the preset, even with the
-default value. Other words go to the field of type tuple, if there is one.
+This takes --lr 1e-3 and --lr=1e-3, and --resume or --no-resume. If an option is given twice, the last one
+counts. A preset is a TOML file with values by the same names, which flags override. `given` is the set of
+names that came from a flag or the preset, even with the default value. Other words go to the field of type
+tuple, if there is one.
 
 Whatever a user gets wrong ends in one line and exit code 2.
 
 Not here: sub-commands, short flags, environment variables, code in presets.
 """
 
-import difflib
-import errno
-import math
+import argparse
 import os
 import shutil
 import sys
-import textwrap
 import tomllib
+from contextlib import suppress
 from dataclasses import field, fields
 
-from files import LONGEST_JSON, read_text
+from files import read_text
 
 # How chat.py samples replies, and evaluate.py the answers on which it compares models (see sampling.py): a
 # low temperature and nucleus sampling, as SmolLM2's makers advise, and a penalty that keeps small models out
 # of loops.
 SAMPLING = {'temperature': 0.2, 'top_k': 0, 'top_p': 0.9, 'min_p': 0.0, 'repeat_penalty': 1.15}
 
-BOOLEANS = {'yes': True, 'true': True, 'on': True, '1': True,
-            'no': False, 'false': False, 'off': False, '0': False}
-# for each type of option: its name in errors, and the types that a preset may give
-KINDS = {bool: ('yes or no', (bool,)), int: ('a whole number', (int,)),
-         float: ('a finite number', (float, int)), str: ('a string, in quotes', (str,))}
+LARGEST = 2 ** 63 - 1       # of torch's whole numbers
+# names of types, in errors
+NAMES = {bool: 'true or false', int: 'a whole number', float: 'a number', str: 'a string, in quotes'}
 
 
-def option(default, help, at_least=None, at_most=None):
+def option(default, help, at_least=-LARGEST, at_most=LARGEST):
     """A dataclass field with a default, a line of help, and perhaps bounds."""
     return field(default=default, metadata={'help': help, 'at_least': at_least, 'at_most': at_most})
 
@@ -82,35 +78,28 @@ def fail(message, code=2):
 
 
 def is_out_of_memory(error):
-    """Whether an exception means that memory ran out; torch says so in words only."""
-    if isinstance(error, RuntimeError):
-        text = str(error).lower()
-        return "can't allocate memory" in text or 'cannot allocate memory' in text or 'out of memory' in text
-    return isinstance(error, MemoryError) or getattr(error, 'errno', None) == errno.ENOMEM
+    """Whether an exception means that memory ran out; torch and the system say so in words only."""
+    return isinstance(error, MemoryError) or any(
+        words in str(error).lower() for words in ('out of memory', "can't allocate", 'cannot allocate'))
 
 
-def read_value(option, text):
-    """text -> the value of an option, a dataclass field. Raises ValueError: 'must be ..., not ...'."""
+def read_value(option, value):
+    """
+    value: of an option, a dataclass field, or its text -> the value, checked. Raises ValueError: 'NAME must
+    be ..., not ...'.
+    """
     kind, least, most = option.type, option.metadata['at_least'], option.metadata['at_most']
-    try:
-        value = BOOLEANS[text.lower()] if kind is bool else kind(text)
-        if kind is int and abs(value) >= 2 ** 63 or kind is float and not math.isfinite(value):
-            raise ValueError
-    except (ValueError, KeyError):
-        raise ValueError(f'must be {KINDS[kind][0]}, not {text}') from None
-    if least is not None and value < least:
-        raise ValueError(f'must be at least {least}, not {text}')
-    if most is not None and value > most:
-        raise ValueError(f'must be at most {most}, not {text}')
+    if kind in (int, float):
+        with suppress(ValueError):
+            value = kind(str(value))
+    if type(value) is not kind:
+        raise ValueError(f'{option.name} must be {NAMES[kind]}, not {value!r:.80}')
+    if kind in (int, float):
+        if not value >= least:      # nan is not
+            raise ValueError(f'{option.name} must be at least {least}, not {value}')
+        if not value <= most:
+            raise ValueError(f'{option.name} must be at most {most}, not {value}')
     return value
-
-
-def check_value(option, value):
-    """The same for a value that has a type, from a preset or a checkpoint."""
-    needed, types = KINDS[option.type]
-    if type(value) not in types:
-        raise ValueError(f'must be {needed}, not {value!r:.80}')
-    return read_value(option, str(value))
 
 
 def check_options(cls, values):
@@ -118,51 +107,27 @@ def check_options(cls, values):
     {name: value} of all options -> an instance of the dataclass cls. Other names are those of options that an
     earlier version had, and are left out. Raises ValueError.
     """
-    checked = {}
     for option in fields(cls):
         if option.name not in values:
             raise ValueError(f'{option.name} is missing')
-        try:
-            checked[option.name] = check_value(option, values[option.name])
-        except ValueError as error:
-            raise ValueError(f'{option.name} {error}') from None
-    return cls(**checked)
+    return cls(**{option.name: read_value(option, values[option.name]) for option in fields(cls)})
 
 
-def unknown(name, names):
-    near = difflib.get_close_matches(name, names, n=1, cutoff=0.4)
-    return f'unknown option {name}' + (f'; did you mean {near[0]}?' if near else '; see --help')
-
-
-def read_preset(path, options):
-    """A TOML file -> {name: value}. options: {name: dataclass field}."""
+def read_preset(path):
+    """A TOML file -> {name: value}. Ends the program if it is none."""
     try:
-        preset = tomllib.loads(read_text(path, LONGEST_JSON))
+        return tomllib.loads(read_text(path))
     except OSError as error:
         fail(f'preset {path}: {error.strerror}')
     except (ValueError, RecursionError) as error:
         fail(f'preset {path}: not TOML: {error}')
-    values = {}
-    for name, value in preset.items():
-        if name not in options:
-            fail(f'preset {path}: {unknown(name, options)}')
-        try:
-            values[name] = check_value(options[name], value)
-        except ValueError as error:
-            fail(f'preset {path}: {name} {error}')
-    return values
 
 
-def help_text(cls, program, words):
-    """The text of --help. words: names for the arguments that are no options."""
-    about = textwrap.wrap(cls.about, 110)      # not the docstring, which python -OO drops
-    lines = [' '.join(['usage:', program, *words, '[--option value ...]']), '', *about, '']
-    for f in fields(cls):
-        default = '' if f.type is tuple else f' (default: {"none" if f.default in ("", None) else f.default})'
-        name = f'  {f.name.upper()} ...' if f.type is tuple else f'  --{f.name} {f.type.__name__.upper()}'
-        text = textwrap.wrap(f.metadata['help'] + default, 80)
-        lines += [f'{name:28}  {text[0]}', *(' ' * 30 + line for line in text[1:])]
-    return '\n'.join(lines)
+class Parser(argparse.ArgumentParser):
+    """argparse's, whose errors are one line."""
+
+    def error(self, message):
+        fail(f'{message}; see --help')
 
 
 def parse_options(cls, program, presets=False, argv=None):
@@ -170,38 +135,29 @@ def parse_options(cls, program, presets=False, argv=None):
     argv, a list of strings, by default the command line's -> an instance of the dataclass cls, and the set of
     names that were given. program: the command, for --help.
     """
-    options = {f.name: f for f in fields(cls) if f.type is not tuple}
-    listed = next((f.name for f in fields(cls) if f.type is tuple), '')
-    argv, flags, words = list(sys.argv[1:] if argv is None else argv), {}, []
-    while argv:
-        word = argv.pop(0)
-        if word in ('-h', '--help'):
-            words = ['[PRESET.toml]'] * presets + [f'{listed.upper()} ...'] * bool(listed)
-            print(help_text(cls, program, words))
-            sys.exit(0)
-        if not word.startswith('-'):
-            words.append(word)
-            continue
-        name, equals, text = word.partition('=')
-        name = name.strip('-').replace('-', '_')
-        if name not in options or not word.startswith('--'):
-            fail(unknown(name, options))
-        if not equals and options[name].type is bool:
-            text = argv.pop(0) if argv and argv[0].lower() in BOOLEANS else 'yes'
-        elif not equals:
-            if not argv or argv[0].startswith('--'):
-                fail(f'--{name} needs a value; if that begins with --, write --{name}=VALUE')
-            text = argv.pop(0)
-        try:
-            flags[name] = read_value(options[name], text)
-        except ValueError as error:
-            fail(f'--{name} {error}')
-    values = {}
-    if presets and words:
-        values = read_preset(words.pop(0), options)
-    elif listed and words:
-        values, words = {listed: tuple(words)}, []
-    if words:
-        fail(f'unexpected argument {words[0]}' + ('; there can be one preset' if presets else '; see --help'))
-    values.update(flags)
-    return cls(**values), set(values)
+    words = ['[PRESET.toml]'] * presets + [f'{f.name.upper()} ...' for f in fields(cls) if f.type is tuple]
+    parser = Parser(usage=' '.join([program, *words, '[--option value ...]']), description=cls.about,
+                    allow_abbrev=False, argument_default=argparse.SUPPRESS)
+    if presets:
+        parser.add_argument('preset', nargs='?', help='a TOML file with options by name; flags override it')
+    for f in fields(cls):
+        default = 'none' if f.default in ('', None) else f.default
+        text = f'{f.metadata["help"]} (default: {default})'.replace('%', '%%')
+        if f.type is tuple:
+            parser.add_argument(f.name, nargs='*', help=f.metadata['help'])
+        elif f.type is bool:
+            parser.add_argument(f'--{f.name}', action=argparse.BooleanOptionalAction, help=text)
+        else:
+            parser.add_argument(f'--{f.name}', metavar=f.type.__name__.upper(), help=text)
+    # intermixed: a preset may stand anywhere among the flags
+    given, options = vars(parser.parse_intermixed_args(argv)), {f.name: f for f in fields(cls)}
+    if 'preset' in given:
+        given = read_preset(given.pop('preset')) | given
+    try:
+        for name, value in given.items():
+            if name not in options:
+                raise ValueError(f'{name}, in the preset, is no option; see --help')
+            given[name] = tuple(value) if options[name].type is tuple else read_value(options[name], value)
+        return cls(**given), set(given)
+    except ValueError as error:
+        fail(f'--{error}')

@@ -50,7 +50,7 @@ import cwic
 import plots
 import refinements
 import weights
-from checkpoint import CheckpointError, load_optimizer, load_teacher, reading, save_checkpoint
+from checkpoint import CheckpointError, load_optimizer, reading, save_checkpoint
 from cwic import GPT, CWICConfig
 from data import common
 from device import (CudaGraph, all_reduce, barrier, check_compile, choose_device, choose_dtype, collective,
@@ -390,7 +390,7 @@ def restore(run, saved):
             fuse_masks(run)
             run.teacher = frozen_teacher(run) if config.teacher else None
             if config.teacher and not run.base:         # an adapter's teacher is its base
-                load_teacher(run.teacher, saved['teacher'])
+                run.teacher.load_state_dict(saved['teacher'])
 
 
 def begin(config, given, device):

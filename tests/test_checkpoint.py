@@ -6,7 +6,6 @@ bytes on disk after a kill.
 import json
 import math
 import os
-import re
 import resource
 import signal
 import struct
@@ -112,36 +111,18 @@ def entry(begin, end, shape=None, dtype='F32'):
     return {'dtype': dtype, 'shape': [(end - begin) // 4] if shape is None else shape, 'data_offsets': [begin, end]}
 
 
-@pytest.mark.parametrize('content, says', [
-    (pack({'a': entry(0, 16), 'b': entry(8, 24)}, bytes(24)), 'begins at byte'),
-    (pack({'a': entry(0, 16), 'b': entry(0, 16)}, bytes(16)), 'begins at byte'),
-    (pack({'a': entry(0, 8), 'b': entry(12, 24)}, bytes(24)), 'begins at byte'),
-    (pack({'a': entry(4, 8)}, bytes(8)), 'begins at byte'),
-    (pack({'a': entry(0, 8)}, bytes(9)), '1 bytes that belong to no tensor'),
-    (pack({'a': entry(0, 8)}, bytes(7)), 'ends at byte'),
-    (pack({'a': entry(0, -4, [1])}, bytes(4)), 'do not make'),
-    (pack(b'{"a": %s, "a": %s}' % ((json.dumps(entry(0, 4)).encode(),) * 2), bytes(4)), 'a key is there twice'),
-    (pack({'a': entry(0, 8, [2.0])}, bytes(8)), 'has the shape'),
-    (pack({'a': entry(0, 4, [True])}, bytes(4)), 'has the shape'),
-    (pack({'a': entry(0, 8.0, [2])}, bytes(8)), 'has the shape'),
-    (pack({'a': entry(0, 4, [1] * 1000)}, bytes(4)), 'has the shape'),
-    (pack({'a': entry(0, 8, [-1, -2])}, bytes(8)), 'do not make'),
-    (pack({'a': entry(0, 0, [2 ** 40, 2 ** 40, 0])}), 'do not make'),
-    (pack({'a': entry(0, 8, [1])}, bytes(8)), 'do not make'),
-    (pack({'a': entry(0, 8, [2], 'F8_E4M3')}, bytes(8)), 'not supported'),
-    (pack({'a': {**entry(0, 8), 'data_offsets': [0, 4, 8]}}, bytes(8)), 'has the shape'),
-    (pack({'a': 3}), 'TypeError'), (pack({'a': {}}), 'KeyError'), (pack(b'[]'), 'a header of'), (pack(b' {}'), 'a header of'),
-    (pack(b'{"a": ' * 50_000), 'RecursionError'), (pack(b'{"a": NaN}'), 'not finite'), (pack(b'{"a": 1e999}'), 'not finite'),
-    (pack({'__metadata__': {'cwic': 3}}), 'metadata that is not text'), (pack({'__metadata__': []}), 'AttributeError'),
-    (pack(b'{}' + b' ' * 100, length=101_000_000), 'a header of 101,000,000 bytes'),
-    (pack(b'{}', length=2 ** 64 - 1), 'a header of'), (b'', 'empty'), (b'x', 'a header of')])
-def test_safetensors_that_break_the_format_are_refused(tmp_path, content, says):
-    """
-    Two tensors on the same bytes, holes, sizes that are no whole numbers: what one reader takes and another does
-    not hides things, and what none compares with the file's size takes gigabytes.
-    """
+@pytest.mark.parametrize('content', [
+    pack({'a': entry(0, 8)}, bytes(7)), pack({'a': entry(0, 8, [1])}, bytes(8)), pack({'a': entry(0, 6, [2])}, bytes(8)),
+    pack({'a': entry(8, 0, [2])}, bytes(8)),
+    pack({'a': entry(0, 2 ** 70, [2 ** 68])}, bytes(8)), pack({'a': entry(0, 0, [2 ** 40, 2 ** 40, 0])}),
+    pack({'a': entry(0, 8, [2.0])}, bytes(8)), pack({'a': entry(0, 8, [2], 'F8_E4M3')}, bytes(8)),
+    pack({'a': {**entry(0, 8), 'data_offsets': [0, 4, 8]}}, bytes(8)), pack({'a': 3}), pack({'a': {}}), pack(b'[]'), pack(b''),
+    pack(b'{"a": ' * 50_000), pack({'__metadata__': {'cwic': 3}}), pack(b'\xff' * 50),
+    pack(b'{}', length=101_000_000), pack(b'{}', length=2 ** 64 - 1), b'', b'x'], ids=range(20))
+def test_a_damaged_safetensors_file_is_one_line(tmp_path, content):
+    """Sizes beyond the file, below zero or beyond 64 bits; what is not JSON, or JSON that no parser gets to the end of."""
     (tmp_path / 'm.safetensors').write_bytes(content)
-    with pytest.raises(CheckpointError, match=f'^[^\n]*m.safetensors: [^\n]*{re.escape(says)}[^\n]*$'):
+    with pytest.raises(CheckpointError, match='^[^\n]*m.safetensors: truncated, damaged, or not a CWIC checkpoint[^\n]*$'):
         load_checkpoint(tmp_path / 'm.safetensors')
 
 
@@ -154,28 +135,23 @@ def test_a_header_of_more_than_100_mb_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize('kind, says', [
-    ('missing', 'no such checkpoint'), ('folder', 'cannot be read (Is a directory)'), ('pipe', 'not a regular file'),
-    ('truncated', 'ends at byte'), ('beginning', 'a header of'), ('foreign', "for other people's weights name the folder"),
-    ('old', 'git checkout 9a36bf1'), ('nested', 'RecursionError'), ('a list', 'damaged'), ('a key twice', 'a key is there twice'),
-    ('nan', 'not finite'), ('no config', 'KeyError'), ('options', 'options that are none')])
+    ('missing', 'cannot be read (No such file'), ('folder', 'cannot be read (Is a directory)'), ('truncated', 'damaged'),
+    ('beginning', 'damaged'), ('foreign', "for other people's weights name the folder"), ('a list', 'damaged'),
+    ('no config', 'KeyError')])
 def test_bad_files_are_one_line(tmp_path, kind, says):
-    """Each was once a traceback, or, in pickles, took gigabytes, hung, or ran code."""
+    """Each was once a traceback."""
     path = tmp_path / 'm.safetensors'
     save_checkpoint(path, small_model(), step=7)
     whole, saved = path.read_bytes(), read_file(path)
-    text = json.dumps({'config': saved['config'], 'step': 7})
-    texts = {'nested': text[:-1] + ', "x": ' + '[' * 50_000 + ']' * 50_000 + '}', 'a list': '[1]',
-             'a key twice': text[:-1] + ', "step": 8}', 'nan': text.replace('7}', 'NaN}'), 'no config': '{}',
-             'options': text[:-1] + ', "options": [1]}'}
+    texts = {'a list': '[1]', 'no config': '{}'}
     if kind in texts:
         write_safetensors(path, saved['model'], {'cwic': texts[kind]})
     elif kind == 'foreign':
         write_safetensors(path, saved['model'], {'format': 'pt'})
-    elif kind == 'old':
-        torch.save({'model': saved['model'], 'config': saved['config']}, path)
-    elif kind in ('missing', 'folder', 'pipe'):
+    elif kind in ('missing', 'folder'):
         path.unlink()
-        {'missing': lambda _: None, 'folder': os.mkdir, 'pipe': os.mkfifo}[kind](path)
+        if kind == 'folder':
+            path.mkdir()
     else:
         path.write_bytes(whole[:{'truncated': -1000, 'beginning': 5000}[kind]])
     with pytest.raises(CheckpointError) as error:
@@ -199,7 +175,7 @@ def test_out_of_memory_is_not_called_damage(tmp_path, monkeypatch):
     for error in (MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate")):
         def fail(*_, **__):
             raise error
-        monkeypatch.setattr(torch.Tensor, 'to', fail)
+        monkeypatch.setattr(torch.Tensor, 'clone', fail)
         with pytest.raises(CheckpointError, match='out of memory'):
             load_checkpoint(tmp_path / 'm.safetensors')
 
@@ -228,11 +204,11 @@ def test_false_sizes_are_one_line_and_take_no_memory(tmp_path, arch):
              {'bases': True}, {'shortlist': True}]
     cases = [(state, {**config, **lie}) for lie in lies]
 
-    # tensors that are missing, too many, of another shape or type
+    # tensors that are missing, too many, or of another shape
     less = dict(list(state.items())[:-1])
     cases += [(bad, config) for bad in ({}, less, {**state, 'more': torch.zeros(1)})]
     cases += [({**state, 'head.mu': bad}, config) for bad in (
-        torch.zeros(17), torch.zeros(16, 1), torch.zeros(16).half(), torch.zeros(16).long(), torch.zeros(0))]
+        torch.zeros(17), torch.zeros(16, 1), torch.zeros(0))]
 
     peak_memory()
     before = peak_memory()
@@ -281,20 +257,10 @@ def test_full_disk_leaves_the_old_checkpoint_whole(tmp_path):
             save_checkpoint(impossible, model)
 
 
-def test_save_removes_partial_files_of_dead_processes_only(tmp_path):
-    """*.PID.partial files stayed for ever: 46 of them after 200 kills."""
-    dead, living = 2 ** 31 - 1, os.getppid()
-    stay = {f'm.safetensors.{living}.partial', f'other.safetensors.{dead}.partial', 'm.safetensors.x.partial'}
-    for name in stay | {f'm.safetensors.{dead}.partial'}:
-        (tmp_path / name).write_bytes(b'half')
-    save_checkpoint(tmp_path / 'm.safetensors', small_model())
-    assert set(os.listdir(tmp_path)) == stay | {'m.safetensors'}
-
-
 @pytest.mark.filterwarnings('ignore:.*multi-threaded.*fork:DeprecationWarning')
 def test_kill_during_save_leaves_a_whole_checkpoint(tmp_path):
     """SIGKILL at many different moments of a process that does nothing but save: what is there must load."""
-    path, left, model = tmp_path / 'm.safetensors', 0, GPT(CWICConfig(n_embd=192, n_head=3))
+    path, model = tmp_path / 'm.safetensors', GPT(CWICConfig(n_embd=192, n_head=3))
     save_checkpoint(path, model, step=0)
     for attempt in range(12):
         last = load_checkpoint(path)[1]['step']
@@ -308,9 +274,7 @@ def test_kill_during_save_leaves_a_whole_checkpoint(tmp_path):
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
         assert load_checkpoint(path)[1]['step'] >= last
-        left += len(os.listdir(tmp_path)) - 1
-    assert left >= 1                            # some kills did come in the middle,
-    assert len(os.listdir(tmp_path)) <= 2       # and what they left was cleared away
+    assert len(os.listdir(tmp_path)) > 1        # some kills did come in the middle
 
 
 # -----------------------------------------------------------------------------
@@ -379,8 +343,7 @@ def test_adapter_in_int8_is_smaller_and_as_good(tmp_path):
 
 
 @pytest.mark.parametrize('kind, says', [
-    ('no base', "needs its base 'the base'"), ('other base', 'holds other weights than'), ('no hash', 'holds other weights'),
-    ('odd base', 'a base that is no name'), ('other rank', 'damaged'), ('huge scale', 'damaged'), ('odd scale', 'damaged'),
+    ('other base', 'holds other weights than'), ('no hash', 'damaged'), ('other rank', 'damaged'), ('huge scale', 'damaged'),
     ('nan scale', 'not finite'), ('adapter missing', 'damaged'), ('no adapter', 'damaged'), ('singular', 'singular')])
 def test_adapter_that_does_not_fit_is_one_line(tmp_path, kind, says):
     """One of these made 3 billion numbers of 3; a base with other weights of the same sizes was taken in silence."""
@@ -391,14 +354,10 @@ def test_adapter_that_does_not_fit_is_one_line(tmp_path, kind, says):
     state, A = saved['model'], 'head.adapter.A'
     if kind == 'no hash':
         del saved['base_sha256']
-    elif kind == 'odd base':
-        saved['base'] = ['the base']
     elif kind == 'other rank':
         state[A] = torch.zeros(16, 4, dtype=torch.int8)
     elif kind == 'huge scale':      # would make of 3 numbers 3 million
         state[f'{A}.scale'] = torch.zeros(16, 10 ** 6, 1)
-    elif kind == 'odd scale':
-        state[f'{A}.scale'] = torch.ones(16, 1)
     elif kind == 'nan scale':
         state[f'{A}.scale'][0, 1] = math.nan
     elif kind == 'adapter missing':
@@ -408,7 +367,6 @@ def test_adapter_that_does_not_fit_is_one_line(tmp_path, kind, says):
     elif kind == 'singular':
         state['basis'].zero_()
     write_file(path, saved)
-    base = None if kind == 'no base' else lambda name: small_model(seed=4 if kind == 'other base' else 0)
     with pytest.raises(CheckpointError) as error:
-        load_checkpoint(path, base=base)
+        load_checkpoint(path, base=lambda name: small_model(seed=4 if kind == 'other base' else 0))
     assert says in str(error.value) and '\n' not in str(error.value)

@@ -199,7 +199,7 @@ def test_an_adapter_is_compared_with_its_base(program, tmp_path, monkeypatch):
 
 def test_what_a_user_gets_wrong_is_one_line(program, tmp_path, capsys):
     path = str(tmp_path / 'sparse.safetensors')
-    for more, says in (([str(tmp_path / 'none.safetensors')], 'no such checkpoint'), ([path, path], 'give one checkpoint'),
+    for more, says in (([str(tmp_path / 'none.safetensors')], 'no such model'), ([path, path], 'give one checkpoint'),
                        ([path, '--only', 'dialogues'], 'no validation windows that are dialogues'), ([path, '--windows', '0'], 'at least 1'),
                        ([path, '--data', 'python'], 'another tokenizer'),
                        ([path, '--picture', 'tokens.foo'], 'must end in .png, .svg or .pdf')):

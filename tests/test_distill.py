@@ -364,7 +364,7 @@ def test_an_adapter_with_bases_and_a_shortlist_starts_dense_and_resumes(arch, de
     assert looked == [True, True, False]
     ended = distil(tmp_path / 'without' / 'best.safetensors', data, tmp_path / 'e', '--shortlist')
     assert ended.returncode == 0 and 'head.margin' in load(tmp_path / 'e')['model']
-    refused = distil(tmp_path / 'a' / 'best.safetensors', data, tmp_path / 'd', '--bases', False)
+    refused = distil(tmp_path / 'a' / 'best.safetensors', data, tmp_path / 'd', '--no-bases')
     assert '--bases False' in one_line(refused, 2)
     assert 'say which with --init_from' in one_line(call('--bases', '--data', data, '--out', tmp_path / 'd'), 2)
 

