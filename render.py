@@ -83,7 +83,10 @@ def visible(text):
 
 
 class Layout:
-    """Lines of text, columns() wide. A word that does not fit begins a new line, in place of its blank."""
+    """
+    Lines of text, columns() wide. A word that does not fit begins a new line, in place of its blank. The last
+    two columns are left to what may come right after it, such as a full stop.
+    """
 
     def __init__(self, columns):
         self.columns, self.row, self.column = columns, 0, 0
@@ -92,7 +95,7 @@ class Layout:
         """-> [[row, column, text]]: a piece on each line, the first one where the last text ended"""
         columns, pieces = self.columns(), [[self.row, self.column, '']]
         for word in re.findall(' ?[^ \n]+|[ \n]', visible(text).replace('\t', '    ')):
-            if word[0] == ' ' and self.column + text_width(word) > columns:
+            if word[0] == ' ' and self.column + text_width(word) > columns - 2:
                 word = '\n' + word[1:]
             for char in word:
                 width = text_width(char)

@@ -142,7 +142,7 @@ def test_painter_colors_each_character_and_nothing_else(columns):
         back = background(palette, share)
         for word in re.findall(' ?[^ \n]+|[ \n]', piece.replace('\t', '    ')):
             length = sum(2 if unicodedata.east_asian_width(char) == 'W' else char != '\u0301' for char in word)
-            if word[0] == ' ' and len(line) + length > columns:
+            if word[0] == ' ' and len(line) + length > columns - 2:
                 word = '\n' + word[1:]
             for char in word:
                 if char == '\u0301':
