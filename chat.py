@@ -73,7 +73,8 @@ class ChatConfig:
     repeat_penalty: float = option(SAMPLING['repeat_penalty'], 'divides the logits of the last 64 tokens of '
                                    'the reply if positive, else multiplies them; 1: off',
                                    at_least=1, at_most=10)
-    seed: int = option(1, 'of sampling: same seed, same text', at_least=0)
+    seed: int = option(1, 'of sampling: same seed, same text, with the same kernel and number of threads',
+                       at_least=0)
     max_tokens: int = option(300, 'longest reply', at_least=1)
     system: str = option('', "the system prompt; else the chat template's own")
     stop: str = option('', 'text that ends a reply, not shown; separate several by |; takes \\n, \\t')

@@ -5,7 +5,11 @@ import os
 # before torch is imported: its threads would wait for each other spinning, on cores that others need
 os.environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE')
 
+import sys
+
 import pytest
+
+linux_only = pytest.mark.skipif(sys.platform != 'linux', reason="needs Linux's /proc, /dev/full or nm")
 
 
 @pytest.fixture(scope='session')

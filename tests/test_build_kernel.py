@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from conftest import linux_only
 import build_kernel
 
 ROOT = Path(__file__).parent.parent
@@ -65,6 +66,7 @@ def test_two_processes_can_build_at_once(tmp_path):
     assert len(list((tmp_path / '.kernel').iterdir())) == 1
 
 
+@linux_only
 def test_functions_are_hidden_from_the_linker():
     """A function called step crashed on its first call, which went to an old function of that name in the C library."""
     done = subprocess.run(['nm', '-D', '--defined-only', build_kernel.load().__file__], capture_output=True, text=True)

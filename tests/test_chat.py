@@ -28,6 +28,7 @@ import numpy as np
 import pytest
 import torch
 
+from conftest import linux_only
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
@@ -630,6 +631,7 @@ def test_a_closed_pipe_ends_quietly(checkpoint):
     assert run.wait(60) == 141 and len(errors.splitlines()) == 1 and 'Traceback' not in errors
 
 
+@linux_only
 def test_a_full_disk_ends_in_one_line(checkpoint):
     """It gave a traceback."""
     run = program('--ckpt', checkpoint, '--max_tokens', '3', '--prompt', 'x', ' > /dev/full', shell=True)

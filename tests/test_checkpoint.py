@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 
+from conftest import linux_only
 import cwic
 from checkpoint import (CheckpointError, load_checkpoint, read_safetensors, save_checkpoint, weights_sha256,
                         write_safetensors)
@@ -189,6 +190,7 @@ def peak_memory():
     return peak
 
 
+@linux_only
 @BOTH
 def test_false_sizes_are_one_line_and_take_no_memory(tmp_path, arch):
     """

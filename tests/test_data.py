@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from conftest import linux_only
 from data import common
 from data.common import DataError, load_dataset
 from data.fineweb import prepare as fineweb_script
@@ -264,6 +265,7 @@ def test_an_error_while_writing_leaves_the_old_data_and_no_temporary_file(tmp_pa
     assert content(tmp_path / 'out') == old
 
 
+@linux_only
 def test_closed_pipe_or_full_device_as_stdout_is_no_traceback(tmp_path):
     """`prepare.py | head -1` and `> /dev/full` once ended in a traceback; the data is there all the same."""
     book, = write(tmp_path, book=lines(0, 500))

@@ -24,6 +24,7 @@ import numpy as np
 import pytest
 import torch
 
+from conftest import linux_only
 import cwic
 import device
 import evaluate
@@ -609,6 +610,7 @@ def test_resuming_a_finished_run_draws_its_picture_again(finished, again):
     assert {name: files(again)[name] for name in before} == before
 
 
+@linux_only
 def test_ctrl_c_during_imports_is_quiet(tmp_path):
     """Importing torch takes seconds, and Ctrl-C meanwhile once printed a traceback of forty lines."""
     process = start('train.py', cwd=tmp_path)
@@ -628,6 +630,7 @@ def test_a_closed_pipe_loses_nothing(data, tmp_path):
     assert process.wait(60) == 141 and not errors and load(tmp_path)['step'] == 12
 
 
+@linux_only
 @pytest.mark.parametrize('closed', [True, False])
 def test_no_stdout_is_fine_and_a_full_one_is_one_line(data, tmp_path, closed):
     """If stdout is closed, there is nothing to say; if its disk is full, one line, before any work is lost."""
