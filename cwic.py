@@ -42,9 +42,9 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-BANDWIDTH = 0.1         # sigmas: how wide the range around a threshold is from which it learns
+BANDWIDTH = 0.1         # sigmas: width of the window around a threshold in which inputs give it gradient
 FLOOR = 1e-3            # sigmas: thresholds never fall below this
-OBSERVE_EVERY = 7       # statistics need one token in 7; as 7 divides no usual context, of every position
+OBSERVE_EVERY = 7       # one token in 7 is enough; 7 divides no usual context, so every position gets sampled
 
 
 def reference(x, mu, t, W, stripe):
@@ -81,13 +81,15 @@ def mask_inputs(c, mu, t, dtype):
 def step_backward(c, t, bw, grad_mc, price):
     """
     The gradient of the mask. A step has no useful derivative, so m = |c| > t gets one: the slope k of a ramp
-    of width bw. m changes the output and the count of weights, and both have a gradient: grad_mc is that of
-    m * c, and price that of m.
+    of width bw around t, 0 elsewhere. The loss depends on m in two ways, through the output and through the
+    count of weights: grad_mc is its gradient in m * c, and price its gradient in m, what it costs to use an
+    input in a stripe.
 
-        k = 1[ ||c| - t| < bw / 2 ] / bw
+        k = 1 / bw if ||c| - t| < bw / 2, else 0
         grad_m = grad_mc * c + price
         dt = -sum over tokens of grad_m * k
-        dc = sum over stripes of grad_mc + price * k * sign(c)      for the output, as if nothing were masked
+        dc = sum over stripes of grad_mc                    through the output: as if nothing were masked
+           + sum over stripes of price * k * sign(c)        through the count
 
     c (N, in), t (n, in), bw (in), grad_mc (n, N, in), price (n, N, 1) -> dc (N, in), dt (n, in)
     """
@@ -159,8 +161,9 @@ class GatedProduct(torch.autograd.Function):
 class Thresholds(nn.Module):
     """
     The base of StripedLinear and Neurons: a threshold t = theta * scale * sigma for each (stripe, input)
-    pair. theta is trained; mu and sigma are observed, once. Adam moves all parameters equally fast: with this
-    scale thresholds move, in sigmas, about as fast as outputs.
+    pair. theta is trained; mu and sigma are observed, once. Adam moves every parameter by about the learning
+    rate in a step, and so an output, the sum of n_in products, by about sqrt(n_in) times that. The scale lets
+    t, in sigmas, keep up with it.
     """
     centred = True                              # else mu stays 0
     functions = mask_inputs, step_backward      # refinements.fuse_masks() sets compiled ones
@@ -284,7 +287,7 @@ class GatedMLP(nn.Module):
 
 
 # -----------------------------------------------------------------------------
-# mu and sigma, in which thresholds are measured; and how far thresholds may move
+# mu; sigma, the unit of thresholds; and how far thresholds may move
 
 
 def statistics(x, centred):
@@ -316,8 +319,9 @@ def is_threshold(name):
 @torch.no_grad()
 def limit_thresholds(layers, before):
     """
-    After an optimiser step: no threshold moves by more than half its bandwidth, or it would lose touch with
-    the inputs it passed, nor below the floor. before: theta (n, in) of each layer before the step.
+    After an optimiser step: limits each threshold's move to half its bandwidth, so that it cannot jump past
+    inputs without learning from them, and keeps it above the floor. before: theta (n, in) of each layer
+    before the step.
     """
     # _foreach: on a GPU a few kernels for all layers, instead of a thousand small ones
     thetas, scales = [layer.theta for layer in layers], [layer.scale for layer in layers]
