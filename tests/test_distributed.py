@@ -19,7 +19,7 @@ import refinements
 import train
 from checkpoint import save_checkpoint
 from test_cwic import one_thread, small_model        # noqa: F401  one_thread: a fixture
-from test_train import ROOT, SCHEDULE, SIZES, Ended, call, equal, files, flags, load, one_line, resume
+from test_train import ROOT, SCHEDULE, SIZES, Ended, call, equal, files, flags, load, one_line, resume, write_data
 
 # two sequences in a forward pass: one process takes two passes for a step, each of two processes takes one
 OPTIONS = flags({**SIZES, **SCHEDULE, 'micro_batch': 2, 'eval_every': 6, 'stripe_up': 24, 'teacher': 0.5})
@@ -99,8 +99,16 @@ def test_two_processes_equal_one(alone, data, tmp_path):
     close(one['teacher'], two['teacher'], 1e-3)
 
 
-def test_gradients_of_two_processes_equal_those_of_one(data, tmp_path):
-    """After a first step, here a sparse one, Adam's first moment is a tenth of the gradient."""
+@pytest.mark.parametrize('mixed', [False, True])
+def test_gradients_of_two_processes_equal_those_of_one(data, tmp_path, mixed):
+    """
+    After a first step, here a sparse one, Adam's first moment is a tenth of the gradient. mixed: the batch comes
+    from two data sets, so that each process has its share of both.
+    """
+    if mixed:
+        (tmp_path / 'other').mkdir()
+        other = write_data(tmp_path / 'other', list(b'import os; print(os.name)' * 40))
+        data = f'{data}:0.5,{other}:0.5'
     options = [*OPTIONS, '--teacher', 0, '--dense_steps', 0, '--data', data, '--max_steps', 1]
     assert call(*options, '--out', tmp_path / 'one').returncode == 0
     assert [ended.returncode for ended in two_processes(*options, '--out', tmp_path / 'two')] == [0, 0]
