@@ -78,26 +78,26 @@ def mask_inputs(c, mu, t, dtype):
     return torch.addcmul(mu, m, c).to(dtype), m.sum(2)
 
 
-def step_backward(c, t, bw, grad_mc, price):
+def step_backward(c, t, bw, grad_mc, cost):
     """
     The gradient of the mask. A step has no useful derivative, so m = |c| > t gets one: the slope k of a ramp
     of width bw around t, 0 elsewhere. The loss depends on m in two ways, through the output and through the
-    count of weights: grad_mc is its gradient in m * c, and price its gradient in m, what it costs to use an
-    input in a stripe.
+    count of weights: grad_mc is its gradient in m * c, and cost its gradient in m, the price of an input that
+    a stripe uses.
 
         k = 1 / bw if ||c| - t| < bw / 2, else 0
-        grad_m = grad_mc * c + price
+        grad_m = grad_mc * c + cost
         dt = -sum over tokens of grad_m * k
         dc = sum over stripes of grad_mc                    through the output: as if nothing were masked
-           + sum over stripes of price * k * sign(c)        through the count
+           + sum over stripes of cost * k * sign(c)         through the count
 
-    c (N, in), t (n, in), bw (in), grad_mc (n, N, in), price (n, N, 1) -> dc (N, in), dt (n, in)
+    c (N, in), t (n, in), bw (in), grad_mc (n, N, in), cost (n, N, 1) -> dc (N, in), dt (n, in)
     """
     near = above(bw / 2, (c.abs() - t[:, None]).abs_())             # (n, N, in): k is near / bw
     per_bw = 1 / bw.clamp_min(1e-12)                                # an input that never moves has bw 0
-    grad_m = torch.addcmul(price, grad_mc, c)                       # (n, N, in)
+    grad_m = torch.addcmul(cost, grad_mc, c)                        # (n, N, in)
     dt = -grad_m.mul_(near).sum(1) * per_bw
-    dc = grad_mc.sum(0, dtype=c.dtype) + (price * near).sum(0) * c.sign() * per_bw
+    dc = grad_mc.sum(0, dtype=c.dtype) + (cost * near).sum(0) * c.sign() * per_bw
     return dc, dt
 
 
@@ -122,7 +122,7 @@ def as_count(active):
     return active.to(torch.float32 if active.device.type == 'mps' else torch.float64)
 
 
-class GatedProduct(torch.autograd.Function):
+class MaskedProduct(torch.autograd.Function):
     """
     The layer as in reference(), all stripes at once, with the mask's gradient. Only x is kept for backward:
     masks are cheaper to compute again than to store.
@@ -153,8 +153,8 @@ class GatedProduct(torch.autograd.Function):
             grad_mc = torch.bmm(g, by_stripe(W.to(ctx.dtype), ctx.stripe).transpose(1, 2))      # (n, N, in)
             # an input that is used costs one weight in each column of the stripe
             widths = by_stripe(x.new_ones(1, W.shape[1]), ctx.stripe).sum(2)        # (n, 1)
-            price = widths[:, None] * g_active.to(x.dtype)[:, None]                 # (n, N, 1)
-            dx, dt = ctx.step_backward(c, t, bw, grad_mc, price)
+            cost = widths[:, None] * g_active.to(x.dtype)[:, None]                  # (n, N, 1)
+            dx, dt = ctx.step_backward(c, t, bw, grad_mc, cost)
             return dx, None, dt, None, dW, None, None
 
 
@@ -215,7 +215,7 @@ class StripedLinear(Thresholds):
     def masked_product(self, x, W):
         """x (B, T, in), W (in, out) -> y (B, T, out), active (B, T)"""
         B, T, _ = x.shape
-        y, active = GatedProduct.apply(x.float().view(B * T, -1), self.mu, self.thresholds(),
+        y, active = MaskedProduct.apply(x.float().view(B * T, -1), self.mu, self.thresholds(),
                                        BANDWIDTH * self.sigma, W, self.stripe, self.functions)
         return y.view(B, T, -1), active.view(B, T)
 
@@ -224,7 +224,7 @@ class StripedLinear(Thresholds):
 # the shared mask of gated MLPs: a neuron that is masked needs neither its column of up nor its row of down
 
 
-class GatedNeurons(torch.autograd.Function):
+class MaskedNeurons(torch.autograd.Function):
     """
     a = h * z if |z| > t, else 0; and the weights each token used, `width` for each active neuron.
 
@@ -242,8 +242,8 @@ class GatedNeurons(torch.autograd.Function):
     def backward(ctx, g, g_active):
         z, h, t, bw = ctx.saved_tensors
         dh = above(z.abs(), t) * z * g
-        price = ctx.width * g_active.to(z.dtype)                                # (N,)
-        dz, dt = ctx.step_backward(z, t[None], bw, (g * h)[None], price[None, :, None])
+        cost = ctx.width * g_active.to(z.dtype)                                 # (N,)
+        dz, dt = ctx.step_backward(z, t[None], bw, (g * h)[None], cost[None, :, None])
         return dz, dh.to(h.dtype), dt[0], None, None, None
 
 
@@ -266,7 +266,7 @@ class Neurons(Thresholds):
         h, down = x @ self.adapter_up(self.up), self.adapter_down(self.down)
         if dense:
             return (h * z) @ down, as_count(torch.full(x.shape[:2], self.n_weights, device=x.device))
-        a, active = GatedNeurons.apply(z.float().flatten(0, 1), h.flatten(0, 1), self.thresholds()[0],
+        a, active = MaskedNeurons.apply(z.float().flatten(0, 1), h.flatten(0, 1), self.thresholds()[0],
                                        BANDWIDTH * self.sigma, 2 * x.shape[2], self.functions)
         return a.view_as(h) @ down, active.view(x.shape[:2])
 

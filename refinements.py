@@ -58,8 +58,8 @@ class Shortlist(torch.autograd.Function):
         rough, exact, margin = ctx.saved_tensors
         gap = gap_to_max(rough)                                                 # (N, vocab)
         listed, near = gap < margin, (gap - margin).abs() < MARGIN_BANDWIDTH / 2
-        price = ctx.n_in * g_active.float()[:, None]
-        grad_listed = g.float() * (exact.float() - rough.float()) + price
+        cost = ctx.n_in * g_active.float()[:, None]                             # of an exact logit
+        grad_listed = g.float() * (exact.float() - rough.float()) + cost
         d_margin = torch.where(near, grad_listed, 0.0).sum() / MARGIN_BANDWIDTH
         return torch.where(listed, 0.0, g), torch.where(listed, g, 0.0), d_margin[None], None
 

@@ -11,7 +11,7 @@ import torch
 
 import cwic
 import refinements
-from cwic import BANDWIDTH, GPT, CWICConfig, GatedNeurons, GatedProduct, KVCache, Neurons, StripedLinear
+from cwic import BANDWIDTH, GPT, CWICConfig, MaskedNeurons, MaskedProduct, KVCache, Neurons, StripedLinear
 
 # widths that stripes do not divide, several heads, and an MLP that is not 4 times as wide
 SIZES = {'vocab_size': 50, 'block_size': 16, 'n_layer': 2, 'n_head': 4, 'n_embd': 16, 'n_hidden': 28,
@@ -120,7 +120,7 @@ def test_mask_gradient_is_that_of_a_ramp(stripe):
         return loss
 
     x_, t_, W_ = (torch.tensor(a, requires_grad=True) for a in (x, t, W))
-    y, active = GatedProduct.apply(x_, torch.tensor(mu), t_, torch.tensor(bw), W_, stripe, PLAIN)
+    y, active = MaskedProduct.apply(x_, torch.tensor(mu), t_, torch.tensor(bw), W_, stripe, PLAIN)
     ((y * torch.tensor(G)).sum() + (active * torch.tensor(A)).sum()).backward()
     np.testing.assert_allclose(t_.grad, differences(lambda t: smoothed(x, t, with_y=True), t), atol=1e-6)
     # from y, x gets the gradient it would get if nothing were masked
@@ -148,7 +148,7 @@ def test_shared_mask_gradient_is_that_of_a_ramp():
         return np.sum(A * 10 * ramp.sum(1)) + (np.sum(G * h * z * ramp) if with_a else 0.0)
 
     z_, h_, t_ = (torch.tensor(a, requires_grad=True) for a in (z, h, t))
-    a, active = GatedNeurons.apply(z_, h_, t_, torch.tensor(bw), 10, PLAIN)
+    a, active = MaskedNeurons.apply(z_, h_, t_, torch.tensor(bw), 10, PLAIN)
     ((a * torch.tensor(G)).sum() + (active * torch.tensor(A)).sum()).backward()
     mask = np.abs(z) > t
     np.testing.assert_allclose(t_.grad, differences(lambda t: smoothed(z, t, with_a=True), t), atol=1e-6)
@@ -256,7 +256,7 @@ def test_counts_are_exact_above_f32():
             _, active = layer(torch.ones(1, 1, 4097), dense)
             assert int(active) == 4097 * 8191
     ones, zeros = torch.ones(1, 10001), torch.zeros(10001)
-    assert int(GatedNeurons.apply(ones, ones, zeros, zeros, 2 * 2049, PLAIN)[1]) == 10001 * 2 * 2049
+    assert int(MaskedNeurons.apply(ones, ones, zeros, zeros, 2 * 2049, PLAIN)[1]) == 10001 * 2 * 2049
 
 
 # -----------------------------------------------------------------------------
