@@ -5,8 +5,8 @@ Builds sparse_kernel.c for this machine, once, and loads it.
     kernel = build_kernel.load()    # kernel.lib.decode(...), kernel.ffi.new(...); builds it if needed
 
 The module lies in .kernel/ beside the source or, if that folder cannot be used, in the user's cache folder.
-Its name is a hash of what it depends on (source, compiler, flags, Python, CPU). So if any of them changes,
-load() builds again, and machines that share a folder do not get each other's code.
+Its name is a hash of what it depends on (source, the compiler's command, flags, Python, CPU). So if any of
+them changes, load() builds again, and machines that share a folder do not get each other's code.
 
 Not here: Windows compilers (PyTorch decodes there); cross-compiling; removal of old builds: delete .kernel/.
 """
