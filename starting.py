@@ -66,7 +66,7 @@ def pretrained_model(config, given):
                 or name in ('bases', 'shortlist') and asked         # they can be added
                 or name.startswith('stripe_') and not is_adapter)   # no thresholds are learned yet
         if asked != size and not fits:
-            fail(f'--{name} {asked}: {source} has {size}; leave the option out')
+            fail(f'--{name} {asked}: {source} has {size}; give that, or leave the option out')
         if name != 'block_size':
             sizes[name] = asked
     if any(sizes[name] != size for name, size in asdict(model.config).items()):
