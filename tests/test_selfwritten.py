@@ -195,6 +195,14 @@ def test_questions_that_cannot_be_used_are_one_line(chat_model, tmp_path, monkey
     assert said in error and error.count('\n') == 1 and not os.listdir(tmp_path)
 
 
+def test_few_tokens_make_few_windows(chat_model, tmp_path):
+    """On a CPU, --tokens 2000 wrote 16 windows of 512 tokens, for minutes and without a line."""
+    command = [sys.executable, SCRIPT, '--model', chat_model, '--out', str(tmp_path), '--device', 'cpu',
+               '--tokens', '1000', '--window', '256']
+    subprocess.run(command, check=True, timeout=120, env={**os.environ, 'OMP_NUM_THREADS': '1'})
+    assert sum((tmp_path / f'{split}.bin').stat().st_size for split in ('train', 'val')) == 2 * 4 * 256
+
+
 def test_the_same_seed_writes_the_same_and_another_seed_does_not(written, chat_model, tmp_path, monkeypatch):
     script = imported(monkeypatch)
     for seed, same in (('1', True), ('2', False)):

@@ -25,10 +25,14 @@ Not here: filtering, as at these temperatures hardly any window comes twice; goi
 """
 
 import math
+import os
 import sys
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
+
+if __name__ == '__main__':
+    os.environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE')     # for torch's threads, as in train.py
 
 import numpy as np
 import torch
@@ -41,7 +45,7 @@ from cwic import KVCache
 from data.common import DataError, run, token_dtype, until_stopped, write_dataset
 from device import choose_device
 from evaluate import read_questions
-from options import option, parse_options
+from options import counted, option, parse_options
 from sampling import sample
 from tokenizer import bos_ids, dialogue_ids, end_id, load_tokenizer, stop_ids
 
@@ -63,7 +67,7 @@ class SelfWrittenConfig:
     asked: float = option(0.6, 'with --questions: share of dialogues that begin with one of them', at_least=0,
                           at_most=1)
     window: int = option(512, 'length of the independent windows, in tokens', at_least=32)
-    batch: int = option(0, 'windows written at once; 0: 4096 on a GPU, 16 on a CPU', at_least=0)
+    batch: int = option(0, 'windows written at once; 0: 4096 on a GPU, up to 16 on a CPU', at_least=0)
     seed: int = option(1, 'of the random numbers', at_least=0)
     device: str = option('auto', 'auto, cpu, cuda or mps')
     out: str = option(str(HERE), 'folder for train.bin, val.bin and meta.json')
@@ -159,7 +163,7 @@ def write_windows(model, spec, encoding, count, config, device, generator, promp
     anything = toss(0.5)
 
     cache = KVCache(replace(model.config, block_size=config.window), count, device, model.head.weight.dtype)
-    for i in range(config.window - 1):
+    for i in counted(range(config.window - 1), f'writing {count:,} windows, tokens of each'):
         logits, _ = model(window[:, i:i + 1], cache, dense=True)    # (count, 1, vocab)
         due = script[place]                                         # (count,)
         answers = due == ASSISTANT
@@ -182,7 +186,8 @@ def main():
     if 'asked' in given and not config.questions:
         raise DataError('--asked has no use without --questions FILE')
     device = choose_device(config.device)
-    batch = config.batch or (4096 if device == 'cuda' else 16)
+    rows = max(2, math.ceil(config.tokens / config.window))
+    batch = config.batch or (4096 if device == 'cuda' else min(16, rows))
     if batch == 1:
         raise DataError('--batch must be at least 2: a dialogue and a document')
     questions = read_questions(config.questions) if config.questions else []
