@@ -42,12 +42,12 @@ NEED_A_REPLY = ('retry', 'dense', 'layers', 'tokens', 'save', 'plot')
 SETTABLE = (*SAMPLING, 'seed', 'max_tokens', 'stop', 'system', 'turn_template')
 COMMANDS = {
     'help': 'show this list',
-    'reset': 'forget the conversation, and start the random numbers again',
+    'reset': 'clear the conversation, and start again from the seed',
     'retry': 'reply to the last prompt again',
     'set': 'list the options that can change; /set KEY VALUE changes one',
     'dense': 'answer the last prompt with every weight, and compare',
     'layers': 'show how much of each matrix the last reply used',
-    'tokens': 'show the last prompt on its colours, and the reply as a table',
+    'tokens': 'show the last prompt in its colours, and the reply as a table',
     'save': 'save the conversation as a page or a picture: FILE.html, FILE.png',
     'plot': 'draw the compute of the last reply: /plot FILE.png',
     'quit': 'leave; Ctrl-D does too'}
@@ -115,7 +115,7 @@ class Chat:
             print(render.DIM + text + render.RESET if self.palette.colored else text, flush=True)
 
     def legend(self):
-        if self.palette.colored:
+        if self.palette.colored and self.conversation.sparse:
             for piece in self.palette.legend():
                 self.painter.write(*piece)
             self.painter.end_line()
@@ -134,6 +134,8 @@ class Chat:
         if len(turn.new) > size:
             self.remark(f'the prompt has {len(turn.new)} tokens, of which the model saw the last {size}')
         self.remark(render.summary(turn))
+        if self.typing and turn.ended == 'length':
+            self.remark('stopped at max_tokens: Enter alone lets it go on')
         return turn
 
     def answer(self, prompts):
@@ -145,7 +147,7 @@ class Chat:
             if turn.ended == 'interrupt':
                 return 130
         self.legend()
-        return 0 if turn else fail('no prompt: there is nothing but blanks')
+        return 0 if turn else fail('the prompt is empty')
 
     def converse(self):
         """Reads lines until Ctrl-D or /quit; returns the exit code."""
@@ -211,6 +213,8 @@ class Chat:
         if not self.conversation.sparse:
             self.remark('this model is dense: the reply above used every weight')
             return
+        if not self.conversation.base:
+            self.remark('trained to skip weights: with all of them, this model is often worse')
         sparse, dense = self.conversation.turns[-1], self.run(self.conversation.dense)
         pairs = list(zip(sparse.reply, dense.reply))
         i = next((i for i, (a, b) in enumerate(pairs) if a.id != b.id), None)
@@ -242,6 +246,7 @@ class Chat:
 
     def write(self, writers, what, path):
         """Writes a turn or turns to a file; its suffix chooses the writer."""
+        path = os.path.expanduser(path)
         writer = writers.get(os.path.splitext(path)[1])
         if not writer:
             self.remark(f'say where: FILE{" or FILE".join(writers)}')

@@ -198,6 +198,8 @@ class Conversation:
         if turn.ended == 'stop':        # perhaps in the middle of a token: encode the text before it again
             said, self.logits = self.encoding.encode_ordinary(turn.text), None
         self.tokens = turn.before + turn.new + said
+        if turn.ended == 'interrupt' and not said:      # nothing of it stays: a long prompt was a mistake
+            self.tokens = turn.before
         self.turns.append(turn)
         return turn
 

@@ -150,7 +150,8 @@ def summary(turn):
     if not turn.reply:
         return f'0 tokens; {turn.engine}'
     speed = f', {turn.speed:.0f}/s' if turn.speed else ''
-    return (f'{len(turn.reply)} tokens{speed}, first {1000 * sum(turn.seconds[:2]):.0f} ms; '
+    count = f'{len(turn.reply)} token{"s" * (len(turn.reply) > 1)}'
+    return (f'{count}{speed}, first {1000 * sum(turn.seconds[:2]):.0f} ms; '
             f'used {100 * turn.share:.1f}%, reduction {reduction(turn.share):.2f}; {turn.engine}')
 
 

@@ -415,6 +415,23 @@ def test_decoder_context_matches_the_text_shown(conversation):
     assert bytes(conversation.tokens).decode('utf-8', 'replace').count('seven') == 1
 
 
+def test_a_prompt_interrupted_while_it_is_read_is_dropped(conversation, monkeypatch):
+    """After Ctrl-C in a prompt of 6,000 words, the next question waited until all of them were read again."""
+    conversation.say('one', silent)
+    before = list(conversation.tokens)
+
+    def interrupted(ids):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(conversation.decoder, 'step', interrupted)
+        turn = conversation.say('a long prompt', silent)
+    assert turn.ended == 'interrupt' and not turn.reply and conversation.tokens == before
+    conversation.say('two', silent)
+    text = bytes(conversation.tokens).decode('utf-8', 'replace')
+    assert 'two' in text and 'a long prompt' not in text
+
+
 def test_a_stop_sequence_may_contain_the_replacement_character(conversation, monkeypatch):
     """
     --stop with a U+FFFD in it was found in the text and then not in the bytes: min() of nothing, and a
@@ -662,9 +679,9 @@ def main(monkeypatch, capsys, *words, stdin=b'a\n'):
 @pytest.mark.parametrize('words, code, told', [
     (['--ckpt', 'missing.safetensors'], 1, 'missing.safetensors'), (['--ckpt', 'text.safetensors'], 1, 'not a CWIC checkpoint'),
     (['--temprature', '1'], 2, 'temprature'), (['--temperature', 'nan'], 2, 'temperature'),
-    (['--top_p', '2'], 2, 'top_p'), (['--prompt', ''], 2, 'no prompt'), (['--turn_template', 'User:'], 2, '{prompt}'),
+    (['--top_p', '2'], 2, 'top_p'), (['--prompt', ''], 2, 'the prompt is empty'), (['--turn_template', 'User:'], 2, '{prompt}'),
     (['--max_tokens=0'], 2, 'max_tokens'), (['--dtype', 'f16'], 2, 'dtype'), (['--threads', '0'], 2, 'threads'),
-    (['--threads', '99999'], 2, 'threads'), ([], 2, 'no prompt')])
+    (['--threads', '99999'], 2, 'threads'), ([], 2, 'the prompt is empty')])
 def test_user_errors_are_one_line(words, code, told, checkpoint, tmp_path, monkeypatch, capsys):
     (tmp_path / 'text.safetensors').write_text('not a checkpoint', encoding='utf-8')
     monkeypatch.chdir(tmp_path)
@@ -806,6 +823,7 @@ def test_dense_command_shows_the_first_token_that_differs(conversation, monkeypa
     conversation.say('x', silent)
     shown = command(capsys, conversation, 'dense').splitlines()
     assert "they differ from token 2 on: '\\n' (sparse), '\ufffd' (dense)" in shown
+    assert shown[0] == 'trained to skip weights: with all of them, this model is often worse'   # it has no base
     assert ' dense: ' in shown[-1] and shown[-1].endswith(' times as fast')
     shown = command(capsys, conversation, 'dense')
     assert f'the same 3 tokens as with {100 * conversation.turns[0].share:.1f}% of the weights\n' in shown
