@@ -83,6 +83,8 @@ def pretrained_model(config, given):
 def resumed_model(config, given):
     """last.safetensors -> (model, what else the file says, its options with those changed that may be)."""
     path = os.path.join(config.out, LAST)
+    if not os.path.exists(path):
+        fail(f'--resume: no run in {config.out}; start one without --resume', 1)
     model, saved = weights.load(path, merge=False)
     with reading(path, 'a run to resume'):
         old = check_options(type(config), saved['options'])

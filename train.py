@@ -502,7 +502,7 @@ def announce(run, mix, world_size, why):
               f'each, {tokens * config.steps():,} in all',
               f'device  {run.device}{threads}{processes}; {config.dtype} ({why})']
     if config.compile:
-        lines.append('compile the first step of each phase will take a minute or so')
+        lines.append('compile takes a minute or so, in the first step of each phase')
     if config.resume:
         lines.append(f'resumed at step {run.step} of {config.steps()}')
     print('\n'.join(lines), flush=True)
@@ -577,7 +577,7 @@ def train(run, mix, rank, world_size):
             group['lr'] = share * lr
         if run.step == config.dense_steps and not dense:
             if fuse_masks(run) and rank == 0:
-                print('sparse from here on; the masks are compiled first, for some seconds', flush=True)
+                print('sparse from here on; compiling the masks first takes some seconds', flush=True)
             if not observed(model):             # most adapters have their statistics already
                 observe(run, mix)
             run.teacher = frozen_teacher(run) if config.teacher else None

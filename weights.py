@@ -371,8 +371,9 @@ def load(source, merge=True):
     elif source in GPT2_RELEASES:
         path = fetch_release(source)
     if not os.path.exists(path):
-        raise CheckpointError(f'{source}: no such model; there are {", ".join(NAMES)}, folders with '
-                              'config.json, .gguf files, and checkpoints such as out/best.safetensors')
+        raise CheckpointError(f'{source}: no such model: train it first, or choose {", ".join(NAMES)}, a '
+                              'folder with config.json, a .gguf file, or a checkpoint such as '
+                              'out/best.safetensors')
     if os.path.isdir(path):
         return load_folder(path)
     if path.endswith('.gguf'):

@@ -60,7 +60,8 @@ def run(main, memory='end other programs, or take less at once'):
             fail(f'out of memory; {memory}', 1)
         if not isinstance(e, OSError):
             raise
-        fail(f'{e.filename2 or e.filename or "disk or stdout"}: {e.strerror or e}; older files are whole', 1)
+        name = e.filename2 or e.filename or 'disk or stdout'
+        fail(f'{name}: {e.strerror or e}; files saved earlier are intact', 1)
     except KeyboardInterrupt:
         fail('interrupted; run the same command again', 130)
 
@@ -153,7 +154,7 @@ def write_dataset(folder, encoding, spec, pieces, source, **more):
         meta.update({f'{split}_tokens': tokens[split], f'{split}_bytes': size[split]})
     write_atomically(folder / 'meta.json', lambda file: file.write(json.dumps(meta).encode('ascii')))
     print(f"{source}: {size['train'] / 1e6:,.2f} + {size['val'] / 1e6:,.2f} MB (train + val)\n"
-          f"{folder}: {tokens['train']:,} + {tokens['val']:,} tokens of {encoding.n_vocab:,} kinds, "
+          f"{folder}: {tokens['train']:,} + {tokens['val']:,} tokens, vocabulary of {encoding.n_vocab:,}, "
           f"{size['train'] / tokens['train']:.2f} bytes per token")
 
 
@@ -187,7 +188,9 @@ def prepare(name):
                 'heldout': 'git checkout data/heldout'}
     if (DATA / name / 'prepare.py').exists():
         commands[name] = f'python data/{name}/prepare.py'
-    command = commands.get(name, 'python data/text/prepare.py FILE... and then train with --data text')
+    if name == 'selfwritten':
+        commands[name] += ', which takes a GPU or hours; or use --data heldout'
+    command = commands.get(name, 'python data/text/prepare.py FILE... and then use --data text')
     raise DataError(f'data/{name} is not there, or not prepared; run: {command}')
 
 
@@ -198,6 +201,8 @@ def load_dataset(name, block_size):
     """
     if is_mix(name):
         raise DataError(f'{name} is a mix of data sets; name one of them: --data NAME')
+    if str(name).startswith('data/'):
+        raise DataError(f'{name}: give the folder without data/: --data {name.removeprefix("data/")}')
     folder = DATA / name
     if not (folder / 'meta.json').exists():
         prepare(name)

@@ -253,7 +253,7 @@ def test_an_error_while_writing_leaves_the_old_data_and_no_temporary_file(tmp_pa
     old, limits = content(tmp_path / 'out'), resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (2000, limits[1]))
     try:
-        prepare(text_script, new_text, '--out', tmp_path / 'out', code=1, parts=['too large', 'are whole'])
+        prepare(text_script, new_text, '--out', tmp_path / 'out', code=1, parts=['too large', 'are intact'])
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert content(tmp_path / 'out') == old
@@ -603,12 +603,14 @@ def test_data_that_is_too_short_for_the_context(tmp_path):
 
 
 def test_data_that_is_not_there_says_how_to_make_it(monkeypatch, tmp_path):
-    for name, command in (('nowhere', 'python data/text/prepare.py FILE... and then train with --data text'),
+    for name, command in (('nowhere', 'python data/text/prepare.py FILE... and then use --data text'),
                           ('fineweb', 'python data/fineweb/prepare.py'), ('packages', '--packages')):
         monkeypatch.setattr(common, 'DATA', tmp_path)
         (tmp_path / 'fineweb').mkdir(exist_ok=True)
         (tmp_path / 'fineweb' / 'prepare.py').touch()
         assert f'data/{name} is not there' in refused(name) and command in refused(name)
+    # --out data/talks, and then --data data/talks: it looked for data/data/talks
+    assert refused('data/talks') == 'data/talks: give the folder without data/: --data talks'
 
 
 def test_python_is_prepared_when_it_is_asked_for(monkeypatch, tmp_path, capfd):

@@ -177,7 +177,7 @@ def test_all_processes_use_the_dtype_of_the_first(data, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize('args, words', [
-    (['--resume'], 'no such model'),                        # before anything is shared
+    (['--resume'], 'no run in'),                            # before anything is shared
     (['--batch_size', 1], 'too small to be shared by 2 processes'),
     (['--data', 'nowhere'], 'data/nowhere is not there'),
     (['--init_from', 'nowhere.safetensors'], 'no such model'),

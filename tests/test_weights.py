@@ -737,7 +737,7 @@ def test_missing_files_are_named(folder, tmp_path):
         assert refused(folder).startswith(f'{folder}: ')
     (folder / 'config.json').unlink()
     assert 'no config.json there: name a folder' in refused(folder)
-    assert 'there are smollm2, gpt2, gpt2-medium' in refused('gpt3')
+    assert 'choose smollm2, gpt2, gpt2-medium' in refused('gpt3')
     assert 'no such model' in refused(tmp_path / 'nothing.gguf')
 
 

@@ -8,7 +8,7 @@ Text or dialogues of your own, UTF-8 -> train.bin, val.bin, meta.json in this fo
 
 The last tenth of each file is for validation. A file is cut between two documents if it marks them with
 <|endoftext|>, else after a line. Each file (or marked document) becomes a document. Line ends become '\\n', a
-byte order mark goes.
+byte order mark is removed.
 
 A file whose name ends in .jsonl holds dialogues, one on each line, such as
 
