@@ -5,6 +5,9 @@ Talk to a CWIC model and see where its compute goes.
     python chat.py --prompt "Why is the sky blue?"      # one reply
     python chat.py --json < prompts.txt                 # a reply to each line, as JSON, for scripts
 
+Of a file or pipe, each line is answered on its own, without what was said before, and commands are text like
+any other. render.as_json() says what the JSON holds.
+
 The model is your own out/best.safetensors if there is one, else the shipped adapter, which makes
 SmolLM2-135M-Instruct sparse. --ckpt takes everything that weights.py can load. --dense uses every weight; for
 an adapter it loads the dense model underneath. Each token's background shows how many weights were used to

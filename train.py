@@ -502,7 +502,7 @@ def announce(run, mix, world_size, why):
               f'each, {tokens * config.steps():,} in all',
               f'device  {run.device}{threads}{processes}; {config.dtype} ({why})']
     if config.compile:
-        lines.append('compile takes a minute or so, in the first step of each phase')
+        lines.append('compile takes a minute or so in the first step of each phase')
     if config.resume:
         lines.append(f'resumed at step {run.step} of {config.steps()}')
     print('\n'.join(lines), flush=True)
@@ -626,7 +626,6 @@ def main():
         fail('--lora_rank and --bases change a pretrained model: say which with --init_from')
     if not config.resume and any(os.path.exists(os.path.join(config.out, name)) for name in FILES):
         fail(f'--out {config.out} holds a run already: continue it (--resume), choose another, or delete it')
-    os.makedirs(config.out, exist_ok=True)
     tune_malloc()
     device, rank, world_size = join_processes(choose_device(config.device))
     if rank > 0:
@@ -635,6 +634,7 @@ def main():
     if rank == 0:
         barrier()
     config = run.config
+    os.makedirs(config.out, exist_ok=True)      # a run that cannot begin leaves no empty folder
     if config.batch_size < world_size:
         fail(f'--batch_size {config.batch_size} is too small to be shared by {world_size} processes')
     choice = [choose_dtype(config.dtype, torch.device(device).type)]

@@ -217,7 +217,7 @@ def load_dataset(name, block_size):
         raise DataError(f'data/{name} is damaged ({one_line(e)}); {remedy}') from e
     if min(len(train), len(val)) < block_size + 1:
         raise DataError(f'data/{name}: {len(train):,} and {len(val):,} tokens are too few for '
-                        f'--block_size {block_size}')
+                        f'--block_size {block_size}; add text, or give a smaller one')
     if meta.get('window', block_size) < block_size:
         raise DataError(f'data/{name} is made of windows of {meta["window"]} tokens, too short for '
                         f'--block_size {block_size}')
