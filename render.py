@@ -183,10 +183,11 @@ def layer_map(turn, colored):
 
 def as_json(turn):
     """
-    A turn as a line of JSON. prompt and text; ended: by the model's 'end', by a 'stop' sequence, by 'length' or
-    an 'interrupt'; of the reply, tokens (ids) and their probabilities; the names of the matrices, their weights
-    when dense, and how many of these each token of the reply used (active); share_of_dense, the mean of that
-    over tokens, and 1 / it, reduction; seconds up to the first token, prompt included, and for the others.
+    A turn as a line of JSON. prompt and text; ended: by the model's 'end', by a 'stop' sequence, by 'length'
+    or an 'interrupt'; of the reply, tokens (ids) and their probabilities; the names of the matrices, their
+    weights when dense, and how many of these each token of the reply used (active); share_of_dense, the mean
+    of that over tokens, and 1 / it, reduction; seconds up to the first token, prompt included, and for the
+    others.
     """
     return json.dumps(dict(
         prompt=turn.typed, text=turn.text, ended=turn.ended, tokens=[token.id for token in turn.reply],
