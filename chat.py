@@ -8,7 +8,7 @@ Talk to a CWIC model and see where its compute goes.
 Of a file or pipe, each line is answered on its own, without what was said before, and commands are text like
 any other. render.as_json() says what the JSON holds.
 
-The model is your own out/best.safetensors if there is one, else the shipped adapter, which makes
+The model is your own, if there is one in out/, else the shipped 3x adapter, which makes
 SmolLM2-135M-Instruct sparse. --ckpt takes everything that weights.py can load. --dense uses every weight; for
 an adapter it loads the dense model underneath. Each token's background shows how many weights were used to
 process it; NO_COLOR=1 turns colours off. If stdout is not a terminal, it gets only the replies, and remarks

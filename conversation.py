@@ -197,9 +197,9 @@ class Conversation:
         said = [token.id for token in turn.reply]
         if turn.ended == 'stop':        # perhaps in the middle of a token: encode the text before it again
             said, self.logits = self.encoding.encode_ordinary(turn.text), None
-        self.tokens = turn.before + turn.new + said
-        if turn.ended == 'interrupt' and not said:      # nothing of it stays: a long prompt was a mistake
-            self.tokens = turn.before
+        # a prompt interrupted before its reply began is dropped: it may be long, and was a mistake
+        dropped = turn.ended == 'interrupt' and not said
+        self.tokens = turn.before if dropped else turn.before + turn.new + said
         self.turns.append(turn)
         return turn
 

@@ -216,7 +216,7 @@ class StripedLinear(Thresholds):
         """x (B, T, in), W (in, out) -> y (B, T, out), active (B, T)"""
         B, T, _ = x.shape
         y, active = MaskedProduct.apply(x.float().view(B * T, -1), self.mu, self.thresholds(),
-                                       BANDWIDTH * self.sigma, W, self.stripe, self.functions)
+                                        BANDWIDTH * self.sigma, W, self.stripe, self.functions)
         return y.view(B, T, -1), active.view(B, T)
 
 
@@ -267,7 +267,7 @@ class Neurons(Thresholds):
         if dense:
             return (h * z) @ down, as_count(torch.full(x.shape[:2], self.n_weights, device=x.device))
         a, active = MaskedNeurons.apply(z.float().flatten(0, 1), h.flatten(0, 1), self.thresholds()[0],
-                                       BANDWIDTH * self.sigma, 2 * x.shape[2], self.functions)
+                                        BANDWIDTH * self.sigma, 2 * x.shape[2], self.functions)
         return a.view_as(h) @ down, active.view(x.shape[:2])
 
 

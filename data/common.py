@@ -185,11 +185,10 @@ def prepare(name):
             raise DataError('data/python could not be prepared: see the line above')
         return
     commands = {'packages': 'python data/python/prepare.py --packages',
+                'selfwritten': 'python data/selfwritten/prepare.py, on a GPU; or use --data heldout',
                 'heldout': 'git checkout data/heldout'}
     if (DATA / name / 'prepare.py').exists():
-        commands[name] = f'python data/{name}/prepare.py'
-    if name == 'selfwritten':
-        commands[name] += ', which takes a GPU or hours; or use --data heldout'
+        commands.setdefault(name, f'python data/{name}/prepare.py')
     command = commands.get(name, 'python data/text/prepare.py FILE... and then use --data text')
     raise DataError(f'data/{name} is not there, or not prepared; run: {command}')
 
