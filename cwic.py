@@ -664,6 +664,15 @@ def add_lora(model, rank):
 
 
 @torch.no_grad()
+def widen_lora(model, rank):
+    """Raises the rank of each change. The new rows of B start at 0, so that A @ B stays the same at first."""
+    for layer, adapter, matrix in adapters(model):
+        old, new = getattr(layer, adapter), LoRA(getattr(layer, matrix), rank)
+        new.A[:, :old.A.shape[1]], new.B[:old.B.shape[0]] = old.A, old.B
+        setattr(layer, adapter, new)
+
+
+@torch.no_grad()
 def merge_lora(model):
     """Adds every change to its matrix, for good. The model computes the same, and nothing in it is frozen."""
     model.requires_grad_(True)

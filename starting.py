@@ -64,11 +64,14 @@ def pretrained_model(config, given):
         asked, size = getattr(config, name), sizes[name]
         fits = (name == 'block_size' and asked < size               # sequences shorter than the context
                 or name in ('bases', 'shortlist') and asked         # they can be added
+                or name == 'lora_rank' and asked > size             # a change can get more terms
                 or name.startswith('stripe_') and not is_adapter)   # no thresholds are learned yet
         if asked != size and not fits:
             fail(f'--{name} {asked}: {source} has {size}; give that, or leave the option out')
         if name != 'block_size':
             sizes[name] = asked
+    if is_adapter and sizes['lora_rank'] > model.head.adapter.A.shape[1]:
+        cwic.widen_lora(model, sizes['lora_rank'])
     if any(sizes[name] != size for name, size in asdict(model.config).items()):
         model = resized(model, sizes)
     if config.lora_rank and not is_adapter:

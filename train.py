@@ -11,7 +11,7 @@ Trains a CWIC model: from scratch, first dense and then ever sparser; or from a 
 With --init_from, the run starts at the exact dense model and becomes sparse from the first step on, and its
 loss is the KL to that model, unless --dense_steps, --teacher and --reverse_kl say otherwise. With --lora_rank
 the model's matrices stay frozen: the run learns thresholds and a low-rank change of each matrix, and its
-checkpoints hold only those. --init_from such an adapter continues from it.
+checkpoints hold only those. --init_from such an adapter continues from it, at a higher --lora_rank if wanted.
 
 A run leaves in --out: best.safetensors (the best evaluation that met the compute target, for use),
 last.safetensors (all that --resume needs), log.csv and training.png.
@@ -75,7 +75,8 @@ class TrainConfig:
     out: str = option('out', 'folder for the checkpoints, the log and the picture')
     init_from: str = option('', 'model to start from: smollm2, gpt2, a folder, a GGUF file or a checkpoint')
     lora_rank: int = option(0, 'with --init_from: freeze its matrices and learn a change of this rank for '
-                            'each (LoRA); 0: train all weights', at_least=0)
+                            'each (LoRA); 0: train all weights. An adapter keeps its rank or gets a higher '
+                            'one', at_least=0)
     resume: bool = option(False, 'continue the run in --out, with the options it was started with')
     seed: int = option(1, 'seed of the initial weights and of the order of the data', at_least=0)
     device: str = option('auto', 'auto, cpu, cuda or mps')

@@ -42,8 +42,8 @@ def test_train_measures_every_kind_of_step_and_changes_no_weight(tmp_path, monke
 
 @pytest.mark.parametrize('name, preset, length, batch, rank', [
     ('gpt2-shape', 'gpt2_124m_distill.toml', 48, 64, 0),            # the preset leaves the length to the model
-    ('smollm2-shape', 'smollm2_distill.toml', 512, 64, 39),
-    ('llama1b-shape', 'smollm2_distill.toml', 512, 64, 39)])
+    ('smollm2-shape', 'smollm2_distill.toml', 512, 64, 64),
+    ('llama1b-shape', 'smollm2_distill.toml', 512, 64, 64)])
 def test_shapes_train_with_their_presets_options(monkeypatch, name, preset, length, batch, rank):
     """Length, batches and LoRA are the preset's, sizes the shape's, and nothing moves."""
     monkeypatch.setattr(bench_train, 'choose_dtype', lambda *args: (torch.float32, ''))

@@ -324,9 +324,26 @@ def test_a_run_continues_from_an_adapter(adapter, data, tmp_path):
     assert abs(reduction - saved['reduction']) < 1e-6 and reduction > 1.1
     assert distil(source, data, tmp_path, '--ramp_steps', 0, '--hold_steps', 2).returncode == 0
     assert os.path.normpath(tmp_path / load(tmp_path)['base']) == base and load(tmp_path, 'best.safetensors')['reduction'] > 1.1
-    for name, value in (('lora_rank', 5), ('stripe_up', 8), ('n_layer', 2)):
+    for name, value in (('lora_rank', 2), ('stripe_up', 8), ('n_layer', 2)):
         ended = distil(source, data, tmp_path / 'b', f'--{name}', value)
         assert f'--{name} {value}: {source} has' in one_line(ended, 2)
+
+
+def test_a_run_continues_at_a_higher_rank_with_the_same_model(adapter, data, tmp_path):
+    """More terms A @ B join those that are learned, and change nothing until they are trained."""
+    source = adapter[0] / 'best.safetensors'
+    begun, _ = train.begin(*parse_options(train.TrainConfig, 'train', argv=[
+        '--init_from', str(source), '--data', data, '--lora_rank', '5']), 'cpu')
+    for (layer, name, _), (old, _, _) in zip(cwic.adapters(begun.model),
+                                             cwic.adapters(weights.load(str(source), merge=False)[0])):
+        A, B, old_B = getattr(layer, name).A, getattr(layer, name).B, getattr(old, name).B
+        assert A.shape[1] == len(B) == 5 and A[:, 3:].all() and equal(B[:3], old_B) and not B[3:].any()
+    tokens = batch(vocab=257)[0]
+    with torch.no_grad():
+        torch.testing.assert_close(begun.model.eval()(tokens)[0], weights.load(str(source))[0](tokens)[0])
+    more = ['--lora_rank', 5, '--ramp_steps', 0, '--hold_steps', 2]
+    assert distil(source, data, tmp_path, *more).returncode == 0
+    assert load(tmp_path, 'best.safetensors')['model']['head.adapter.B'][3:].any()
 
 
 @BOTH
