@@ -18,8 +18,7 @@ own task files, YAML in the harness's format, and needs no network.
 Everything is computed in f32, and the tokens of a question are as sparse as those of an answer. The reduction
 is dense / active weights over all tokens that are read.
 
-Not here: tasks that judge generated text (generate_until) or whole texts (loglikelihood_rolling: evaluate.py
---text does that), chat templates, several GPUs.
+Not here: tasks that judge generated text (generate_until), chat templates, several GPUs.
 """
 
 import json
@@ -158,27 +157,40 @@ def blimp(model, spec, encoding, pairs, dense=False):
 def harness_model(model, spec, encoding, dense=False):
     """A cwic.GPT as an lm_eval.api.model.LM. Its .cost is {task: (active weights, tokens read)}."""
     from lm_eval.api.model import LM
+    from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
     class HarnessModel(LM):
         def __init__(self):
             super().__init__()
             self.cost = {}
 
-        def loglikelihood(self, requests):
-            """requests: with .args (context, continuation) -> [(log p, greedy)]"""
-            pairs = [encode_pair(spec, encoding, *request.args) for request in requests]
+        def scored(self, pairs, tasks):
+            """pairs as in score(), the name of the task of each -> their log p and whether they are greedy"""
             logp, greedy, active, read = score(model, pairs, dense)
-            tasks = np.array([request.task_name for request in requests])
+            tasks = np.array(tasks)
             for task in set(tasks):
                 mine = tasks == task
                 self.cost[task] = self.cost.get(task, 0) + np.array([active[mine].sum(), read[mine].sum()])
-            return list(zip(logp.tolist(), greedy.tolist()))
+            return logp.tolist(), greedy.tolist()
+
+        def loglikelihood(self, requests):
+            """requests: with .args (context, continuation) -> [(log p, greedy)]"""
+            pairs = [encode_pair(spec, encoding, *request.args) for request in requests]
+            return list(zip(*self.scored(pairs, [request.task_name for request in requests])))
 
         def loglikelihood_rolling(self, requests):
-            raise NotImplementedError       # load_tasks() lets no task through that needs it, or the next
+            """requests: with .args (text,) -> [log p of the text], read in windows as long as the context"""
+            first, length = start_ids(spec, encoding)[-1], model.config.block_size
+            texts = [encoding.encode_ordinary(*request.args) for request in requests]
+            windows = [list(map(make_disjoint_window, get_rolling_token_windows(ids, first, length, 1)))
+                       for ids in texts]
+            logp, _ = self.scored(sum(windows, []), [request.task_name for request, some
+                                                     in zip(requests, windows) for _ in some])
+            logp = iter(logp)
+            return [sum(next(logp) for _ in some) for some in windows]
 
         def generate_until(self, requests):
-            raise NotImplementedError
+            raise NotImplementedError       # load_tasks() lets no task through that needs it
 
     return HarnessModel()
 
@@ -197,9 +209,9 @@ def load_tasks(names, include_path):
         raise DataError(f'--tasks {",".join(names)}: cannot be loaded ({one_line(error)}); they are fetched '
                         'from the network, or with --include_path FOLDER looked up there only') from None
     for name, task in loaded['tasks'].items():
-        if task.OUTPUT_TYPE not in ('loglikelihood', 'multiple_choice'):
+        if task.OUTPUT_TYPE not in ('loglikelihood', 'loglikelihood_rolling', 'multiple_choice'):
             raise DataError(f'{name}: its type is {task.OUTPUT_TYPE}, which is not supported; choose tasks '
-                            'scored by the log p of an answer')
+                            'scored by the log p of an answer or a text')
         # as the harness's own program does
         task.set_config('num_fewshot', task.get_config('num_fewshot') or 0)
         task.set_fewshot_seed(FEWSHOT_SEED)

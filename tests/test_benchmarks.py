@@ -159,11 +159,14 @@ def test_results_on_your_own_task_files_equal_a_plain_loop(model, tmp_path, monk
     questions = [{'q': f'{a}+{b} is', 'choices': [' ' + str(a + b), ' no', f' {a}{b}!'], 'answer': (a + b) % 3}
                  for a in range(4) for b in range(3)]
     words = [{'q': 'who', 'word': likeliest(model, 'who')}, {'q': 'who', 'word': '?'}, {'q': 'z' * 30, 'word': ' a'}]
+    pages = ['Short.', 'a page of exactly 24 ids', 'A text that is more than twice as long as the context.']
     for name, rows, more in (
             ('sums', questions, 'output_type: multiple_choice\ndoc_to_choice: "{{choices}}"\n'
              'doc_to_target: "{{answer}}"\nmetric_list: [{metric: acc}, {metric: acc_norm}]\n'),
             ('words', words, 'output_type: loglikelihood\ndoc_to_target: "{{word}}"\n'
-             'metric_list: [{metric: acc}, {metric: perplexity}]\n')):
+             'metric_list: [{metric: acc}, {metric: perplexity}]\n'),
+            ('pages', [{'q': '', 'page': page} for page in pages], 'output_type: loglikelihood_rolling\n'
+             'doc_to_target: "{{page}}"\nmetric_list: [{metric: bits_per_byte}]\n')):
         data = tmp_path / f'{name}.json'
         data.write_text('\n'.join(map(json.dumps, rows)), encoding='utf-8')
         (tmp_path / f'{name}.yaml').write_text(
@@ -171,7 +174,7 @@ def test_results_on_your_own_task_files_equal_a_plain_loop(model, tmp_path, monk
             'test_split: test\ndoc_to_text: "{{q}}"\ntarget_delimiter: ""\n' + more, encoding='utf-8')
     save_checkpoint(str(tmp_path / 'model.safetensors'), model, tokenizer=BYTES)
     monkeypatch.setattr(sys, 'argv', ['lab/benchmarks.py', '--model', str(tmp_path / 'model.safetensors'), '--device', 'cpu',
-                                      '--tasks', 'sums,words', '--include_path', str(tmp_path), '--json'])
+                                      '--tasks', 'sums,words,pages', '--include_path', str(tmp_path), '--json'])
     benchmarks.main()
     results = json.loads(capsys.readouterr().out)
     right, right_norm, active, read = 0, 0, 0, 0
@@ -184,9 +187,20 @@ def test_results_on_your_own_task_files_equal_a_plain_loop(model, tmp_path, monk
     sums, words_found = (results['results'][name] for name in ('sums', 'words'))
     assert (sums['acc,none'], sums['acc_norm,none']) == pytest.approx((right / 12, right_norm / 12))
     assert results['reduction']['sums'] == pytest.approx(model.n_weights() * read / active)
-    assert results['reduction'].keys() == {'sums', 'words', 'all'}
+    assert results['reduction'].keys() == {'sums', 'words', 'pages', 'all'}
     perplexity = np.exp(-np.mean([one_by_one(model, row['q'], row['word'])[0] for row in words]))
     assert (words_found['acc,none'], words_found['perplexity,none']) == pytest.approx((1 / 3, perplexity), rel=1e-4)
+    # of a text, each window of 24 ids is predicted from as many: that before its first one, and its own
+    nats = 0.0
+    for page in pages:
+        ids = [256, *page.encode()]
+        for begin in range(0, len(ids) - 1, 24):
+            end = min(begin + 24, len(ids) - 1)
+            first = max(0, end - 24)
+            logp = model(torch.tensor([ids[first:end]]))[0][0].log_softmax(-1)
+            nats -= sum(float(logp[i - first, ids[i + 1]]) for i in range(begin, end))
+    bits = nats / np.log(2) / sum(map(len, pages))
+    assert results['results']['pages']['bits_per_byte,none'] == pytest.approx(bits, rel=1e-4)
     sys.argv.remove('--json')
     benchmarks.main()
     printed = capsys.readouterr().out
