@@ -36,7 +36,7 @@ github.com/crystal-ai-org/cwic). The blocks are GPT-2's (Radford et al., 2019) a
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 import torch.nn as nn
@@ -387,9 +387,10 @@ class CWICConfig:
         if self.arch not in ('gpt2', 'llama'):
             raise ValueError(f'arch must be gpt2 or llama, not {self.arch!r}')
         self.n_kv_head, self.n_hidden = self.n_kv_head or self.n_head, self.n_hidden or 4 * self.n_embd
-        for name, value in vars(self).items():
-            if type(value) in (int, float) and not value > 0:       # nor nan
-                raise ValueError(f'{name} must be a number above 0, not {value}')
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.type in (int, float) and not (type(value) in (int, float) and value > 0):      # nor nan
+                raise ValueError(f'{field.name} must be a number above 0, not {value!r}')
         self.bias = self.bias and self.arch == 'gpt2'
         if self.n_embd % self.n_head or self.n_head % self.n_kv_head:
             raise ValueError(f'n_embd ({self.n_embd}) must be a multiple of n_head ({self.n_head}), '

@@ -496,7 +496,8 @@ def announce(run, mix, world_size, why):
         lines.append(f'data    {share}data/{part.name}: {len(part.train):,} tokens to train on, '
                      f'{len(part.val):,} to validate; vocabulary of {part.meta["vocab_size"]:,}')
     tokens = config.batch_size * config.block_size
-    threads = f', {torch.get_num_threads()} threads' if run.device == 'cpu' else ''
+    count = torch.get_num_threads()
+    threads = f', {count} thread{"s" * (count > 1)}' if run.device == 'cpu' else ''
     processes = f', {world_size} processes' if world_size > 1 else ''
     lines += [f'plan    {config.dense_steps} steps dense, {config.ramp_steps} towards '
               f'{config.target_reduction:g}x less compute, {config.hold_steps} there; {tokens:,} tokens '

@@ -203,7 +203,7 @@ def test_false_sizes_are_one_line_and_take_no_memory(tmp_path, arch):
     lies = [{name: value} for name, size in config.items() for value in (0, -1)
             if type(size) in (int, float) and (value or name not in ('n_kv_head', 'n_hidden'))]
     lies += [{'n_layer': 10 ** 9}, {'n_layer': 3}, {'n_embd': 16384}, {'vocab_size': 10 ** 9}, {'unknown': 1},
-             {'bases': True}, {'shortlist': True}]
+             {'bases': True}, {'shortlist': True}, {'norm_eps': 'x'}, {'rope_theta': None}]
     cases = [(state, {**config, **lie}) for lie in lies]
 
     # tensors that are missing, too many, or of another shape

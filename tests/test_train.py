@@ -390,7 +390,7 @@ def test_a_run_leaves_four_files_and_its_report(finished):
     assert [row['step'] for row in rows] == ['4', '8', '10', '12']
     assert rows[-1]['val_loss'] and not rows[2]['val_loss']
     assert (out / 'training.png').read_bytes().startswith(b'\x89PNG')
-    for words in ('7,888 parameters; 7,184 dense weights per token', 'cpu, 1 threads; float32 (as asked)',
+    for words in ('7,888 parameters; 7,184 dense weights per token', 'cpu, 1 thread; float32 (as asked)',
                   'tok/s', ' left', 'against the teacher: KL', 'correlation of a token',
                   f'--ckpt {out / "best.safetensors"}'):
         assert words in ended.stdout
