@@ -329,12 +329,15 @@ def test_a_mix_gives_each_data_set_its_share_of_every_batch():
 
 
 def test_the_target_is_met_but_not_overshot(data, tmp_path):
-    """400 steps at the full target: with 150 one CPU met the target of 8x, and another ended at 7.59x."""
+    """
+    4x on 4,096 tokens of validation text, after 400 steps at the full target. With 150 steps, or 512 tokens at
+    8x, some CPUs met the target and others missed it: they round differently, and small samples vary.
+    """
     ended = tiny(data, tmp_path, *flags({
         'n_embd': 32, 'block_size': 32, 'stripe_head': 64, 'dense_steps': 100, 'ramp_steps': 50,
-        'hold_steps': 400, 'warmup_steps': 20, 'eval_every': 550, 'eval_windows': 16,
-        'target_reduction': 8, 'threshold_lr': 0.5}))
-    assert ended.returncode == 0 and 0.97 * 8 < load(tmp_path)['reduction'] < 1.1 * 8, ended
+        'hold_steps': 400, 'warmup_steps': 20, 'eval_every': 550, 'eval_windows': 128,
+        'target_reduction': 4, 'threshold_lr': 0.5}))
+    assert ended.returncode == 0 and 0.97 * 4 < load(tmp_path)['reduction'] < 1.1 * 4, ended
 
 
 @pytest.mark.parametrize('dense', [False, True])
